@@ -1,0 +1,63 @@
+"""MeshLM: inference of transformers causal language models on a DP × PP × TP process mesh.
+
+>>> from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+>>> engine = InferenceEngine("path/to/model", InferenceConfig(tp_size=2, pp_size=2))
+>>> engine.generate("Once upon a time", SamplingParams(max_tokens=64))[0].text
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import ConfigError, InferenceConfig, SamplingParams
+    from .engine import CompletionOutput, EngineStats, InferenceEngine, RequestOutput, RequestTimings
+    from .mesh import CollectiveError, Communicator, ProcessGroupMesh
+    from .mesh.launch import RankFailure
+    from .shardformer import CheckpointError, InferenceShardformer
+
+__version__ = "0.1.0"
+
+# Where each public name lives; it is imported when it is first asked for, and with it torch.
+_HOMES = {
+    "ConfigError": ".config",
+    "InferenceConfig": ".config",
+    "SamplingParams": ".config",
+    "CompletionOutput": ".engine",
+    "EngineStats": ".engine",
+    "InferenceEngine": ".engine",
+    "RequestOutput": ".engine",
+    "RequestTimings": ".engine",
+    "CollectiveError": ".mesh",
+    "Communicator": ".mesh",
+    "ProcessGroupMesh": ".mesh",
+    "RankFailure": ".mesh.launch",
+    "CheckpointError": ".shardformer",
+    "InferenceShardformer": ".shardformer",
+}
+
+__all__ = [
+    "CheckpointError",
+    "CollectiveError",
+    "Communicator",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineStats",
+    "InferenceConfig",
+    "InferenceEngine",
+    "InferenceShardformer",
+    "ProcessGroupMesh",
+    "RankFailure",
+    "RequestOutput",
+    "RequestTimings",
+    "SamplingParams",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,238 @@
+"""The driver's loop: requests in, steps out to the replicas, tokens back.
+
+One scheduler for each DP replica. `step()` first fills every replica's pipeline (up to `pp_size` steps in flight on
+disjoint sequences), then waits for one step to come back and hands its tokens to their requests.
+"""
+
+import time
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+
+from ..config import InferenceConfig
+from .block_manager import BlockManager
+from .detokenizer import Detokenizer
+from .executor import Executor
+from .output import CompletionOutput, RequestOutput, RequestTimings
+from .prompts import PreparedRequest
+from .scheduler import ScheduledStep, Scheduler
+from .sequence import SampleSpec, Sequence
+
+
+@dataclass(eq=False)
+class Request:
+    """A request on its way: its sequence, its text, its times."""
+
+    request_id: str
+    index: int  # its place among the prompts that it came with
+    prompt: str | None  # its text, if it was given as text
+    sequence: Sequence
+    replica: int
+    detokenizer: Detokenizer | None
+    arrival_s: float
+    scheduled_s: float | None = None
+    token_times: list[float] = field(default_factory=list)
+    num_emitted: int = 0  # characters of text that went out
+
+    @property
+    def ended(self) -> bool:
+        return self.sequence.finish_reason is not None
+
+    def output(self) -> RequestOutput:
+        """A snapshot, with what is new since the last one."""
+        sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
+        delta, self.num_emitted = text[self.num_emitted :], len(text)
+        since = lambda moment: None if moment is None else moment - self.arrival_s  # noqa: E731
+        completion = CompletionOutput(0, text, tuple(sequence.output_token_ids), sequence.finish_reason)
+        return RequestOutput(
+            request_id=self.request_id,
+            index=self.index,
+            prompt=self.prompt,
+            prompt_token_ids=tuple(sequence.token_ids[: sequence.num_prompt_tokens]),
+            num_cached_tokens=sequence.num_cached_tokens or 0,
+            outputs=(completion,),
+            delta=delta,
+            finished=self.ended,
+            timings=RequestTimings(
+                queue_s=since(self.scheduled_s),
+                ttft_s=since(self.token_times[0]) if self.token_times else None,
+                total_s=time.monotonic() - self.arrival_s,
+                token_s=tuple(moment - self.arrival_s for moment in self.token_times),
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class ReplicaStats:
+    """One DP replica's present state and totals since the start."""
+
+    num_waiting: int
+    num_running: int
+    num_blocks: int
+    num_free_blocks: int
+    num_preemptions: int
+    num_steps: int
+    num_prompt_tokens: int  # of finished and running requests
+    num_cached_tokens: int  # of those, found in the prefix cache
+    num_output_tokens: int
+
+
+class Replica:
+    """A scheduler, the steps that it has in flight, and its totals."""
+
+    def __init__(self, config: InferenceConfig, num_blocks: int, block_size: int) -> None:
+        self.scheduler = Scheduler(
+            BlockManager(num_blocks, block_size, config.enable_prefix_caching),
+            max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            num_stages=config.pp_size,
+        )
+        self.in_flight: deque[ScheduledStep] = deque()
+        self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+
+    def work_with(self, token_ids: Seq[int]) -> int:
+        """This replica's load if it took such a prompt: tokens to compute, and sequences that will go on decoding."""
+        scheduler = self.scheduler
+        cached = len(scheduler.blocks.match(token_ids)) * scheduler.blocks.block_size
+        return scheduler.num_pending_tokens + len(scheduler.running) + len(scheduler.waiting) + len(token_ids) - cached
+
+    def stats(self) -> ReplicaStats:
+        scheduler = self.scheduler
+        return ReplicaStats(
+            num_waiting=len(scheduler.waiting),
+            num_running=len(scheduler.running),
+            num_blocks=scheduler.blocks.num_blocks,
+            num_free_blocks=scheduler.blocks.num_free_blocks,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=self.num_steps,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_cached_tokens=self.num_cached_tokens,
+            num_output_tokens=self.num_output_tokens,
+        )
+
+
+class EngineCore:
+    """Schedules requests over the replicas behind an executor. Not thread-safe."""
+
+    def __init__(self, executor: Executor, config: InferenceConfig, num_blocks: int, block_size: int) -> None:
+        self.executor, self.config = executor, config
+        self.replicas = [Replica(config, num_blocks, block_size) for _ in range(config.dp_size)]
+        self._requests: dict[str, Request] = {}
+        self._by_sequence: dict[Sequence, Request] = {}
+        self._aborted: list[Request] = []
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._requests or self._aborted)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._requests
+
+    def add(
+        self, request_id: str, index: int, prepared: PreparedRequest, *, seed: int, detokenizer: Detokenizer | None
+    ) -> None:
+        """Queues a request with the replica that has the least work, a prefix that it has cached counting for it.
+
+        index: the request's place among the prompts it came with; seed: of its noise.
+        """
+        params, token_ids = prepared.params, prepared.token_ids
+        assert params.temperature is not None and params.top_k is not None
+        assert params.top_p is not None and params.min_p is not None
+        stops = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stops |= frozenset(params.eos_token_ids or ())
+        sequence = Sequence(
+            request_id,
+            list(token_ids),
+            max_tokens=prepared.max_tokens,
+            min_tokens=params.min_tokens,
+            stop_token_ids=stops,
+            sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, seed),
+        )
+        replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
+        request = Request(request_id, index, prepared.text, sequence, replica, detokenizer, time.monotonic())
+        self._requests[request_id] = self._by_sequence[sequence] = request
+        self.replicas[replica].scheduler.add(sequence)
+
+    def abort(self, request_id: str, silently: bool = False) -> bool:
+        """Ends a request; unless silently, the next `step` gives it for the last time. False if it is unknown."""
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self.replicas[request.replica].scheduler.finish(request.sequence, "abort")
+        self._retire(request)
+        if not silently:
+            self._aborted.append(request)
+        return True
+
+    def step(self) -> list[Request]:
+        """Fills the pipelines, waits for one step, and gives the requests that it moved on or that were aborted."""
+        moved, self._aborted = self._aborted, []
+        self._fill()
+        if any(replica.in_flight for replica in self.replicas):
+            moved += self._collect()
+        return moved
+
+    def drain(self) -> list[Request]:
+        """Waits for all steps in flight, so that nothing is under way on any rank; the requests that these moved on."""
+        moved = []
+        while any(replica.in_flight for replica in self.replicas):
+            moved += self._collect()
+        return moved
+
+    def _fill(self) -> None:
+        for index, replica in enumerate(self.replicas):
+            while len(replica.in_flight) < self.config.pp_size:
+                step = replica.scheduler.schedule()
+                if step is None:
+                    break
+                now = time.monotonic()
+                for sequence in step.sequences:
+                    self._on_scheduled(replica, sequence, now)
+                replica.in_flight.append(step)
+                replica.num_steps += 1
+                self.executor.submit(index, step.input)
+
+    def _on_scheduled(self, replica: Replica, sequence: Sequence, now: float) -> None:
+        request = self._by_sequence[sequence]
+        if request.scheduled_s is None:
+            request.scheduled_s = now
+            replica.num_prompt_tokens += sequence.num_prompt_tokens
+            replica.num_cached_tokens += sequence.num_cached_tokens or 0
+
+    def _collect(self) -> list[Request]:
+        index, output = self.executor.collect()
+        replica = self.replicas[index]
+        step = replica.in_flight.popleft()
+        assert step.input.step_id == output.step_id
+        grown = replica.scheduler.update(step, output.token_ids)
+        replica.num_output_tokens += len(grown)
+        now = time.monotonic()
+        return [self._on_token(replica, self._by_sequence[sequence], now) for sequence in grown]
+
+    def _on_token(self, replica: Replica, request: Request, now: float) -> Request:
+        request.token_times.append(now)
+        sequence, detokenizer = request.sequence, request.detokenizer
+        if detokenizer is not None:
+            may_stop = sequence.num_output_tokens >= sequence.min_tokens
+            if detokenizer.append(sequence.token_ids[-1], look_for_stop=may_stop):
+                if sequence.finish_reason is None:
+                    replica.scheduler.finish(sequence, "stop")
+                else:
+                    sequence.finish_reason = "stop"
+            elif sequence.finish_reason is not None:
+                detokenizer.finish()
+        if sequence.finish_reason is not None:
+            self._retire(request)
+        return request
+
+    def _retire(self, request: Request) -> None:
+        del self._requests[request.request_id], self._by_sequence[request.sequence]
+
+    def stats(self) -> list[ReplicaStats]:
+        return [replica.stats() for replica in self.replicas]
+
+    def check(self) -> None:
+        """Proves every replica's bookkeeping whole. Raises AssertionError."""
+        for replica in self.replicas:
+            replica.scheduler.check()

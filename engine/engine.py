@@ -1,0 +1,300 @@
+"""`InferenceEngine`: from one line to text, in any world (see `world.py`)."""
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..config import InferenceConfig
+from ..mesh.launch import torchrun_place
+from ..shardformer import Checkpoint, open_checkpoint
+from ..shardformer.shardformer import max_model_len
+from .core import EngineCore, ReplicaStats
+from .detokenizer import Detokenizer
+from .executor import warn_if_tp_spans_hosts
+from .output import RequestOutput
+from .plan import check_fit, check_world, choose_devices, choose_num_blocks
+from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
+from .worker import RankInfo
+from .world import World, for_other_processes
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """State and totals of the engine, by DP replica."""
+
+    replicas: tuple[ReplicaStats, ...]
+
+    @property
+    def num_preemptions(self) -> int:
+        return sum(replica.num_preemptions for replica in self.replicas)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        return sum(replica.num_cached_tokens for replica in self.replicas)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return sum(replica.num_output_tokens for replica in self.replicas)
+
+
+class InferenceEngine:
+    """Generates with a transformers causal language model on a DP × PP × TP mesh.
+
+    model: a directory with config.json and safetensors, a GGUF file, or a transformers module.
+    config: sizes of the mesh and everything else that has a default.
+    tokenizer: a transformers tokenizer; by default the one beside the model's weights.
+
+    A world of one rank runs in this process. A larger one runs in child processes that the engine starts, this
+    process driving; or, under torchrun, on the ranks that exist: there, constructing an engine and each of its
+    methods are collective, rank 0 drives, and every rank returns or raises the same.
+
+    Raises ValueError (ConfigError, CheckpointError) for what a caller can mend, before any process starts where that
+    can be known; RankFailure if a rank cannot start or dies. Close the engine, or use it in a ``with`` statement; it
+    is also closed when the interpreter exits.
+    """
+
+    def __init__(
+        self, model: str | Path | nn.Module, config: InferenceConfig | None = None, tokenizer: Any = None
+    ) -> None:
+        self.config = config = config or InferenceConfig()
+        place = torchrun_place()
+        if place is not None and (place.world_size > 1 or config.world_size > 1):
+            check_world(config, place.world_size)
+        elif place is not None:
+            place = None  # torchrun with one rank: a world like any other process's
+        checkpoint = open_checkpoint(model)
+        devices = choose_devices(config, config.world_size if place is None else place.local_world_size)
+        check_fit(config, checkpoint.spec, devices)
+        self._world = World(config, devices, place)
+        try:
+            with ExitStack() as files:
+                if place is None and config.world_size > 1:
+                    checkpoint = for_other_processes(checkpoint, files)
+                self._start(checkpoint, model, tokenizer)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, checkpoint: Checkpoint, model: str | Path | nn.Module, tokenizer: Any) -> None:
+        """Loads the weights on every rank, measures what memory is left, and allocates the cache."""
+        loading = self._world.begin("load", checkpoint)
+        self.tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer  # while the ranks load
+        defaults = default_params(model, checkpoint.eos_token_ids, self.tokenizer)
+        self._architecture = checkpoint.spec.architecture
+
+        def settle() -> tuple[list[RankInfo], int, int]:
+            ranks: list[RankInfo] = loading()
+            warn_if_tp_spans_hosts(self.config, [rank.host for rank in ranks])
+            longest = max_model_len(self.config, checkpoint.spec)
+            num_blocks = choose_num_blocks(self.config, ranks, longest)
+            self._world.executor.call("allocate", num_blocks)
+            self._core = EngineCore(self._world.executor, self.config, num_blocks, ranks[0].block_size)
+            return ranks, num_blocks, min(longest, num_blocks * ranks[0].block_size)
+
+        self.ranks, self.num_blocks, self.max_model_len = self._world.everywhere(settle)
+        self.block_size = self.ranks[0].block_size
+        self._preparer = Preparer(
+            tokenizer=self.tokenizer,
+            defaults=defaults,
+            vocab_size=checkpoint.spec.vocab_size,
+            max_model_len=self.max_model_len,
+            length_reason=f" (the KV cache has {self.num_blocks} blocks of {self.block_size})"
+            if self.max_model_len == self.num_blocks * self.block_size
+            else "",
+        )
+        self._num_requests = 0
+        self._unclaimed: list[RequestOutput] = []  # outputs that moved on while another call was stepping
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Any = None, *, progress: bool = True
+    ) -> list[RequestOutput]:
+        """Completes prompts; gives their outputs in the order of the prompts.
+
+        prompts: one, or a list; each a text, a list of token ids, or a list of chat messages.
+        sampling_params: for all, or a list with one for each prompt: SamplingParams, a transformers GenerationConfig,
+            a dict of fields, or None for the model's own defaults.
+        progress: show a progress bar on stderr.
+
+        Raises ValueError or TypeError for a prompt or parameter that cannot be served; then no prompt is begun.
+        """
+        return self._world.everywhere(lambda: self._generate(prompts, sampling_params, progress))
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Any = None) -> Iterator[RequestOutput]:
+        """As `generate`, but gives a request's output each time that it has grown: `delta` is what is new.
+
+        With several prompts, `index` tells whose it is. Leaving the loop aborts what is unfinished.
+        """
+        return self._world.each_everywhere(lambda: self._stream(prompts, sampling_params))
+
+    def add_request(self, prompt: Prompt, sampling_params: Any = None, request_id: str | None = None) -> str:
+        """Queues one prompt for `step` to work on; gives the request's id. Raises as `generate` does."""
+        return self._world.everywhere(lambda: self._add([(prompt, sampling_params)], [request_id])[0])
+
+    def step(self) -> list[RequestOutput]:
+        """Does one step of work; gives the outputs of the requests that it moved on."""
+        return self._world.everywhere(self._step)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; the next `step` gives its output, with finish_reason "abort". False if it is unknown."""
+        return self._world.everywhere(lambda: self._core.abort(request_id))
+
+    def has_unfinished(self) -> bool:
+        """Whether `step` has something to do or to give."""
+        return self._world.everywhere(lambda: self._core.has_unfinished or bool(self._unclaimed))
+
+    def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
+        from tqdm import tqdm
+
+        request_ids = self._add(pair(prompts, sampling_params))
+        finished: dict[str, RequestOutput] = {}
+        started, num_tokens = time.monotonic(), 0
+        with tqdm(total=len(request_ids), desc="Generating", unit="request", disable=not progress) as bar:
+            for output in self._run(request_ids, every_step=False):
+                finished[output.request_id] = output
+                num_tokens += len(output.token_ids)
+                bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.1f} tokens/s", refresh=False)
+                bar.update()
+        return [finished[request_id] for request_id in request_ids]
+
+    def _stream(self, prompts: Any, sampling_params: Any) -> Iterator[RequestOutput]:
+        yield from self._run(self._add(pair(prompts, sampling_params)), every_step=True)
+
+    def _step(self) -> list[RequestOutput]:
+        outputs, self._unclaimed = self._unclaimed, []
+        if self._core.has_unfinished:
+            with _interrupt_between_steps():
+                outputs += [request.output() for request in self._core.step()]
+        return outputs
+
+    def _run(self, request_ids: Sequence[str], every_step: bool) -> Iterator[RequestOutput]:
+        """Steps until these requests have ended; gives their outputs, keeping others' for `step`."""
+        unfinished = set(request_ids)
+        try:
+            while unfinished:
+                with _interrupt_between_steps():
+                    moved = self._core.step()
+                for request in moved:
+                    output = request.output() if every_step or request.ended else None
+                    if request.request_id not in unfinished:
+                        self._unclaimed.append(output or request.output())
+                        continue
+                    if request.ended:
+                        unfinished.discard(request.request_id)
+                    if output is not None:
+                        yield output
+        finally:
+            for request_id in unfinished:  # interrupted, or the caller has seen enough
+                self._core.abort(request_id, silently=True)
+
+    def _add(self, requests: Sequence[tuple[Prompt, Any]], request_ids: Sequence[str | None] = ()) -> list[str]:
+        """Checks all of the requests, then queues all of them; their ids."""
+        prepared = []
+        for index, (prompt, params) in enumerate(requests):
+            try:
+                prepared.append(self._preparer.prepare(prompt, params))
+            except (ValueError, TypeError) as error:
+                if len(requests) == 1:
+                    raise
+                raise type(error)(f"prompts[{index}]: {error}") from None
+        ids = [given or f"request-{self._num_requests + index}" for index, given in enumerate(request_ids or [None] * len(prepared))]
+        for request_id in ids:
+            if request_id in self._core:
+                raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
+        for index, (request_id, request) in enumerate(zip(ids, prepared, strict=True)):
+            params = request.params
+            detokenizer = None
+            if self.tokenizer is not None and params.detokenize:
+                detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
+            own_seed = self.config.seed + (self._num_requests + 1) * 0x5851F42D4C957F2D  # differs by request
+            self._core.add(
+                request_id,
+                index,
+                request,
+                seed=own_seed if params.seed is None else params.seed,
+                detokenizer=detokenizer,
+            )
+            self._num_requests += 1
+        return ids
+
+    # ---- what it is and does ------------------------------------------------------------------------------------
+
+    def stats(self) -> EngineStats:
+        """Queue, cache and token counts, by replica."""
+        return self._world.everywhere(lambda: EngineStats(tuple(self._core.stats())))
+
+    def busy(self) -> list[dict[str, float]]:
+        """Each rank's steps, seconds of computing, and when they began and ended; waits for steps in flight."""
+
+        def ask() -> list[dict[str, float]]:
+            self._unclaimed += [request.output() for request in self._core.drain()]
+            return self._world.executor.call("busy")
+
+        return self._world.everywhere(ask)
+
+    def describe(self) -> str:
+        """The mesh, what each rank holds and what was bound there, the cache, and where each setting came from."""
+        return "\n".join([self.describe_mesh(), "", self.config.describe()])
+
+    def describe_mesh(self) -> str:
+        """The mesh and what each rank holds, as a table."""
+        config = self.config
+        head = (
+            f"{self._architecture} on dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}, "
+            f"{self.ranks[0].dtype}, max_model_len {self.max_model_len}; KV cache of each replica: {self.num_blocks} "
+            f"blocks of {self.block_size} tokens"
+        )
+        rows = [rank.row(self.num_blocks) for rank in self.ranks]
+        columns = list(rows[0])
+        widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
+        lines = [{column: column for column in columns}, *rows]
+        return "\n".join([head, *("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip() for row in lines)])
+
+    def check(self) -> None:
+        """Proves the bookkeeping of blocks and sequences whole. Raises AssertionError."""
+        self._world.everywhere(lambda: self._core.check())
+
+    def close(self) -> None:
+        """Ends the ranks and frees their memory; can be called twice. Under torchrun every rank calls it."""
+        self._world.close()
+
+    def __enter__(self) -> "InferenceEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+
+@contextmanager
+def _interrupt_between_steps() -> Iterator[None]:
+    """Holds Ctrl-C back until the step is done, so that it finds nothing half done; a second one does not wait."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler:  # the caller has a way of its own
+        yield
+        return
+    pressed = False
+
+    def remember(*_: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if pressed:
+        raise KeyboardInterrupt

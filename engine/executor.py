@@ -1,0 +1,257 @@
+"""Executors: how the driver reaches the ranks. The scheduler and everything above see this interface only.
+
+- `LocalExecutor`: one rank, in this process.
+- `MeshExecutor`: a connection to each rank. The ranks are child processes (`start_own_ranks`) or were there before,
+  under torchrun (`join_torchrun`); steps, replies and failures look the same.
+"""
+
+import queue
+import selectors
+import threading
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any, cast
+
+import torch
+
+from ..config import InferenceConfig
+from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connect_to_driver
+from ..mesh.process_group_mesh import check_topology
+from .step import StepInput, StepOutput
+from .worker import Call, Published, Reply, Stop, Worker, make_worker, serve
+
+
+class Executor(ABC):
+    """Runs steps on the ranks of every replica."""
+
+    @abstractmethod
+    def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
+        """Lets every rank begin with a `Worker` method, no step being in flight; the result waits for the answers."""
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """Runs a `Worker` method on every rank, with no step in flight; its results by rank."""
+        return self.begin(method, *arguments)()
+
+    @abstractmethod
+    def submit(self, replica: int, step: StepInput) -> None:
+        """Hands a step to a replica's ranks. A replica's steps come back in the order of their submission."""
+
+    @abstractmethod
+    def collect(self) -> tuple[int, StepOutput]:
+        """Waits for the next step of any replica: (replica, output). Raises RankFailure if a rank is lost."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the ranks; can be called twice."""
+
+
+class LocalExecutor(Executor):
+    """A world of one rank, in this process."""
+
+    def __init__(self, config: InferenceConfig, device: torch.device) -> None:
+        self.worker: Worker | None = make_worker(config, RankPlace(0, 1, 0, 1), None, device)
+        self._outputs: deque[StepOutput] = deque()
+
+    def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
+        return lambda: [getattr(self.worker, method)(*arguments)]
+
+    def submit(self, replica: int, step: StepInput) -> None:
+        assert self.worker is not None
+        output = self.worker.execute(step)
+        assert output is not None
+        self._outputs.append(output)
+
+    def collect(self) -> tuple[int, StepOutput]:
+        return 0, self._outputs.popleft()
+
+    def close(self) -> None:
+        self.worker = None  # and with it the weights and the cache
+
+
+class MeshExecutor(Executor):
+    """Many ranks, each behind a connection; rank = (dp, pp, tp) row-major.
+
+    failure: makes the exception for a rank that is lost (rank, its traceback if it sent one).
+    shut_down: ends the ranks' processes once they were told to stop.
+    """
+
+    def __init__(
+        self,
+        connections: Sequence[Connection],
+        config: InferenceConfig,
+        failure: Callable[[int, str], RankFailure],
+        shut_down: Callable[[], None],
+    ) -> None:
+        self.connections = list(connections)
+        self._failure, self._shut_down = failure, shut_down
+        self._ranks_per_replica = config.pp_size * config.tp_size
+        self._selector = selectors.DefaultSelector()
+        for rank, connection in enumerate(self.connections):
+            self._selector.register(connection, selectors.EVENT_READ, rank)
+        self._closed = False
+
+    def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
+        self._send(range(len(self.connections)), Call(method, arguments))
+        return self.replies
+
+    def replies(self, timeout_s: float | None = None) -> list[Any]:
+        """One reply from every rank, by rank."""
+        found: dict[int, Any] = {}
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while len(found) < len(self.connections):
+            rank, message = self._receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
+            if rank < 0:
+                missing = sorted(set(range(len(self.connections))) - set(found))
+                raise self._failure(missing[0], f"no answer from ranks {missing} within start_timeout_s={timeout_s:g}")
+            assert isinstance(message, Reply)
+            found[rank] = message.value
+        return [found[rank] for rank in range(len(self.connections))]
+
+    def submit(self, replica: int, step: StepInput) -> None:
+        first = replica * self._ranks_per_replica
+        self._send(range(first, first + self._ranks_per_replica), step)
+
+    def collect(self) -> tuple[int, StepOutput]:
+        rank, message = self._receive(None)
+        assert isinstance(message, StepOutput)
+        return rank // self._ranks_per_replica, message
+
+    def publish(self, message: Published) -> None:
+        """Tells every other rank under torchrun what a collective call gives."""
+        self._send(range(1, len(self.connections)), message)
+
+    def _send(self, ranks: Sequence[int], message: Any) -> None:
+        data = reduction.ForkingPickler.dumps(message)  # once for all of them
+        for rank in ranks:
+            try:
+                self.connections[rank].send_bytes(data)
+            except OSError:
+                self._receive_all_then_fail(rank)
+
+    def _receive(self, timeout_s: float | None) -> tuple[int, Any]:
+        """The next message: (rank, message); (-1, None) when the time is up."""
+        ready = self._selector.select(timeout_s)
+        if not ready:
+            return -1, None
+        rank = cast(int, ready[0][0].data)
+        try:
+            message = self.connections[rank].recv()
+        except (EOFError, OSError):
+            self._receive_all_then_fail(rank)
+        if isinstance(message, Failure):
+            self._fail(rank, message)
+        return rank, message
+
+    def _receive_all_then_fail(self, rank: int) -> None:
+        """A rank is gone. Raises for it, or for one that said why: the others lose their peer and follow it."""
+        for other, connection in enumerate(self.connections):
+            try:
+                while connection.poll(0.2 if other == rank else 0):
+                    message = connection.recv()
+                    if isinstance(message, Failure):
+                        self._fail(other, message)
+            except (EOFError, OSError):
+                continue
+        self._fail(rank, Failure("", None))
+
+    def _fail(self, rank: int, failure: Failure) -> None:
+        if failure.error is not None:
+            raise failure.error
+        raise self._failure(rank, failure.traceback)
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._selector.close()
+        for connection in self.connections:
+            try:
+                connection.send(Stop())
+            except OSError:
+                continue  # gone already
+        self._shut_down()
+
+
+def rank_name(config: InferenceConfig, rank: int) -> str:
+    """A rank with its coordinate, for messages."""
+    dp, rest = divmod(rank, config.pp_size * config.tp_size)
+    pp, tp = divmod(rest, config.tp_size)
+    return f"rank {rank} (dp {dp}, pp {pp}, tp {tp})"
+
+
+def start_own_ranks(config: InferenceConfig, devices: Sequence[torch.device]) -> MeshExecutor:
+    """Starts one child process for each rank and waits until all have met."""
+    processes = RankProcesses(
+        config.world_size, "meshlm.engine.worker:run_own_rank", lambda rank: rank_name(config, rank)
+    )
+    executor = MeshExecutor(processes.connections, config, processes.failure, processes.close)
+    try:
+        for connection, device in zip(processes.connections, devices, strict=True):
+            try:
+                connection.send((config, str(device)))
+            except OSError:
+                continue  # it has died already; waiting for its reply says of what
+        executor.replies(config.start_timeout_s)
+    except BaseException:
+        executor.close()
+        raise
+    return executor
+
+
+class Follower:
+    """A rank under torchrun that does not drive: its worker runs in a thread, its caller waits for what rank 0 says."""
+
+    def __init__(self, connection: Connection, worker: Worker) -> None:
+        self._published: queue.SimpleQueue[Published | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._serve, args=(connection, worker), daemon=True)
+        self._thread.start()
+
+    def _serve(self, connection: Connection, worker: Worker) -> None:
+        with connection:
+            serve(connection, worker, self._published.put)
+        self._published.put(None)
+
+    def receive(self, call: int) -> Published:
+        """The next thing that rank 0 published for a call; leftovers of earlier calls are dropped."""
+        while True:
+            message = self._published.get()
+            if message is None:
+                self._published.put(None)
+                raise RankFailure("rank 0, which drives, has closed the engine or is gone")
+            if message.call == call:
+                return message
+
+    def close(self) -> None:
+        """Waits until rank 0 has closed the engine."""
+        self._thread.join()
+
+
+def join_torchrun(
+    config: InferenceConfig, place: RankPlace, device: torch.device
+) -> tuple[MeshExecutor | None, Follower | None]:
+    """Joins ranks that exist; collective. Gives rank 0 an executor, the others a follower."""
+    worker = make_worker(config, place, None, device)
+    connections, own = connect_to_driver(place, config.start_timeout_s)
+    if place.rank != 0:
+        return None, Follower(own, worker)
+    thread = threading.Thread(target=serve, args=(own, worker, lambda _: None), daemon=True)
+    thread.start()
+
+    def failure(rank: int, said: str) -> RankFailure:
+        words = said.strip() or "it closed its connection; its own output says more"
+        return RankFailure(f"{rank_name(config, rank)} failed: {words}")
+
+    return MeshExecutor(connections, config, failure, lambda: thread.join(5.0)), None
+
+
+def warn_if_tp_spans_hosts(config: InferenceConfig, hosts: Sequence[str]) -> None:
+    """One warning, with the numbers, where tensor parallelism would go over the network."""
+    sizes = {"dp": config.dp_size, "pp": config.pp_size, "tp": config.tp_size}
+    warning = check_topology(sizes, "tp", hosts)
+    if warning:
+        warnings.warn(warning, stacklevel=3)

@@ -1,0 +1,64 @@
+"""This rank's paged KV cache: for each layer of its stage, its own KV heads, in blocks.
+
+    key_cache[layer]   [num_blocks, block_size, local_kv_heads, head_dim]
+    value_cache[layer] the same
+
+A block id means the same place in every layer and on every rank of a replica.
+"""
+
+import os
+from pathlib import Path
+
+import psutil
+import torch
+
+from ..shardformer.stage import PipelineStage
+
+
+class KVCache:
+    """Allocates the caches of a stage and gives each attention module its own."""
+
+    def __init__(self, stage: PipelineStage, num_blocks: int, block_size: int) -> None:
+        self.num_blocks, self.block_size = num_blocks, block_size
+        for attention in stage.attentions:
+            shape = (num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
+            # Zeros, not empty: a padded block table reads block 0, whose masked values must be finite.
+            key, value = (torch.zeros(shape, dtype=stage.dtype, device=stage.device) for _ in range(2))
+            attention.bind_cache(key, value)
+
+
+def block_bytes(stage: PipelineStage, block_size: int) -> int:
+    """Bytes that one block takes on this rank, all its layers together."""
+    elements = sum(2 * attention.num_kv_heads * attention.head_dim for attention in stage.attentions)
+    return elements * block_size * stage.dtype.itemsize
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can be taken on a device now; on the CPU also within this process's control group."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + cached
+    available = int(psutil.virtual_memory().available)
+    limit, used = (_read_number(Path("/sys/fs/cgroup") / name) for name in ("memory.max", "memory.current"))
+    if limit is not None and used is not None:
+        available = min(available, max(0, limit - used))
+    return available
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no control groups here, or the limit reads "max"
+        return None
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process has held so far; 0 where the system does not tell."""
+    try:
+        for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0

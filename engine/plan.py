@@ -1,0 +1,132 @@
+"""What is decided before anything runs: devices, whether the model can be divided and fits, the size of the cache."""
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from ..config import ConfigError, InferenceConfig
+from ..policies import ModelSpec
+from ..shardformer.backends import BACKENDS
+from ..shardformer.shard import Shards, split_layers, stage_num_elements
+from ..shardformer.shardformer import choose_dtype, max_model_len
+from .executor import rank_name
+from .kv_cache import available_bytes
+from .worker import RankInfo
+
+CPU_KV_FRACTION = 0.25  # of available memory: the machine is somebody's laptop
+CUDA_KV_FRACTION = 0.9
+
+
+def check_world(config: InferenceConfig, world_size: int) -> None:
+    """Under torchrun the mesh must be the world. Raises ConfigError."""
+    if config.world_size != world_size:
+        sizes = f"dp_size={config.dp_size} × pp_size={config.pp_size} × tp_size={config.tp_size}"
+        raise ConfigError(
+            f"InferenceConfig: {sizes} make a mesh of {config.world_size} ranks, but torchrun started {world_size}; "
+            f"use --nproc-per-node {config.world_size}, or sizes whose product is {world_size}"
+        )
+
+
+def choose_devices(config: InferenceConfig, num_ranks: int) -> list[torch.device]:
+    """A device for each of the ranks on one host. Raises ConfigError if the config's is not to be had."""
+    count = torch.cuda.device_count()
+    if config.device == "cpu" or (config.device == "auto" and count < num_ranks):
+        return [torch.device("cpu")] * num_ranks
+    index = torch.device(config.device).index if config.device != "auto" else None
+    if count == 0 or (index is not None and index >= count):
+        raise ConfigError(
+            f"InferenceConfig.device: {config.device!r} is not available: torch sees {count} CUDA devices; use 'cpu'"
+            + (f" or cuda:0 to cuda:{count - 1}" if count else "")
+        )
+    if index is not None:
+        return [torch.device("cuda", index)] * num_ranks
+    if num_ranks > count:
+        raise ConfigError(
+            f"InferenceConfig.device: 'cuda' has {count} devices for {num_ranks} ranks on this host; use smaller "
+            f"sizes of the mesh, or device='cuda:0' to share one"
+        )
+    return [torch.device("cuda", i) for i in range(num_ranks)]
+
+
+def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device]) -> None:
+    """Proves that the model can be divided so and that its weights fit. Raises ValueError before anything starts.
+
+    devices: those of the ranks on this host, which share its memory.
+    """
+    shards, stages = Shards(spec, config.tp_size), split_layers(spec, config.pp_size)
+    dtype = choose_dtype(config, spec)
+    if not runs_on(dtype, devices[0]):
+        raise ConfigError(f"InferenceConfig.dtype: {dtype} is not supported on {devices[0]}; use 'float32'")
+    max_model_len(config, spec)
+    if config.attention_backend not in ("auto", *BACKENDS):
+        raise ConfigError(
+            f"InferenceConfig.attention_backend: {config.attention_backend!r} is not known; "
+            f"known: auto, {', '.join(BACKENDS)}"
+        )
+    needed: Counter[torch.device] = Counter()
+    for rank in range(config.world_size):
+        _, rest = divmod(rank, config.pp_size * config.tp_size)
+        stage, tp_rank = divmod(rest, config.tp_size)
+        if rank < len(devices):
+            needed[devices[rank]] += stage_num_elements(spec, shards, stages[stage], tp_rank) * dtype.itemsize
+    for device, size in needed.items():
+        free = available_bytes(device)
+        if size > free:
+            raise ConfigError(
+                f"the model does not fit: its weights take {_gib(size)} on {device} and {_gib(free)} is free, "
+                f"{_gib(size - free)} is missing; use more ranks on other devices "
+                f"(tp_size={config.tp_size}, pp_size={config.pp_size} now) or a smaller dtype ({dtype} now)"
+            )
+
+
+def runs_on(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device computes in a dtype: tried, not looked up."""
+    try:
+        x = torch.ones(2, 2, dtype=dtype, device=device)
+        torch.nn.functional.linear(x, x).sum().item()
+        return dtype is not torch.bfloat16 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+    except RuntimeError:
+        return False
+
+
+def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_len: int) -> int:
+    """Blocks of a replica's cache: what the tightest rank has room for, at most what all sequences could ever fill.
+
+    Raises ConfigError if that is less than one block, or less than a sequence of the length that the config asks for.
+    """
+    block_size = ranks[0].block_size
+    sharing = Counter((rank.host, rank.device) for rank in ranks)
+
+    def room(rank: RankInfo) -> int:
+        """Bytes for this rank's cache."""
+        if config.kv_memory_bytes is not None:
+            return int(config.kv_memory_bytes)
+        default = CPU_KV_FRACTION if rank.device == "cpu" else CUDA_KV_FRACTION
+        fraction = config.kv_memory_fraction if config.kv_memory_fraction is not None else default
+        return int(rank.available_bytes * fraction / sharing[rank.host, rank.device])
+
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+    else:
+        most = config.max_num_seqs * -(-max_len // block_size)
+        num_blocks = min(most, *(room(rank) // rank.block_bytes for rank in ranks))
+    wanted = max_len if config.max_model_len is not None else 2  # a token of prompt and one of output
+    if num_blocks * block_size < wanted:
+        tightest = min(ranks, key=lambda rank: room(rank) / rank.block_bytes)
+        short = (-(-wanted // block_size) - num_blocks) * tightest.block_bytes
+        raise ConfigError(
+            f"the KV cache is too small for one request: {num_blocks} blocks of {block_size} hold "
+            f"{num_blocks * block_size} tokens, max_model_len is {wanted}; {_mib(short)} is missing on "
+            f"{rank_name(config, tightest.rank)}: raise num_kv_blocks, kv_memory_bytes or kv_memory_fraction, "
+            f"lower max_model_len, or use more ranks"
+        )
+    return num_blocks
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.1f} MiB"

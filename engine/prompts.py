@@ -1,0 +1,140 @@
+"""From what a user gives, a prompt and parameters in one of several forms, to token ids and settled parameters."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..config import SamplingParams, as_sampling_params
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+"""Text, token ids, or a chat's messages ({"role": …, "content": …})."""
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request that can be served."""
+
+    text: str | None  # None for a prompt of token ids
+    token_ids: list[int]
+    params: SamplingParams  # every field settled
+    max_tokens: int  # output tokens at most, also by what the context leaves
+
+
+@dataclass(frozen=True)
+class Preparer:
+    """Checks and prepares requests for one model."""
+
+    tokenizer: Any  # None: prompts must be token ids
+    defaults: SamplingParams  # the model's own
+    vocab_size: int
+    max_model_len: int
+    length_reason: str  # why max_model_len is what it is, for messages; may be empty
+
+    def prepare(self, prompt: Prompt, params: Any) -> PreparedRequest:
+        """Raises ValueError or TypeError, one line that names the field and the value, for what cannot be served."""
+        text, token_ids = self._tokenize(prompt)
+        if not token_ids:
+            raise ValueError("prompt is empty: it must have at least one token")
+        if len(token_ids) >= self.max_model_len:
+            raise ValueError(
+                f"prompt has {len(token_ids)} tokens; with max_model_len={self.max_model_len}{self.length_reason} it "
+                f"may have at most {self.max_model_len - 1}, which leaves one to generate"
+            )
+        resolved = as_sampling_params(params).resolve(self.defaults)
+        return PreparedRequest(text, token_ids, resolved, self._output_limit(len(token_ids), resolved))
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, list(self._need_tokenizer().encode(prompt))
+        if not isinstance(prompt, Sequence):
+            raise TypeError(f"prompt: {type(prompt).__name__} is not a text, a list of token ids, or a chat's messages")
+        if prompt and isinstance(prompt[0], Mapping):
+            tokenizer = self._need_tokenizer()
+            text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            return text, list(tokenizer.encode(text, add_special_tokens=False))
+        return None, [self._token_id(token) for token in prompt]
+
+    def _need_tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError("prompt: the engine has no tokenizer; give it one (tokenizer=…), or prompts of token ids")
+        return self.tokenizer
+
+    def _token_id(self, token: Any) -> int:
+        try:
+            token_id = int(token.__index__())
+        except (AttributeError, TypeError):
+            raise TypeError(f"prompt: {token!r} is not a token id") from None
+        if not 0 <= token_id < self.vocab_size:
+            raise ValueError(f"prompt: token id {token_id} is out of range; the vocabulary has 0 to {self.vocab_size - 1}")
+        return token_id
+
+    def _output_limit(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        assert params.max_tokens is not None
+        limit = min(params.max_tokens, self.max_model_len - num_prompt_tokens)
+        for token_id in params.stop_token_ids:
+            if token_id >= self.vocab_size:
+                raise ValueError(
+                    f"stop_token_ids: token id {token_id} is out of range; the vocabulary has 0 to {self.vocab_size - 1}"
+                )
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={list(params.stop)}: stop strings need a tokenizer, and the engine has none")
+        if params.max_total_tokens is None:
+            return limit
+        if params.max_total_tokens <= num_prompt_tokens:
+            raise ValueError(
+                f"max_total_tokens={params.max_total_tokens} leaves nothing to generate after a prompt of "
+                f"{num_prompt_tokens} tokens"
+            )
+        return min(limit, params.max_total_tokens - num_prompt_tokens)
+
+
+def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
+    """One (prompt, parameters) for each prompt of whatever `generate` was given. Raises ValueError."""
+    if isinstance(prompts, str):
+        each: list[Prompt] = [prompts]
+    elif not isinstance(prompts, Sequence):
+        raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
+    elif prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
+        each = [prompts]  # one chat, or one list of token ids
+    else:
+        each = list(prompts)
+    if not isinstance(params, Sequence):
+        return [(prompt, params) for prompt in each]
+    if len(params) != len(each):
+        raise ValueError(f"sampling_params: {len(params)} given for {len(each)} prompts; give one, or one for each")
+    return list(zip(each, params, strict=True))
+
+
+def find_tokenizer(model: str | Path | nn.Module) -> Any:
+    """The tokenizer beside a model's weights; None if there is none."""
+    if isinstance(model, nn.Module):
+        return None
+    from transformers import AutoTokenizer
+
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+def default_params(model: str | Path | nn.Module, eos_token_ids: Sequence[int], tokenizer: Any) -> SamplingParams:
+    """The model's own generation config as SamplingParams; end tokens where it has none, its config's or tokenizer's."""
+    from transformers import GenerationConfig
+
+    own: Any = None
+    if isinstance(model, nn.Module):
+        own = getattr(model, "generation_config", None)
+    elif (Path(model).expanduser() / "generation_config.json").exists():
+        own = GenerationConfig.from_pretrained(Path(model).expanduser(), local_files_only=True)
+    defaults = SamplingParams.from_generation_config(own or GenerationConfig(), strict=False)
+    if not defaults.eos_token_ids:
+        from_tokenizer = getattr(tokenizer, "eos_token_id", None)
+        ids = eos_token_ids or ([] if from_tokenizer is None else [from_tokenizer])
+        defaults = defaults.model_copy(update={"eos_token_ids": tuple(ids)})
+    return defaults

@@ -1,0 +1,41 @@
+"""What crosses from the driver to a replica's ranks and back: frozen, plain numbers."""
+
+from array import array
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """One row of logits to draw a token from."""
+
+    sequence: int  # index in the step: the row is this sequence's last token
+    temperature: float  # 0: greedy
+    top_k: int  # 0: off
+    top_p: float  # 1: off
+    min_p: float  # 0: off
+    key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
+    banned: tuple[int, ...]  # token ids that must not be drawn (min_tokens)
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """One forward of one replica: new tokens of some sequences, flattened, never padded."""
+
+    step_id: int
+    token_ids: "array[int]"  # int64 [num_tokens]
+    query_lens: tuple[int, ...]  # new tokens of each sequence, >= 1
+    context_lens: tuple[int, ...]  # its tokens before those, in the cache already
+    block_tables: tuple["array[int]", ...]  # int32: its blocks, enough for context and new tokens
+    samples: tuple[SampleRequest, ...]  # in the order in which the output's ids come
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What the last stage drew, one id for each of the step's samples."""
+
+    step_id: int
+    token_ids: tuple[int, ...]

@@ -1,0 +1,227 @@
+"""What one rank does: load its stage, allocate its cache, execute steps, answer the driver.
+
+`Worker` is the same object in all three worlds. `serve` runs it behind a connection; in a world of one rank the
+driver calls it directly.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..config import InferenceConfig
+from ..kernels import select_ops
+from ..mesh.collectives import Communicator
+from ..mesh.launch import Failure, RankPlace, divide_threads, init_process_group
+from ..mesh.process_group_mesh import ProcessGroupMesh
+from ..policies import Dim
+from ..shardformer import Checkpoint, InferenceShardformer
+from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes
+from .model_runner import ModelRunner
+from .sampler import Sampler
+from .step import StepInput, StepOutput
+
+
+@dataclass(frozen=True)
+class Call:
+    """Asks a rank to run one of its methods; it answers with a `Reply`, or a `Failure`."""
+
+    method: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Ends a rank's loop."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A rank's answer to a `Call`."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a collective call of the public API gave on the driver; under torchrun every rank returns the same."""
+
+    call: int  # which call, counted alike on every rank
+    value: Any = None
+    error: Exception | None = None
+    is_last: bool = True  # False: one item of several
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """What a rank holds."""
+
+    rank: int
+    coordinate: dict[str, int]
+    host: str
+    device: str
+    dtype: str
+    layers: tuple[int, int]  # (start, stop)
+    query_heads: tuple[int, int]
+    kv_heads: tuple[int, int]
+    vocabulary: tuple[int, int]
+    has_embedding: bool
+    has_lm_head: bool
+    num_threads: int
+    weight_bytes: int
+    bytes_read: int
+    load_s: float
+    baseline_rss_bytes: int  # the peak before loading
+    peak_rss_bytes: int
+    available_bytes: int  # on its device, once the weights are there
+    block_size: int
+    block_bytes: int  # one block of the KV cache
+    attention_backends: tuple[str, ...]
+    ops: str
+
+    def row(self, num_blocks: int) -> dict[str, str]:
+        """This rank as a row of a table."""
+        span = lambda ends: f"{ends[0]}-{ends[1] - 1}"  # noqa: E731
+        extra = (["embedding"] if self.has_embedding else []) + (["LM head"] if self.has_lm_head else [])
+        return {
+            "rank": str(self.rank),
+            "(dp, pp, tp)": str(tuple(self.coordinate.values())),
+            "device": f"{self.device} ({self.num_threads} threads)" if self.device == "cpu" else self.device,
+            "layers": span(self.layers),
+            "query heads": span(self.query_heads),
+            "KV heads": span(self.kv_heads),
+            "vocabulary": f"{span(self.vocabulary)} ({', '.join(extra)})" if extra else "",
+            "weights": f"{self.weight_bytes / 2**20:.0f} MiB",
+            "KV cache": f"{self.block_bytes * num_blocks / 2**20:.0f} MiB",
+            "attention": ", ".join(self.attention_backends),
+            "ops": self.ops,
+        }
+
+
+class Worker:
+    """One rank's part of the engine. mesh: axes dp, pp, tp."""
+
+    def __init__(self, config: InferenceConfig, mesh: ProcessGroupMesh, device: torch.device) -> None:
+        self.config, self.mesh, self.device = config, mesh, device
+        self.runner: ModelRunner | None = None
+
+    def load(self, checkpoint: Checkpoint) -> RankInfo:
+        """Builds this rank's stage and reads its weights."""
+        started, baseline = time.monotonic(), peak_rss_bytes()
+        shardformer = InferenceShardformer(self.config, self.mesh, self.device)
+        self.stage = stage = shardformer.optimize(checkpoint)
+        preferred = max(backend.preferred_block_size for backend in stage.backends.values())
+        self.block_size = block_size = self.config.block_size or preferred
+        tp, pp = shardformer.tp, Communicator.along(self.mesh, "pp")
+        shards = shardformer.shards(checkpoint.spec)
+        vocabulary = shards.range(Dim.VOCABULARY, tp.rank)
+        ops = select_ops(self.device, stage.dtype)
+        self.runner = ModelRunner(
+            stage, block_size, pp, Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
+        )
+        parameters = {id(p): p for p in stage.parameters()}.values()
+        return RankInfo(
+            rank=self.mesh.rank,
+            coordinate=dict(zip(self.mesh.axis_names, self.mesh.coordinate(), strict=True)),
+            host=socket.gethostname(),
+            device=str(self.device),
+            dtype=str(stage.dtype).removeprefix("torch."),
+            layers=stage.layer_range,
+            query_heads=shards.heads[tp.rank],
+            kv_heads=shards.kv_heads[tp.rank],
+            vocabulary=vocabulary,
+            has_embedding=stage.is_first,
+            has_lm_head=stage.is_last,
+            num_threads=torch.get_num_threads(),
+            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            bytes_read=checkpoint.source.bytes_read,
+            load_s=time.monotonic() - started,
+            baseline_rss_bytes=baseline,
+            peak_rss_bytes=peak_rss_bytes(),
+            available_bytes=available_bytes(self.device),
+            block_size=block_size,
+            block_bytes=block_bytes(stage, block_size),
+            attention_backends=tuple(stage.backends),
+            ops=ops.name,
+        )
+
+    def allocate(self, num_blocks: int) -> None:
+        """Allocates the KV cache; from here on `execute` works."""
+        KVCache(self.stage, num_blocks, self.block_size)
+
+    def execute(self, step: StepInput) -> StepOutput | None:
+        assert self.runner is not None
+        return self.runner.execute(step)
+
+    def busy(self) -> dict[str, float]:
+        """This rank's steps and seconds of computing so far, and when they began and ended."""
+        assert self.runner is not None
+        return asdict(self.runner.busy)
+
+
+def serve(connection: Connection, worker: Worker, publish: Callable[[Published], None] | None = None) -> None:
+    """Answers the driver until it says stop or goes away. A rank of the last stage, tp 0, answers for its replica.
+
+    publish: takes what is not for the worker but for this rank's caller (under torchrun).
+    """
+    if worker.device.type == "cuda":
+        torch.cuda.set_device(worker.device)  # the current device is a thread's own
+    answers = worker.mesh.coordinate("tp") == 0
+    while True:
+        try:
+            message = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            if isinstance(message, StepInput):
+                output = worker.execute(message)
+                if output is not None and answers:
+                    connection.send(output)
+            elif isinstance(message, Call):
+                connection.send(Reply(getattr(worker, message.method)(*message.arguments)))
+            elif isinstance(message, Published):
+                assert publish is not None
+                publish(message)
+            else:
+                assert isinstance(message, Stop)
+                return
+        except Exception as error:
+            connection.send(Failure.of(error))
+            return
+
+
+def make_worker(config: InferenceConfig, place: RankPlace, store: dist.Store | None, device: torch.device) -> Worker:
+    """A worker for one rank of a world: joins the process group if there is to be one, and builds the mesh.
+
+    store: where own ranks meet; None where the process group stands, or is not needed.
+    """
+    if place.world_size > 1:
+        if device.type == "cpu":
+            divide_threads(place.local_world_size)
+        if not dist.is_initialized():
+            init_process_group(place, device, config.collective_timeout_s, store)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    mesh = ProcessGroupMesh(
+        dp=config.dp_size,
+        pp=config.pp_size,
+        tp=config.tp_size,
+        backend=None if place.world_size == 1 else "nccl" if device.type == "cuda" else "gloo",
+        timeout_s=config.collective_timeout_s,
+    )
+    for axis in ("tp", "pp"):
+        Communicator.along(mesh, axis)  # creating groups is collective: all of them here, in one order
+    return Worker(config, mesh, device)
+
+
+def run_own_rank(connection: Connection, place: RankPlace, store: dist.Store) -> None:
+    """A rank that the engine started: its first message says what to be."""
+    config, device = connection.recv()
+    worker = make_worker(config, place, store, torch.device(device))
+    connection.send(Reply(socket.gethostname()))
+    serve(connection, worker)

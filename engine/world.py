@@ -1,0 +1,147 @@
+"""The three worlds behind one interface: in this process, on ranks of our own, on the ranks that torchrun started.
+
+Above this file nothing knows which it is. A call of the public API goes through `everywhere`: on the driver it runs,
+and under torchrun every rank returns what it gave, or raises what it raised.
+"""
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from ..config import InferenceConfig
+from ..mesh.launch import RankFailure, RankPlace
+from ..shardformer import Checkpoint
+from ..shardformer.weights import ModuleSource, SafetensorsSource
+from .executor import Executor, Follower, LocalExecutor, MeshExecutor, join_torchrun, start_own_ranks
+from .worker import Published
+
+T = TypeVar("T")
+
+
+class World:
+    """The ranks that run an engine. `place`: this rank's under torchrun, else None."""
+
+    def __init__(self, config: InferenceConfig, devices: Sequence[torch.device], place: RankPlace | None) -> None:
+        self._call = 0
+        self._executor: Executor | None = None
+        self._follower: Follower | None = None
+        self._joined = False  # under torchrun, with other ranks
+        own_group = False
+        if config.world_size == 1:
+            self._executor = LocalExecutor(config, devices[0])
+        elif place is None:
+            self._executor = start_own_ranks(config, devices)
+        else:
+            own_group = not dist.is_initialized()
+            self._executor, self._follower = join_torchrun(config, place, devices[place.local_rank])
+            self._joined = True
+        self._finalizer = weakref.finalize(self, _close, self._executor, self._follower, own_group)
+
+    @property
+    def executor(self) -> Executor:
+        """The way to the ranks; on the driver only."""
+        assert self._executor is not None
+        return self._executor
+
+    def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
+        """Lets every rank begin with a `Worker` method; on the driver, the result waits for their answers."""
+        return (lambda: []) if self._executor is None else self._executor.begin(method, *arguments)
+
+    def everywhere(self, function: Callable[[], T]) -> T:
+        """Runs `function` on the driver; every rank returns its value or raises its error."""
+        self._check_open()
+        self._call += 1
+        if self._follower is not None:
+            message = self._follower.receive(self._call)
+            if message.error is not None:
+                raise message.error
+            value: T = message.value
+            return value
+        try:
+            value = function()
+        except Exception as error:
+            self._publish(Published(self._call, error=error))
+            self._close_if_lost(error)
+            raise
+        self._publish(Published(self._call, value))
+        return value
+
+    def each_everywhere(self, function: Callable[[], Iterable[T]]) -> Iterator[T]:
+        """As `everywhere`, for what `function` yields, item by item."""
+        self._check_open()
+        self._call += 1
+        return self._drive(function, self._call) if self._follower is None else self._follow(self._call)
+
+    def _drive(self, function: Callable[[], Iterable[T]], call: int) -> Iterator[T]:
+        last = Published(call)
+        try:
+            for item in function():
+                self._publish(Published(call, item, is_last=False))
+                yield item
+        except Exception as error:
+            last = Published(call, error=error)
+            self._close_if_lost(error)
+            raise
+        finally:
+            self._publish(last)
+
+    def _follow(self, call: int) -> Iterator[Any]:
+        assert self._follower is not None
+        while not (message := self._follower.receive(call)).is_last:
+            yield message.value
+        if message.error is not None:
+            raise message.error
+
+    def _publish(self, message: Published) -> None:
+        if self._joined and isinstance(self._executor, MeshExecutor) and self._finalizer.alive:
+            self._executor.publish(message)
+
+    def _close_if_lost(self, error: Exception) -> None:
+        if isinstance(error, RankFailure):  # nothing works without that rank
+            self.close()
+
+    def _check_open(self) -> None:
+        if not self._finalizer.alive:
+            raise RuntimeError("the engine is closed; make a new InferenceEngine")
+
+    def close(self) -> None:
+        """Ends the ranks, or takes leave of them; can be called twice."""
+        self._finalizer()
+
+
+def _close(executor: Executor | None, follower: Follower | None, own_group: bool) -> None:
+    if executor is not None:
+        executor.close()
+    if follower is not None:
+        follower.close()
+    if own_group and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def for_other_processes(checkpoint: Checkpoint, files: ExitStack) -> Checkpoint:
+    """The checkpoint as other processes on this host can open it, until `files` is closed.
+
+    The weights of a module that lives in this process go into a file without a name (or, where the system has no such
+    files, into a temporary one): nothing is left behind, however this process ends.
+    """
+    source = checkpoint.source
+    if not isinstance(source, ModuleSource):
+        return checkpoint
+    names = [name for name, _ in checkpoint.spec.tensors()]
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("meshlm-weights")
+        files.callback(os.close, fd)
+        path = f"/proc/{os.getpid()}/fd/{fd}"
+    else:
+        folder = files.enter_context(tempfile.TemporaryDirectory(prefix="meshlm-"))
+        path = f"{folder}/model.safetensors"
+    source.save(path, names)
+    return replace(checkpoint, source=SafetensorsSource(Path(path)))

@@ -1,0 +1,213 @@
+"""Every op in plain torch: the definition that tests compare against and the eager path runs.
+
+Shapes use ``num_tokens`` for tokens flattened over the batch; nothing is padded unless a comment says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# --------------------------------------------------------------------------------------------------------------
+# norms
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * x / sqrt(mean(x²) + eps)``, the mean in float32 (Zhang & Sennrich 2019).
+
+    x: [..., hidden]; weight: [hidden]. Returns x's shape and dtype.
+    """
+    normalised = x.float()
+    normalised = normalised * torch.rsqrt(normalised.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normalised.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Adds x to the residual stream and normalises the sum: ``(rms_norm(x + residual), x + residual)``.
+
+    x, residual: [num_tokens, hidden]; ``residual=None`` means that the stream starts with x.
+    """
+    total = x if residual is None else x + residual
+    return rms_norm(total, weight, eps), total
+
+
+# --------------------------------------------------------------------------------------------------------------
+# activations
+
+
+def silu_and_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (SwiGLU, Shazeer 2020). gate_up: [num_tokens, 2 * n], gate first. Returns [num_tokens, n]."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+# --------------------------------------------------------------------------------------------------------------
+# rotary embedding, KV store
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding, NeoX halves (Su et al. 2021): pairs (i, i + head_dim / 2) are rotated.
+
+    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, 1, head_dim], sin with its first half negated, so that
+    the rotation is ``x * cos + roll(x) * sin``.
+    """
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """Writes each token's key and value into its slot of the paged cache.
+
+    key, value: [num_tokens, kv_heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim];
+    slots: [num_tokens] int64, ``block * block_size + offset``.
+    """
+    key_cache.flatten(0, 1).index_copy_(0, slots, key)
+    value_cache.flatten(0, 1).index_copy_(0, slots, value)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# vocabulary shards
+
+
+def embedding(token_ids: Tensor, weight: Tensor, start: int) -> Tensor:
+    """Rows of a vocabulary shard; a token outside ``[start, start + len(weight))`` gives a row of zeros.
+
+    token_ids: [num_tokens] int64; weight: [local_vocab, hidden]. Summed over the shards this is the whole look-up.
+    """
+    local = token_ids - start
+    outside = (local < 0) | (local >= weight.shape[0])
+    rows = F.embedding(local.masked_fill(outside, 0), weight)
+    return rows.masked_fill_(outside.unsqueeze(-1), 0)
+
+
+# --------------------------------------------------------------------------------------------------------------
+# paged attention
+
+
+@dataclass(frozen=True)
+class AttentionGroup:
+    """Sequences of one step that attention handles in one call; made once a step, used by every layer."""
+
+    rows: Tensor  # [num_seqs * query_len] int64: these queries' rows among the step's tokens
+    blocks: Tensor  # [num_seqs * num_blocks] int64: block ids, short sequences padded with block 0
+    num_seqs: int
+    query_len: int  # the same for all sequences of the group
+    key_len: int  # the longest sequence's keys
+    mask: Tensor | None  # additive, broadcasts to [num_seqs, heads, query_len, key_len]; None where nothing is masked
+    causal: bool  # a whole prompt: the mask is the square lower triangle and needs no tensor
+
+
+def group_sequences(
+    query_lens: Sequence[int],
+    key_lens: Sequence[int],
+    block_tables: Sequence[Sequence[int]],
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> list[AttentionGroup]:
+    """Cuts a step into groups: each chunk or prompt alone, decodes together with others of about their length.
+
+    query_lens: new tokens of each sequence; key_lens: its keys, the new ones included; block_tables: its blocks.
+    """
+    starts = [0]
+    for n in query_lens:
+        starts.append(starts[-1] + n)
+    batches = [[i] for i, n in enumerate(query_lens) if n > 1]
+    # A group wastes the gap to its longest member; a group of its own costs a few calls, about 64 keys' worth.
+    batch: list[int] = []
+    for i in sorted((i for i, n in enumerate(query_lens) if n == 1), key=lambda i: key_lens[i]):
+        if batch and (key_lens[i] - key_lens[batch[0]]) * len(batch) > max(64, key_lens[i]):
+            batches.append(batch)
+            batch = []
+        batch.append(i)
+    if batch:
+        batches.append(batch)
+
+    groups = []
+    for batch in batches:
+        query_len, key_len = query_lens[batch[0]], max(key_lens[i] for i in batch)
+        num_blocks = -(-key_len // block_size)
+        blocks = [b for i in batch for b in _padded(block_tables[i], num_blocks)]
+        rows = [r for i in batch for r in range(starts[i], starts[i + 1])]
+        causal = query_len > 1 and query_len == key_len
+        mask = None
+        if not causal and (query_len > 1 or any(key_lens[i] != key_len for i in batch)):
+            # Query j of a sequence with n keys stands at position n - query_len + j and sees the keys up to it.
+            last = torch.tensor([key_lens[i] - query_len for i in batch]).view(-1, 1, 1, 1)
+            last = last + torch.arange(query_len).view(1, 1, -1, 1)
+            hidden = torch.arange(key_len) > last  # [num_seqs, 1, query_len, key_len]
+            mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
+        groups.append(
+            AttentionGroup(
+                rows=torch.tensor(rows, device=device),
+                blocks=torch.tensor(blocks, device=device),
+                num_seqs=len(batch),
+                query_len=query_len,
+                key_len=key_len,
+                mask=mask,
+                causal=causal,
+            )
+        )
+    return groups
+
+
+def _padded(blocks: Sequence[int], length: int) -> list[int]:
+    return [*blocks[:length], *[0] * (length - len(blocks))]
+
+
+def paged_attention(
+    query: Tensor, key_cache: Tensor, value_cache: Tensor, groups: Sequence[AttentionGroup], scale: float
+) -> Tensor:
+    """Causal attention of a step's queries over the paged cache, which already holds the step's own keys.
+
+    query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], heads being a multiple
+    of kv_heads (query head h reads KV head ``h // (heads // kv_heads)``). Returns [num_tokens, heads, head_dim].
+    """
+    output = torch.empty_like(query)
+    kv_heads, head_dim = key_cache.shape[2:]
+    for group in groups:
+        key = key_cache.index_select(0, group.blocks).view(group.num_seqs, -1, kv_heads, head_dim)
+        value = value_cache.index_select(0, group.blocks).view(group.num_seqs, -1, kv_heads, head_dim)
+        key = key[:, : group.key_len].transpose(1, 2)  # [num_seqs, kv_heads, key_len, head_dim]
+        value = value[:, : group.key_len].transpose(1, 2)
+        q = query.index_select(0, group.rows)
+        if group.query_len == 1:
+            # The query heads of a KV head stand where a prompt's queries would: no copy of the keys for each of them.
+            q = q.view(group.num_seqs, kv_heads, -1, head_dim)
+            out = F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale)
+        else:
+            q = q.view(group.num_seqs, group.query_len, -1, head_dim).transpose(1, 2)
+            out = F.scaled_dot_product_attention(
+                q, key, value, attn_mask=group.mask, is_causal=group.causal, scale=scale, enable_gqa=True
+            ).transpose(1, 2)
+        output.index_copy_(0, group.rows, out.reshape(-1, query.shape[1], head_dim))
+    return output
+
+
+# --------------------------------------------------------------------------------------------------------------
+# sampling
+
+
+def counter_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
+    """Gumbel noise that depends on (key, token id) alone, so that every shard of a vocabulary draws its own part.
+
+    keys: [num_rows, 2] int32, two independent words for each request and position; token_ids: int32 [n] or
+    [num_rows, n]. Returns float32 [num_rows, n]: ``argmax(logits + noise)`` is a draw from ``softmax(logits)``
+    (Gumbel-max). Each word goes through the 32-bit mixer "lowbias32" (Wellons, hash-prospector).
+    """
+    bits = token_ids * -1640531527 + keys[:, :1]  # 2^32 / golden ratio as int32; products wrap
+    bits = _mix32(bits)
+    bits = _mix32(bits.bitwise_xor_(keys[:, 1:]))
+    uniform = (((bits >> 8) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    exponential = -torch.log1p(-uniform.clamp_(max=1 - 2.0**-24))
+    return -exponential.log_()
+
+
+def _mix32(bits: Tensor) -> Tensor:
+    bits = bits ^ ((bits >> 16) & 0xFFFF)
+    bits *= 0x7FEB352D
+    bits ^= (bits >> 15) & 0x1FFFF
+    bits *= 0x846CA68B - (1 << 32)
+    bits ^= (bits >> 16) & 0xFFFF
+    return bits

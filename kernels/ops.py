@@ -1,0 +1,39 @@
+"""``select_ops`` chooses, once, the implementation of every op for a device."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import eager
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One implementation of each op; a module keeps the ones that it uses. Signatures: `kernels/eager.py`."""
+
+    name: str
+    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    silu_and_mul: Callable[[Tensor], Tensor]
+    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
+    store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    embedding: Callable[[Tensor, Tensor, int], Tensor]
+    counter_noise: Callable[[Tensor, Tensor], Tensor]
+
+
+EAGER = Ops(
+    name="eager",
+    add_rms_norm=eager.add_rms_norm,
+    silu_and_mul=eager.silu_and_mul,
+    rotary=eager.rotary,
+    store_kv=eager.store_kv,
+    embedding=eager.embedding,
+    counter_noise=eager.counter_noise,
+)
+
+
+def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The fastest ops that run on this device with this dtype."""
+    del device, dtype  # one implementation so far, and it runs everywhere
+    return EAGER

@@ -1,0 +1,195 @@
+"""Collectives on a process group as a named object, held by the module that communicates.
+
+A group of size 1 is a no-op here, and nowhere else in the project.
+"""
+
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from .process_group_mesh import Axes, ProcessGroupMesh
+
+T = TypeVar("T")
+ReduceOp = Literal["sum", "max", "min"]
+
+# torch 2.13 renamed the one and deprecated the other.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed; one line that names the operation, the group, the ranks and the tensor."""
+
+
+class Pending:
+    """A send or receive under way; keeps its tensor alive until it is done."""
+
+    __slots__ = ("_communicator", "_operation", "_tensor", "_work")
+
+    def __init__(self, communicator: "Communicator", operation: str, tensor: torch.Tensor, work: dist.Work) -> None:
+        self._communicator = communicator
+        self._operation = operation
+        self._tensor = tensor
+        self._work: dist.Work | None = work
+
+    def wait(self) -> torch.Tensor:
+        """Wait until the tensor has left or arrived (on CUDA: for the current stream), and return it."""
+        if self._work is not None:
+            try:
+                self._work.wait()
+            except Exception as error:
+                raise self._communicator._error(self._operation, self._tensor, error) from error
+            self._work = None
+        return self._tensor
+
+
+class Communicator:
+    """A process group with a name; `rank`, `src` and `dst` are positions in it, `ranks` its global ranks.
+
+    `group` is None for a group of this rank alone. A group's timeout is fixed when it is created: `timeout_s` is
+    for the error messages. Gloo reduces bfloat16 and float16 in their own precision, rounding after each addition;
+    every rank gets bitwise the same result.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, name: str, timeout_s: float | None = None) -> None:
+        self.name = name
+        self.timeout_s = timeout_s
+        global_rank = dist.get_rank() if dist.is_initialized() else 0
+        self.ranks = (global_rank,) if group is None else tuple(dist.get_process_group_ranks(group))
+        self.rank = self.ranks.index(global_rank)
+        self.size = len(self.ranks)
+        self._group: Any = group  # called directly, which spares the checks and logging of torch.distributed's wrappers
+        self._reduce_options = {
+            "sum": _reduce_options(dist.ReduceOp.SUM),
+            "max": _reduce_options(dist.ReduceOp.MAX),
+            "min": _reduce_options(dist.ReduceOp.MIN),
+        }
+
+    @classmethod
+    def along(cls, mesh: "ProcessGroupMesh", axis: "Axes", backend: str | None = None) -> "Communicator":
+        """The communicator of this rank along an axis or axes of the mesh; collective when the group is new."""
+        line = mesh[axis]
+        group = mesh.get_group(axis, backend) if line.size() > 1 else None
+        return cls(group, "×".join(line.axis_names), mesh.timeout_s)
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        """Reduce a tensor over the group, in place, and return it."""
+        if self.size == 1:
+            return tensor
+        if not tensor.is_contiguous():  # gloo would reduce a strided tensor wrongly, in silence
+            return tensor.copy_(self.all_reduce(tensor.contiguous(), op))
+        try:
+            self._group.allreduce([tensor], self._reduce_options[op]).wait()
+        except Exception as error:
+            raise self._error(f"all_reduce({op})", tensor, error) from error
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """[*shape] from each rank, of equal shapes, to [size, *shape] by position."""
+        if self.size == 1:
+            return tensor.unsqueeze(0)
+        gathered = tensor.new_empty((self.size, *tensor.shape))
+        try:
+            # Flat, because gloo concatenates and does not stack.
+            _all_gather_single(gathered.view(-1), tensor.reshape(-1), group=self._group)
+        except Exception as error:
+            raise self._error("all_gather", tensor, error) from error
+        return gathered
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Overwrite a tensor with that of position `src`, and return it."""
+        if self.size == 1:
+            return tensor
+        if not tensor.is_contiguous():
+            return tensor.copy_(self.broadcast(tensor.contiguous(), src))
+        try:
+            self._group.broadcast(tensor, src).wait()
+        except Exception as error:
+            raise self._error(f"broadcast from position {src}", tensor, error) from error
+        return tensor
+
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
+        """Send a tensor to position `dst`; it knows its shape and dtype and receives."""
+        self.isend(tensor, dst).wait()
+
+    def recv(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        """Fill a contiguous tensor with the next one from position `src`, and return it."""
+        return self.irecv(tensor, src).wait()
+
+    def isend(self, tensor: torch.Tensor, dst: int) -> Pending:
+        """Start to send; tensors to the same position arrive in the order sent. Leave it unchanged until `wait`."""
+        self._check_peer(dst)
+        tensor = tensor.contiguous()
+        try:
+            work = self._group.send([tensor], dst, 0)
+        except Exception as error:
+            raise self._error(f"send to position {dst}", tensor, error) from error
+        return Pending(self, f"send to position {dst}", tensor, work)
+
+    def irecv(self, tensor: torch.Tensor, src: int) -> Pending:
+        """Start to receive into a contiguous tensor; it is filled once `wait` returns it."""
+        self._check_peer(src)
+        try:
+            work = self._group.recv([tensor], src, 0)
+        except Exception as error:
+            raise self._error(f"receive from position {src}", tensor, error) from error
+        return Pending(self, f"receive from position {src}", tensor, work)
+
+    def all_gather_object(self, obj: T) -> list[T]:
+        """Each rank's picklable object, by position."""
+        if self.size == 1:
+            return [obj]
+        gathered: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(gathered, obj, group=self._group)
+        except Exception as error:
+            raise self._error("all_gather_object", None, error) from error
+        return gathered
+
+    def broadcast_object(self, obj: T, src: int) -> T:
+        """The picklable object of position `src`; the others' is ignored."""
+        if self.size == 1:
+            return obj
+        box = [obj]
+        try:
+            dist.broadcast_object_list(box, src=self.ranks[src], group=self._group)
+        except Exception as error:
+            raise self._error(f"broadcast_object from position {src}", None, error) from error
+        return box[0]
+
+    def barrier(self) -> None:
+        """Return once every rank of the group has come here."""
+        if self.size == 1:
+            return
+        try:
+            dist.barrier(group=self._group)
+        except Exception as error:
+            raise self._error("barrier", None, error) from error
+
+    def __repr__(self) -> str:
+        return f"Communicator({self.name}, position {self.rank} of ranks {list(self.ranks)})"
+
+    def _check_peer(self, position: int) -> None:
+        if position == self.rank or not 0 <= position < self.size:
+            raise ValueError(
+                f"group {self.name!r} has no peer at position {position}: it has {self.size} ranks, "
+                f"and this one is at position {self.rank}"
+            )
+
+    def _error(self, operation: str, tensor: torch.Tensor | None, cause: Exception) -> CollectiveError:
+        parts = [f"ranks {list(self.ranks)}"]
+        if tensor is not None:
+            parts.append(f"tensor {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+        if self.timeout_s is not None:
+            parts.append(f"timeout {self.timeout_s:g} s")
+        reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
+        where = f"group {self.name!r} at rank {self.ranks[self.rank]}"
+        return CollectiveError(f"{operation} failed on {where} ({', '.join(parts)}): {reason}")
+
+
+def _reduce_options(op: Any) -> dist.AllreduceOptions:
+    options = dist.AllreduceOptions()
+    options.reduceOp = op
+    options.asyncOp = False
+    return options

@@ -1,0 +1,306 @@
+"""Ranks: starting our own as child processes, or joining those that torchrun started.
+
+Own ranks. The caller's process drives and is no rank. Each rank is a fresh interpreter (no fork, and so no
+``__main__`` guard) that inherits two descriptors: its end of the control connection, and the reading end of a pipe of
+which only the driver holds the writing end. When that pipe ends, or the parent changes, the driver is gone, however
+it went, and the rank exits. Ranks meet at a store that the driver serves on a port that the system picked.
+
+torchrun. The ranks exist and rank 0 drives. It listens on a port that the system picked, the others connect to it,
+and from there on both worlds are alike: a `Connection` from the driver to each rank.
+"""
+
+import atexit
+import importlib
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Connection, Pipe, answer_challenge, deliver_challenge
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_LOOPBACK = "127.0.0.1"
+_POLL_S = 1.0  # how often a rank looks whether its parent is still the same
+
+
+class RankFailure(RuntimeError):
+    """A rank failed to start, raised, or died; names the rank, its place, how it ended and its last words."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank's last message: what went wrong on it."""
+
+    traceback: str
+    error: ValueError | None  # one that is for the user, to be raised as it is
+
+    @classmethod
+    def of(cls, error: Exception) -> "Failure":
+        text = "".join(traceback.format_exception(error))
+        return cls(text, error if isinstance(error, ValueError) else None)
+
+
+@dataclass(frozen=True)
+class RankPlace:
+    """Where a rank stands among its peers."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # on its host
+    local_world_size: int
+
+
+def divide_threads(local_world_size: int) -> None:
+    """Gives this rank its share of the cores that the process may use."""
+    torch.set_num_threads(max(1, available_cores() // local_world_size))
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def init_process_group(place: RankPlace, device: torch.device, timeout_s: float, store: dist.Store | None) -> None:
+    """Joins the world's process group: gloo, and NCCL beside it where the device is a GPU."""
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=place.rank if store is not None else -1,
+        world_size=place.world_size if store is not None else -1,
+        timeout=timedelta(seconds=timeout_s),
+    )
+
+
+# ---- own ranks: the driver's side -------------------------------------------------------------------------------
+
+
+class RankProcesses:
+    """Child processes that run ``target(connection, place, store)``, one for each rank.
+
+    target: "module:function". `connections[rank]` is the driver's end of each control connection.
+    """
+
+    def __init__(self, world_size: int, target: str, name_rank: Callable[[int], str]) -> None:
+        self.name_rank = name_rank
+        self.connections: list[Connection] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._last_words: list[deque[str]] = []
+        self._relays: list[threading.Thread] = []
+        # Its port is the system's choice, taken the moment it is known: no other process can get in between.
+        self._store: dist.TCPStore | None = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        lifeline, self._lifeline = os.pipe()
+        try:
+            for rank in range(world_size):
+                self._start(RankPlace(rank, world_size, rank, world_size), target, lifeline)
+        except BaseException:
+            self.close(grace_s=0)
+            raise
+        finally:
+            os.close(lifeline)
+        atexit.register(self.close)
+
+    def _start(self, place: RankPlace, target: str, lifeline: int) -> None:
+        assert self._store is not None
+        ours, theirs = Pipe()
+        argument = {
+            "path": sys.path,
+            "target": target,
+            "connection": theirs.fileno(),
+            "lifeline": lifeline,
+            "parent": os.getpid(),
+            "port": self._store.port,
+            "place": asdict(place),
+        }
+        boot = "import json, sys; a = json.loads(sys.argv[1]); sys.path[:] = a['path']; " + (
+            f"from {__name__} import run_rank; run_rank(a)"
+        )
+        threads = str(max(1, available_cores() // place.local_world_size))
+        environment = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+        environment |= {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONUNBUFFERED": "1"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", boot, json.dumps(argument)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(theirs.fileno(), lifeline),
+            process_group=0,  # Ctrl-C reaches the driver alone
+        )
+        theirs.close()
+        words: deque[str] = deque(maxlen=60)
+        relay = threading.Thread(target=self._relay, args=(process, place.rank, words), daemon=True)
+        relay.start()
+        self.connections.append(ours)
+        self._processes.append(process)
+        self._last_words.append(words)
+        self._relays.append(relay)
+
+    def _relay(self, process: subprocess.Popen[bytes], rank: int, words: deque[str]) -> None:
+        """Passes a rank's output on to stderr, line by line, and remembers the last of it."""
+        assert process.stdout is not None
+        for line in process.stdout:
+            text = line.decode(errors="replace").rstrip("\n")
+            words.append(text)
+            print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self._processes]
+
+    def failure(self, rank: int, said: str = "") -> RankFailure:
+        """What to raise for a rank that has gone, or has said that it failed (`said`: its traceback)."""
+        process = self._processes[rank]
+        try:
+            process.wait(2.0)
+            self._relays[rank].join(1.0)
+        except subprocess.TimeoutExpired:
+            pass
+        code = process.poll()
+        how = "is still running" if code is None else f"exit code {code}" + _signal_name(code)
+        words = said.strip() or "\n".join(self._last_words[rank])
+        return RankFailure(f"{self.name_rank(rank)} failed: {how}" + (f"; its last output:\n{words}" if words else ""))
+
+    def dead(self) -> int | None:
+        """A rank that has exited, or None."""
+        return next((rank for rank, process in enumerate(self._processes) if process.poll() is not None), None)
+
+    def close(self, grace_s: float = 5.0) -> None:
+        """Ends every rank and waits until it has ended; can be called twice."""
+        atexit.unregister(self.close)
+        for connection in self.connections:
+            connection.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)  # a rank that is not waiting for its driver's word sees this
+            self._lifeline = -1
+        deadline = time.monotonic() + grace_s
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        for process, relay in zip(self._processes, self._relays, strict=True):
+            relay.join(1.0)
+            assert process.stdout is not None
+            process.stdout.close()
+        self._store = None  # closes its port
+
+
+def _signal_name(code: int) -> str:
+    if code >= 0:
+        return ""
+    try:
+        return f" ({signal.Signals(-code).name})"
+    except ValueError:
+        return ""
+
+
+# ---- own ranks: the rank's side ---------------------------------------------------------------------------------
+
+
+def run_rank(argument: dict[str, Any]) -> None:
+    """The whole life of a rank's process."""
+    import faulthandler
+
+    faulthandler.enable()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    watch = threading.Thread(target=_exit_with_driver, args=(argument["lifeline"], argument["parent"]), daemon=True)
+    watch.start()
+    place = RankPlace(**argument["place"])
+    divide_threads(place.local_world_size)
+    module, function = argument["target"].split(":")
+    code = 0
+    with Connection(argument["connection"]) as connection:
+        try:
+            store = dist.TCPStore(_LOOPBACK, argument["port"], is_master=False)
+            getattr(importlib.import_module(module), function)(connection, place, store)
+        except Exception as error:
+            code = 1
+            with suppress(OSError):
+                connection.send(Failure.of(error))
+    sys.stdout.flush()
+    os._exit(code)  # at once: a process group whose peers are gone can hold up an orderly exit
+
+
+def _exit_with_driver(lifeline: int, parent: int) -> None:
+    """Ends this process when the driver's end of the lifeline closes, or the driver is no longer its parent."""
+    import select
+
+    while os.getppid() == parent:
+        if select.select([lifeline], [], [], _POLL_S)[0]:
+            break
+    time.sleep(0.5 * _POLL_S)  # the driver may have said goodbye: let the rank leave by itself
+    os._exit(1)
+
+
+# ---- torchrun ---------------------------------------------------------------------------------------------------
+
+
+def torchrun_place() -> RankPlace | None:
+    """This process's place if torchrun (or a caller that set its variables, or a process group) made it a rank."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    if not all(name in os.environ for name in names):
+        if not dist.is_initialized():
+            return None
+        return RankPlace(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size())
+    world_size = int(os.environ["WORLD_SIZE"])
+    return RankPlace(
+        rank=int(os.environ["RANK"]),
+        world_size=world_size,
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        local_world_size=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
+    )
+
+
+def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Connection], Connection]:
+    """Control connections between rank 0, which drives, and every rank; collective over the default process group.
+
+    Returns (connections by rank on rank 0, empty elsewhere; this rank's own end). Rank 0 has a connection to itself.
+    """
+    one_host = place.local_world_size == place.world_size
+    if place.rank != 0:
+        box: list[Any] = [None]
+        dist.broadcast_object_list(box, src=0)
+        address, key = box[0]
+        stream = socket.create_connection(tuple(address), timeout=timeout_s)
+        connection = _as_connection(stream)
+        answer_challenge(connection, key)
+        deliver_challenge(connection, key)
+        connection.send(place.rank)
+        return [], connection
+
+    key = secrets.token_bytes(32)
+    with socket.create_server((_LOOPBACK if one_host else "", 0), backlog=place.world_size) as server:
+        server.settimeout(timeout_s)
+        host = _LOOPBACK if one_host else os.environ.get("MASTER_ADDR", socket.gethostname())
+        dist.broadcast_object_list([((host, server.getsockname()[1]), key)], src=0)
+        ours, theirs = Pipe()
+        connections = {0: ours}
+        while len(connections) < place.world_size:
+            connection = _as_connection(server.accept()[0])
+            try:
+                deliver_challenge(connection, key)
+                answer_challenge(connection, key)
+                connections[connection.recv()] = connection
+            except (AuthenticationError, EOFError, OSError):
+                connection.close()  # a stranger
+    return [connections[rank] for rank in range(place.world_size)], theirs
+
+
+def _as_connection(stream: socket.socket) -> Connection:
+    stream.settimeout(None)
+    stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return Connection(stream.detach())

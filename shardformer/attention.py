@@ -1,0 +1,77 @@
+"""Multi-head attention of a decoder layer over a paged KV cache."""
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Ops
+from ..policies import LayerModules, ModelSpec
+from .backends import AttentionMetadata, AttentionSpec, create_backend
+from .linear import ColumnParallelLinear, RowParallelLinear, Slices
+
+
+class RotaryTable(nn.Module):
+    """cos and sin of every position up to `length`, the first half of sin negated (see `kernels.eager.rotary`)."""
+
+    def __init__(self, spec: ModelSpec, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        inv_freq = torch.tensor(spec.rotary.inv_freq, dtype=torch.float32, device=device)
+        angles = torch.arange(length, device=device).float()[:, None] * inv_freq  # [length, head_dim / 2]
+        cos, sin = (angles.cos() * spec.rotary.scaling).to(dtype), (angles.sin() * spec.rotary.scaling).to(dtype)
+        self.cos: Tensor
+        self.sin: Tensor
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """[num_tokens] -> cos, sin of [num_tokens, 1, head_dim]."""
+        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+
+
+class PagedAttention(nn.Module):
+    """Projects, rotates, stores K and V into the cache and attends; this rank's heads only, summed over tp.
+
+    The backend is an object made here, from the layer's own numbers, and kept.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layer: LayerModules,
+        prefix: str,
+        slices: Slices,
+        ops: Ops,
+        backend: str,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        start, stop = slices.shards.heads[slices.tp.rank]
+        kv_start, kv_stop = slices.shards.kv_heads[slices.tp.rank]
+        self.num_heads, self.num_kv_heads, self.head_dim = stop - start, kv_stop - kv_start, spec.head_dim
+        self.qkv = ColumnParallelLinear([layer.query, layer.key, layer.value], prefix, slices)
+        self.out = RowParallelLinear(layer.output, prefix, slices)
+        self.rotary, self.store_kv = ops.rotary, ops.store_kv
+        self.backend = create_backend(
+            backend,
+            AttentionSpec(
+                num_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                head_dim=self.head_dim,
+                scale=self.head_dim**-0.5,
+                dtype=slices.dtype,
+                device=device,
+            ),
+        )
+        self.key_cache = self.value_cache = torch.empty(0)
+
+    def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:
+        """Takes this layer's cache: two of [num_blocks, block_size, local_kv_heads, head_dim]."""
+        self.key_cache, self.value_cache = key_cache, value_cache
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
+        heads, kv_heads = self.num_heads, self.num_kv_heads
+        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.head_dim)  # [num_tokens, q + k + v heads, head_dim]
+        rotated = self.rotary(qkv[:, : heads + kv_heads], cos, sin)
+        query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
+        self.store_kv(key, value, self.key_cache, self.value_cache, metadata.slots)
+        out = self.backend.forward(query, self.key_cache, self.value_cache, metadata.plans[self.backend.name])
+        return self.out(out.view(-1, heads * self.head_dim))

@@ -1,0 +1,191 @@
+"""`InferenceShardformer`: from a model and a mesh to this rank's stage, loaded and bound."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import InferenceConfig
+from ..kernels import select_ops
+from ..mesh.collectives import Communicator
+from ..mesh.process_group_mesh import ProcessGroupMesh
+from ..policies import ModelSpec, RotarySpec, find_policy
+from .linear import Slices
+from .shard import Shards, split_layers
+from .stage import PipelineStage
+from .weights import (
+    CheckpointError,
+    GGUFSource,
+    ModuleSource,
+    SafetensorsSource,
+    WeightSource,
+    check_checkpoint,
+    load_weights,
+)
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model whose weights were checked to be complete, not yet read. Can be sent to other processes."""
+
+    spec: ModelSpec
+    source: WeightSource
+    name: str
+    eos_token_ids: tuple[int, ...]  # of the model's config; a generation config may know better
+
+
+def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
+    """Reads a model's config and its tensors' names and shapes.
+
+    model: a directory of safetensors with a config.json, a GGUF file, or a transformers module. Raises ValueError
+    (CheckpointError for faulty weights) naming what is wrong; no weight is read.
+    """
+    if isinstance(model, nn.Module):
+        config = getattr(model, "config", None)
+        if config is None:
+            raise ValueError(f"model: a {type(model).__name__} has no transformers config")
+        source: WeightSource
+        spec = find_policy([type(model).__name__]).spec(config, read_rotary)
+        source, name = ModuleSource(model), type(model).__name__
+        tied = {spec.lm_head.name + ".weight"} if spec.tied_embeddings else set()
+        source.shapes = {name: shape for name, shape in source.shapes.items() if name not in tied}
+    else:
+        path, name = Path(model).expanduser(), str(model)
+        if not path.exists():
+            raise ValueError(
+                f"model: {name} does not exist; expected a directory with config.json and *.safetensors, or a GGUF file"
+            )
+        config = _read_config(path)
+        spec = find_policy(config.architectures or []).spec(config, read_rotary)
+        source = SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config, spec)
+    if spec.activation != "silu":
+        raise ValueError(f"{name}: hidden_act={spec.activation!r} is not supported; supported: 'silu'")
+    check_checkpoint(spec, source, name)
+    eos = getattr(config, "eos_token_id", None)
+    return Checkpoint(spec, source, name, () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos))
+
+
+def _read_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    if path.is_dir():
+        file = path / "config.json"
+        if not file.exists():
+            raise CheckpointError(f"{path}: holds no config.json")
+        try:
+            known = json.loads(file.read_text())
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not JSON: {error}") from error
+        find_policy(known.get("architectures") or [])  # names the supported ones before transformers names its own
+        try:
+            return AutoConfig.from_pretrained(path, local_files_only=True)
+        except Exception as error:
+            raise CheckpointError(f"{file}: {' '.join(str(error).split())}") from error
+    if path.suffix != ".gguf":
+        raise ValueError(f"model: {path} is neither a directory nor a .gguf file")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: not a readable GGUF file: {' '.join(str(error).split())}") from error
+    if not config.architectures:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
+    return config
+
+
+def read_rotary(config: Any) -> RotarySpec:
+    """RoPE frequencies of a transformers config, by transformers' own functions for every scaling kind."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = config.rope_parameters
+    kind = parameters["rope_type"]
+    if kind == "default":
+        dim = int(
+            (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+            * parameters.get("partial_rotary_factor", 1.0)
+        )
+        inv_freq = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
+        scaling = 1.0
+    else:
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+    # These two choose frequencies by the length of the sequence: past the original length keys that are cached
+    # already would be wrong.
+    changing = kind in ("dynamic", "longrope")
+    limit = parameters.get("original_max_position_embeddings", config.max_position_embeddings) if changing else None
+    return RotarySpec(tuple(inv_freq.tolist()), float(scaling), limit)
+
+
+class InferenceShardformer:
+    """Gives each rank of a mesh its stage of a model.
+
+    config: dtype, max_model_len, attention_backend; mesh: axes named "pp" and "tp".
+    """
+
+    def __init__(self, config: InferenceConfig, mesh: ProcessGroupMesh, device: torch.device | None = None) -> None:
+        self.config, self.mesh = config, mesh
+        self.device = device or torch.device("cpu" if config.device == "auto" else config.device)
+        self.tp = Communicator.along(mesh, "tp")
+
+    def shards(self, spec: ModelSpec) -> Shards:
+        """How the model is split over this mesh's tp axis."""
+        return Shards(spec, self.mesh.size("tp"))
+
+    def optimize(self, model: str | Path | nn.Module | Checkpoint) -> PipelineStage:
+        """This rank's stage: its layers, its slices of them, ops and attention backend bound.
+
+        Raises ValueError where the model cannot be divided so, CheckpointError where weights are faulty.
+        """
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        spec = checkpoint.spec
+        dtype = choose_dtype(self.config, spec)
+        pp_size, pp_rank = self.mesh.size("pp"), self.mesh.coordinate("pp")
+        slices = Slices(self.shards(spec), self.tp, dtype)
+        stage = PipelineStage(
+            spec,
+            split_layers(spec, pp_size)[pp_rank],
+            slices,
+            select_ops(self.device, dtype),
+            backend=self.config.attention_backend,
+            max_model_len=max_model_len(self.config, spec),
+            device=self.device,
+        )
+        _materialise(stage, self.device)
+        load_weights(stage, checkpoint.source)
+        return stage.eval()
+
+
+def _materialise(stage: nn.Module, device: torch.device) -> None:
+    """Gives the parameters memory; ones that are shared stay shared."""
+    made: dict[int, nn.Parameter] = {}
+    for module in stage.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in made:
+                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+            setattr(module, name, made[id(parameter)])
+
+
+def choose_dtype(config: InferenceConfig, spec: ModelSpec) -> torch.dtype:
+    """The config's dtype, "auto" being the checkpoint's. Raises ValueError if that is not one to compute in."""
+    name = spec.dtype if config.dtype == "auto" else config.dtype
+    if name not in DTYPES:
+        raise ValueError(f"dtype='auto': the checkpoint's dtype is {name}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def max_model_len(config: InferenceConfig, spec: ModelSpec) -> int:
+    """Tokens a sequence may have. Raises ValueError if the config asks for more than the model's positions."""
+    limit = min(spec.max_position_embeddings, spec.rotary.max_positions or spec.max_position_embeddings)
+    if config.max_model_len is not None and config.max_model_len > limit:
+        raise ValueError(f"max_model_len={config.max_model_len} is more than the model's {limit} positions")
+    return config.max_model_len or limit

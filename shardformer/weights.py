@@ -1,0 +1,300 @@
+"""Reading a rank's own slices of a checkpoint, and proving that nothing is missing or left over.
+
+A `WeightSource` knows the names, shapes and dtypes of a checkpoint's tensors and reads a slice of one straight into
+memory that already exists. A parameter says which slices fill it (`Piece`); `load_weights` checks that the pieces
+tile it exactly and reads them.
+"""
+
+import json
+import os
+import re
+import struct
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..policies import ModelSpec
+from .shard import Range
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_STAGING_BYTES = 8 << 20  # the most that is held twice while a slice is converted or moved to a device
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be what its config says, each fault named."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A slice of a checkpoint tensor and the rows of a parameter that it fills."""
+
+    tensor: str
+    ranges: tuple[Range, ...]  # one (start, stop) for each dim of the checkpoint's tensor
+    row: int = 0  # first row of the parameter
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(stop - start for start, stop in self.ranges)
+
+
+class WeightSource(ABC):
+    """Where weights come from. Sources can be pickled: a rank opens for itself what it reads."""
+
+    shapes: dict[str, tuple[int, ...]]  # of every tensor that the checkpoint holds
+    bytes_read: int = 0
+
+    @abstractmethod
+    def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
+        """Fills `out` (contiguous, of the slice's shape, any dtype and device) with a slice of a tensor."""
+
+    def close(self) -> None:
+        """Lets go of files; a later `read` opens them again."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    file: str
+    offset: int  # of the tensor's first byte in the file
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class SafetensorsSource(WeightSource):
+    """One safetensors file, or a directory with a sharded index or a ``model.safetensors``.
+
+    Reads with pread into the destination, not through a memory map, whose pages would count as the rank's memory
+    beside the parameters. Format: github.com/huggingface/safetensors.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._entries: dict[str, _Entry] = {}
+        for file in _safetensors_files(path):
+            self._entries.update(_read_header(file))
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self._files: dict[str, int] = {}
+
+    def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
+        entry = self._entries[name]
+        dtype = _DTYPES[entry.dtype]
+        if out.dtype == dtype and out.device.type == "cpu":
+            self._read_rows(entry, ranges, out)
+            return
+        rows, row_bytes = out.shape[0], max(1, prod(out.shape[1:]) * dtype.itemsize)
+        step = max(1, _STAGING_BYTES // row_bytes)
+        staging = torch.empty((min(step, rows), *out.shape[1:]), dtype=dtype, pin_memory=out.device.type == "cuda")
+        for start in range(0, rows, step):
+            part = staging[: min(step, rows - start)]
+            first = ranges[0][0] + start
+            self._read_rows(entry, ((first, first + len(part)), *ranges[1:]), part)
+            out[start : start + len(part)].copy_(part)
+
+    def _read_rows(self, entry: _Entry, ranges: tuple[Range, ...], out: Tensor) -> None:
+        """Reads whole rows in one run, parts of rows one by one, into contiguous host memory."""
+        if not out.numel():
+            return
+        size = out.element_size()
+        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())
+        (start, stop), inner = ranges[0], ranges[1:]
+        row = prod(entry.shape[1:])
+        if all(r == (0, n) for r, n in zip(inner, entry.shape[1:], strict=True)):
+            self._pread(entry, start * row * size, buffer)
+            return
+        (first, last) = inner[0]  # a matrix: linear layers have no more dims
+        width = (last - first) * size
+        for i, index in enumerate(range(start, stop)):
+            self._pread(entry, (index * row + first) * size, buffer[i * width : (i + 1) * width])
+
+    def _pread(self, entry: _Entry, offset: int, buffer: memoryview) -> None:
+        if entry.file not in self._files:
+            self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
+        fd, position = self._files[entry.file], entry.offset + offset
+        while buffer:
+            count = os.preadv(fd, [buffer], position)
+            if count == 0:
+                raise CheckpointError(f"{entry.file}: ended at byte {position} while its header promised more")
+            self.bytes_read += count
+            position += count
+            buffer = buffer[count:]
+
+    def close(self) -> None:
+        for fd in self._files.values():
+            os.close(fd)
+        self._files.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": {}}
+
+
+def _safetensors_files(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
+        missing = [name for name in names if not (path / name).exists()]
+        if missing:
+            raise CheckpointError(f"{path}: missing {', '.join(missing)}, named in {index.name}")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path}: holds no *.safetensors file (and no {index.name})")
+    return files
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    with open(file, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if length < 2 or 8 + length > size:
+            raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError as error:
+            raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, tensor in header.items():
+        begin, end = (8 + length + n for n in tensor["data_offsets"])
+        if end > size:
+            raise CheckpointError(f"{file}: truncated: tensor {name} ends at byte {end} of a file of {size}")
+        if tensor["dtype"] in _DTYPES:
+            entries[name] = _Entry(str(file), begin, tensor["dtype"], tuple(tensor["shape"]))
+        else:
+            raise CheckpointError(f"{file}: tensor {name} has dtype {tensor['dtype']}; supported: {', '.join(_DTYPES)}")
+    return entries
+
+
+class GGUFSource(WeightSource):
+    """A GGUF file, dequantised tensor by tensor; names and layout as transformers maps them."""
+
+    def __init__(self, path: Path, hf_config: Any, spec: ModelSpec) -> None:
+        from transformers import AutoModelForCausalLM
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+        self._path = str(path)
+        processor = TENSOR_PROCESSORS.get(hf_config.model_type, TensorProcessor)
+        self._processor = processor(
+            config={"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
+        )
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(hf_config)
+        names = get_gguf_hf_weights_map(model, self._processor)  # GGUF's name -> transformers'
+        self._names = {}
+        self.shapes = {}
+        for tensor in self._reader.tensors:
+            name = names.get(tensor.name, tensor.name)
+            self._names[name] = tensor.name
+            self.shapes[name] = tuple(int(n) for n in reversed(tensor.shape))
+
+    @cached_property
+    def _reader(self) -> Any:
+        from gguf import GGUFReader
+
+        return GGUFReader(self._path)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        return {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
+        from gguf import dequantize
+
+        tensor = self._tensors[self._names[name]]
+        values = dequantize(tensor.data, tensor.tensor_type)
+        values = self._processor.process(weights=values, name=tensor.name).weights
+        self.bytes_read += tensor.n_bytes
+        out.copy_(torch.from_numpy(values[tuple(slice(*r) for r in ranges)].copy()))
+
+    def close(self) -> None:
+        self.__dict__.pop("_tensors", None)
+        self.__dict__.pop("_reader", None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_reader", "_tensors")}
+
+
+class ModuleSource(WeightSource):
+    """The weights of a transformers module that is already in this process."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._tensors: Mapping[str, Tensor] = module.state_dict()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
+        part = self._tensors[name][tuple(slice(*r) for r in ranges)]
+        self.bytes_read += part.numel() * part.element_size()
+        out.copy_(part)
+
+    def save(self, path: str, names: Iterable[str]) -> None:
+        """Writes these tensors as one safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file({name: self._tensors[name].detach().cpu().contiguous() for name in names}, path)
+
+
+def check_checkpoint(spec: ModelSpec, source: WeightSource, where: str) -> None:
+    """Proves, from names and shapes alone, that a checkpoint is the model's: nothing missing, misshapen, left over."""
+    expected = {name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
+    found = source.shapes
+    missing = [name for name in expected if name not in found]
+    wrong = [
+        f"{name} has shape {list(found[name])} instead of {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    extra = [
+        name
+        for name in found
+        if name not in expected and not any(re.fullmatch(pattern, name) for pattern in spec.ignored)
+    ]
+    faults = [
+        f"{what} {_listed(names)}"
+        for what, names in (
+            ("missing tensors:", missing),
+            ("tensors of another shape:", wrong),
+            ("tensors that the model does not have:", extra),
+        )
+        if names
+    ]
+    if faults:
+        raise CheckpointError(f"{where}: {'; '.join(faults)}")
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def load_weights(stage: nn.Module, source: WeightSource) -> None:
+    """Fills every parameter of a stage from its pieces; each element exactly once."""
+    loaded: set[int] = set()
+    for module in stage.modules():
+        for name, pieces in getattr(module, "pieces", {}).items():
+            parameter = getattr(module, name)
+            if id(parameter) in loaded:  # tied to one that is filled already
+                continue
+            row = 0
+            for piece in sorted(pieces, key=lambda piece: piece.row):
+                assert piece.row == row and piece.shape[1:] == parameter.shape[1:], (name, piece, parameter.shape)
+                row += piece.shape[0]
+                source.read(piece.tensor, piece.ranges, parameter.data[piece.row : row])
+            assert row == len(parameter), (name, row, parameter.shape)
+            loaded.add(id(parameter))
+    unfilled = [name for name, parameter in stage.named_parameters() if id(parameter) not in loaded]
+    assert not unfilled, f"parameters that nothing fills: {unfilled}"
+    source.close()

@@ -1,0 +1,44 @@
+"""Shared by all tests: a clean environment and the demo model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from meshlm.serving.demo_model import demo_gguf_path, demo_model_path
+
+
+class _RootIsNoTestPackage:
+    """The repository's root has an __init__.py (it is the package meshlm); to pytest it is a folder like any other.
+
+    Otherwise pytest would import that file a second time, under the name of the checkout's folder.
+    """
+
+    @pytest.hookimpl
+    def pytest_collect_directory(self, path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+        if path == parent.config.rootpath:
+            directory: pytest.Dir = pytest.Dir.from_parent(parent, path=path)
+            return directory
+        return None
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_RootIsNoTestPackage())
+    # Also for the processes that tests start: nobody's own settings, and no model hub.
+    for name in [name for name in os.environ if name.startswith("MESHLM_") and name != "MESHLM_CACHE"]:
+        del os.environ[name]
+    os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The demo model's directory: SmolLM2-135M-Instruct, float32 safetensors (fetched by the first run)."""
+    return demo_model_path()
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """The GGUF file that `demo_model` was converted from."""
+    return demo_gguf_path()

@@ -1,0 +1,255 @@
+"""Communicator: every collective on four gloo ranks started once, and the no-op of a group of one."""
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+from meshlm.mesh.collectives import CollectiveError, Communicator
+from meshlm.mesh.process_group_mesh import ProcessGroupMesh
+
+NUM_RANKS = 4
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
+Check = Callable[[], None]
+CHECKS: dict[str, Check] = {}
+
+
+def on_four_ranks(check: Check) -> Check:
+    CHECKS[check.__name__] = check
+    return check
+
+
+def values(rank: int, shape: tuple[int, ...] = (3, 5)) -> np.ndarray:
+    """What a rank contributes: small integers, exact in every dtype."""
+    return np.random.default_rng(rank).integers(-20, 20, shape)
+
+
+def same(tensor: torch.Tensor, expected: np.ndarray) -> bool:
+    return tensor.shape == expected.shape and bool((tensor.double().numpy() == expected).all())
+
+
+def axes_of(mesh: ProcessGroupMesh) -> list[Communicator]:
+    return [Communicator.along(mesh, axis) for axis in ("pp", "tp", ("pp", "tp"))]
+
+
+# Checks that run on each of four ranks, every one in a process group of its own
+
+
+@on_four_ranks
+def positions_and_ranks() -> None:
+    mesh = ProcessGroupMesh(dp=1, pp=2, tp=2)
+    rank = mesh.rank
+    pp = Communicator.along(mesh, "pp")
+    assert (pp.name, pp.rank, pp.size, pp.ranks) == ("pp", rank // 2, 2, (rank % 2, rank % 2 + 2))
+    assert repr(pp) == f"Communicator(pp, position {rank // 2} of ranks [{rank % 2}, {rank % 2 + 2}])"
+    replica = Communicator.along(mesh, (1, 2))
+    assert (replica.name, replica.rank, replica.ranks) == ("pp×tp", rank, (0, 1, 2, 3))
+    alone = Communicator.along(mesh, "dp")
+    assert (alone.rank, alone.size, alone.ranks) == (0, 1, (rank,))
+
+
+@on_four_ranks
+def all_reduce() -> None:
+    for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
+        inputs = np.stack([values(rank) for rank in comm.ranks])
+        expected = {"sum": inputs.sum(0), "max": inputs.max(0), "min": inputs.min(0)}
+        for dtype in DTYPES:
+            for op in ("sum", "max", "min"):
+                tensor = torch.tensor(inputs[comm.rank], dtype=dtype)
+                assert comm.all_reduce(tensor, op) is tensor and tensor.dtype == dtype
+                assert same(tensor, expected[op])
+
+
+@on_four_ranks
+def all_reduce_rounds_alike_on_every_rank() -> None:
+    comm = Communicator.along(ProcessGroupMesh(tp=4), "tp")
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(4, 64, 577, generator=generator).to(dtype)
+        total = comm.all_reduce(inputs[comm.rank].clone())
+        torch.testing.assert_close(total.double(), inputs.double().sum(0), rtol=tolerance, atol=tolerance)
+        everyone = comm.all_gather(total)
+        assert all(torch.equal(other, total) for other in everyone)
+
+
+@on_four_ranks
+def all_gather() -> None:
+    for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
+        for shape in ((), (1,), (3, 5), (2, 0), (2, 3, 4)):
+            expected = np.stack([values(rank, shape) for rank in comm.ranks])
+            for dtype in (*DTYPES, torch.bool):
+                tensor = torch.from_numpy(np.asarray(expected[comm.rank])).to(dtype)
+                gathered = comm.all_gather(tensor)
+                assert gathered.dtype == dtype
+                assert same(gathered, expected != 0 if dtype == torch.bool else expected)
+        transposed = torch.from_numpy(values(mesh_rank := dist.get_rank())).T
+        assert same(comm.all_gather(transposed)[comm.ranks.index(mesh_rank)], values(mesh_rank).T)
+
+
+@on_four_ranks
+def broadcast() -> None:
+    for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
+        for dtype in DTYPES:
+            for src in range(comm.size):
+                tensor = torch.from_numpy(values(dist.get_rank())).to(dtype)
+                assert comm.broadcast(tensor, src) is tensor
+                assert same(tensor, values(comm.ranks[src]))
+
+
+@on_four_ranks
+def strided_tensors() -> None:
+    comm = Communicator.along(ProcessGroupMesh(tp=4), "tp")
+    inputs = np.stack([values(rank, (6, 8)) for rank in range(4)])
+    for pick in (np.s_[:, ::2], np.s_[1:3, 2:4], np.s_[0], np.s_[::3, 5]):
+        tensor = torch.tensor(inputs[comm.rank])
+        assert same(comm.all_reduce(tensor[pick]), inputs.sum(0)[pick])
+        expected = inputs[comm.rank].copy()
+        expected[pick] = inputs.sum(0)[pick]
+        assert same(tensor, expected)  # in place, and nowhere else
+        assert same(comm.broadcast(torch.tensor(inputs[comm.rank])[pick], 2), inputs[2][pick])
+        assert same(comm.all_gather(torch.tensor(inputs[comm.rank])[pick]), np.stack([each[pick] for each in inputs]))
+    assert same(comm.all_reduce(torch.tensor(inputs[comm.rank]).T), inputs.sum(0).T)
+
+
+@on_four_ranks
+def send_and_recv() -> None:
+    pp = Communicator.along(ProcessGroupMesh(pp=2, tp=2), "pp")
+    for dtype in DTYPES:
+        if pp.rank == 0:
+            pp.send(torch.from_numpy(values(pp.ranks[0])).to(dtype).T, 1)
+        else:
+            received = pp.recv(torch.empty(5, 3, dtype=dtype), 0)
+            assert same(received, values(pp.ranks[0]).T)
+
+
+@on_four_ranks
+def ring_of_isend_and_irecv() -> None:
+    ring = Communicator.along(ProcessGroupMesh(pp=4), "pp")
+    ahead, behind = (ring.rank + 1) % 4, (ring.rank - 1) % 4
+    receives = [ring.irecv(torch.empty(1000, 577), behind) for _ in range(3)]
+    sends = [ring.isend(torch.full((1000, 577), 10.0 * ring.rank + i), ahead) for i in range(3)]
+    for i, pending in enumerate(receives):  # in the order sent
+        assert (pending.wait() == 10.0 * behind + i).all()
+        assert pending.wait() is pending.wait()
+    for pending in sends:
+        pending.wait()
+
+
+@on_four_ranks
+def objects_and_barrier() -> None:
+    for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
+        rank = dist.get_rank()
+        assert comm.all_gather_object({"rank": rank}) == [{"rank": each} for each in comm.ranks]
+        for src in range(comm.size):
+            assert comm.broadcast_object(("from", rank), src) == ("from", comm.ranks[src])
+        comm.barrier()
+
+
+@on_four_ranks
+def a_peer_must_be_another_of_the_group() -> None:
+    tp = Communicator.along(ProcessGroupMesh(pp=2, tp=2), "tp")
+    for position in (tp.rank, 2, -1):
+        with pytest.raises(ValueError, match=f"'tp' has no peer at position {position}: it has 2 ranks"):
+            tp.isend(torch.zeros(1), position)
+        with pytest.raises(ValueError, match=f"'tp' has no peer at position {position}"):
+            tp.irecv(torch.zeros(1), position)
+    with pytest.raises(CollectiveError, match=r"^broadcast from position 7 failed on group 'tp' at rank"):
+        tp.broadcast(torch.zeros(1), 7)
+
+
+@on_four_ranks
+def a_missing_peer_names_the_group() -> None:
+    mesh = ProcessGroupMesh(pp=2, tp=2, timeout_s=1)
+    tp, pp = Communicator.along(mesh, "tp"), Communicator.along(mesh, "pp")
+    peers = f"ranks \\[{tp.ranks[0]}, {tp.ranks[1]}\\]"
+    if tp.rank == 0:  # the ranks at tp 1 do not come
+        where = f"failed on group 'tp' at rank {mesh.rank} \\({peers}"
+        with pytest.raises(
+            CollectiveError, match=f"^all_reduce\\(sum\\) {where}, tensor \\[2, 3\\] bfloat16, timeout 1 s\\): "
+        ) as error:
+            tp.all_reduce(torch.zeros(2, 3, dtype=torch.bfloat16))
+        assert "Timed out" in str(error.value) and "\n" not in str(error.value)
+        assert isinstance(error.value.__cause__, RuntimeError)
+        with pytest.raises(CollectiveError, match=f"^all_gather {where}, tensor \\[1\\] int64"):
+            tp.all_gather(torch.zeros(1, dtype=torch.int64))
+        with pytest.raises(CollectiveError, match=f"^broadcast_object from position 1 {where}, timeout 1 s\\): "):
+            tp.broadcast_object(None, 1)
+        with pytest.raises(CollectiveError, match=f"^all_gather_object {where}"):
+            tp.all_gather_object(None)
+        with pytest.raises(CollectiveError, match=f"^barrier {where}"):
+            tp.barrier()
+        if pp.rank == 0:
+            with pytest.raises(CollectiveError, match=r"^receive from position 1 failed on group 'pp' at rank 0"):
+                pp.recv(torch.zeros(3), 1)
+    dist.barrier()  # the absent ones are alive until here, so that it is the timeout that ends the wait
+
+
+# The same, as one test for each check
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
+    """For each of four ranks, the tracebacks of the checks that failed, by name."""
+    folder = tmp_path_factory.mktemp("ranks")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    commands = [[sys.executable, __file__, str(rank), str(store.port), str(folder)] for rank in range(NUM_RANKS)]
+    ranks = [subprocess.Popen(command, env=environment) for command in commands]
+    try:
+        assert [rank.wait(timeout=120) for rank in ranks] == [0] * NUM_RANKS
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    yield [json.loads((folder / str(rank)).read_text()) for rank in range(NUM_RANKS)]
+
+
+@pytest.mark.slow  # starts four ranks
+@pytest.mark.parametrize("check", CHECKS)
+def test_on_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
+    failed = [f"rank {rank}:\n{report[check]}" for rank, report in enumerate(reports) if check in report]
+    assert not failed, "\n".join(failed)
+
+
+def run_checks(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    store = dist.TCPStore("127.0.0.1", port)
+    report = {}
+    for name, check in CHECKS.items():
+        # A process group for each check, so that one that fails leaves nothing behind for the next.
+        own_store = dist.PrefixStore(name, store)
+        dist.init_process_group("gloo", store=own_store, rank=rank, world_size=NUM_RANKS)
+        try:
+            check()
+        except BaseException:
+            report[name] = traceback.format_exc()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    (folder / str(rank)).write_text(json.dumps(report))
+
+
+# A group of one
+
+
+def test_a_group_of_one_changes_nothing() -> None:
+    alone = Communicator.along(ProcessGroupMesh(dp=1, tp=1), "tp")
+    assert (alone.name, alone.rank, alone.size, alone.ranks) == ("tp", 0, 1, (0,))
+    tensor = torch.arange(6.0).view(2, 3)
+    assert alone.all_reduce(tensor) is tensor and alone.broadcast(tensor, 0) is tensor
+    assert torch.equal(alone.all_gather(tensor), tensor[None])
+    assert alone.all_gather_object("x") == ["x"] and alone.broadcast_object("x", 0) == "x"
+    alone.barrier()
+    with pytest.raises(ValueError, match="no peer at position 0"):
+        alone.send(tensor, 0)
+
+
+if __name__ == "__main__":
+    run_checks(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
