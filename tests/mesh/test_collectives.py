@@ -1,13 +1,5 @@
 """Communicator: every collective on four gloo ranks started once, and the no-op of a group of one."""
 
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -16,15 +8,8 @@ import torch.distributed as dist
 from meshlm.mesh.collectives import CollectiveError, Communicator
 from meshlm.mesh.process_group_mesh import ProcessGroupMesh
 
-NUM_RANKS = 4
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
-Check = Callable[[], None]
-CHECKS: dict[str, Check] = {}
-
-
-def on_four_ranks(check: Check) -> Check:
-    CHECKS[check.__name__] = check
-    return check
+on_four_ranks = pytest.mark.on_four_ranks  # see conftest.py
 
 
 def values(rank: int, shape: tuple[int, ...] = (3, 5)) -> np.ndarray:
@@ -40,11 +25,11 @@ def axes_of(mesh: ProcessGroupMesh) -> list[Communicator]:
     return [Communicator.along(mesh, axis) for axis in ("pp", "tp", ("pp", "tp"))]
 
 
-# Checks that run on each of four ranks, every one in a process group of its own
+# On each of four ranks, every test in a process group of its own
 
 
 @on_four_ranks
-def positions_and_ranks() -> None:
+def test_positions_and_ranks() -> None:
     mesh = ProcessGroupMesh(dp=1, pp=2, tp=2)
     rank = mesh.rank
     pp = Communicator.along(mesh, "pp")
@@ -57,7 +42,7 @@ def positions_and_ranks() -> None:
 
 
 @on_four_ranks
-def all_reduce() -> None:
+def test_all_reduce() -> None:
     for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
         inputs = np.stack([values(rank) for rank in comm.ranks])
         expected = {"sum": inputs.sum(0), "max": inputs.max(0), "min": inputs.min(0)}
@@ -69,7 +54,7 @@ def all_reduce() -> None:
 
 
 @on_four_ranks
-def all_reduce_rounds_alike_on_every_rank() -> None:
+def test_all_reduce_rounds_alike_on_every_rank() -> None:
     comm = Communicator.along(ProcessGroupMesh(tp=4), "tp")
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2), (torch.float16, 2e-3)):
         generator = torch.Generator().manual_seed(0)
@@ -81,7 +66,7 @@ def all_reduce_rounds_alike_on_every_rank() -> None:
 
 
 @on_four_ranks
-def all_gather() -> None:
+def test_all_gather() -> None:
     for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
         for shape in ((), (1,), (3, 5), (2, 0), (2, 3, 4)):
             expected = np.stack([values(rank, shape) for rank in comm.ranks])
@@ -95,7 +80,7 @@ def all_gather() -> None:
 
 
 @on_four_ranks
-def broadcast() -> None:
+def test_broadcast() -> None:
     for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
         for dtype in DTYPES:
             for src in range(comm.size):
@@ -105,7 +90,7 @@ def broadcast() -> None:
 
 
 @on_four_ranks
-def strided_tensors() -> None:
+def test_strided_tensors() -> None:
     comm = Communicator.along(ProcessGroupMesh(tp=4), "tp")
     inputs = np.stack([values(rank, (6, 8)) for rank in range(4)])
     for pick in (np.s_[:, ::2], np.s_[1:3, 2:4], np.s_[0], np.s_[::3, 5]):
@@ -120,7 +105,7 @@ def strided_tensors() -> None:
 
 
 @on_four_ranks
-def send_and_recv() -> None:
+def test_send_and_recv() -> None:
     pp = Communicator.along(ProcessGroupMesh(pp=2, tp=2), "pp")
     for dtype in DTYPES:
         if pp.rank == 0:
@@ -131,7 +116,7 @@ def send_and_recv() -> None:
 
 
 @on_four_ranks
-def ring_of_isend_and_irecv() -> None:
+def test_ring_of_isend_and_irecv() -> None:
     ring = Communicator.along(ProcessGroupMesh(pp=4), "pp")
     ahead, behind = (ring.rank + 1) % 4, (ring.rank - 1) % 4
     receives = [ring.irecv(torch.empty(1000, 577), behind) for _ in range(3)]
@@ -144,7 +129,7 @@ def ring_of_isend_and_irecv() -> None:
 
 
 @on_four_ranks
-def objects_and_barrier() -> None:
+def test_objects_and_barrier() -> None:
     for comm in axes_of(ProcessGroupMesh(pp=2, tp=2)):
         rank = dist.get_rank()
         assert comm.all_gather_object({"rank": rank}) == [{"rank": each} for each in comm.ranks]
@@ -154,7 +139,7 @@ def objects_and_barrier() -> None:
 
 
 @on_four_ranks
-def a_peer_must_be_another_of_the_group() -> None:
+def test_a_peer_must_be_another_of_the_group() -> None:
     tp = Communicator.along(ProcessGroupMesh(pp=2, tp=2), "tp")
     for position in (tp.rank, 2, -1):
         with pytest.raises(ValueError, match=f"'tp' has no peer at position {position}: it has 2 ranks"):
@@ -166,7 +151,7 @@ def a_peer_must_be_another_of_the_group() -> None:
 
 
 @on_four_ranks
-def a_missing_peer_names_the_group() -> None:
+def test_a_missing_peer_names_the_group() -> None:
     mesh = ProcessGroupMesh(pp=2, tp=2, timeout_s=1)
     tp, pp = Communicator.along(mesh, "tp"), Communicator.along(mesh, "pp")
     peers = f"ranks \\[{tp.ranks[0]}, {tp.ranks[1]}\\]"
@@ -192,50 +177,6 @@ def a_missing_peer_names_the_group() -> None:
     dist.barrier()  # the absent ones are alive until here, so that it is the timeout that ends the wait
 
 
-# The same, as one test for each check
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
-    """For each of four ranks, the tracebacks of the checks that failed, by name."""
-    folder = tmp_path_factory.mktemp("ranks")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, __file__, str(rank), str(store.port), str(folder)] for rank in range(NUM_RANKS)]
-    ranks = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * NUM_RANKS
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    yield [json.loads((folder / str(rank)).read_text()) for rank in range(NUM_RANKS)]
-
-
-@pytest.mark.slow  # starts four ranks
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
-    failed = [f"rank {rank}:\n{report[check]}" for rank, report in enumerate(reports) if check in report]
-    assert not failed, "\n".join(failed)
-
-
-def run_checks(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port)
-    report = {}
-    for name, check in CHECKS.items():
-        # A process group for each check, so that one that fails leaves nothing behind for the next.
-        own_store = dist.PrefixStore(name, store)
-        dist.init_process_group("gloo", store=own_store, rank=rank, world_size=NUM_RANKS)
-        try:
-            check()
-        except BaseException:
-            report[name] = traceback.format_exc()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    (folder / str(rank)).write_text(json.dumps(report))
-
-
 # A group of one
 
 
@@ -249,7 +190,3 @@ def test_a_group_of_one_changes_nothing() -> None:
     alone.barrier()
     with pytest.raises(ValueError, match="no peer at position 0"):
         alone.send(tensor, 0)
-
-
-if __name__ == "__main__":
-    run_checks(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,13 +1,6 @@
 """ProcessGroupMesh: its geometry and messages in process, its groups on four gloo ranks started once."""
 
 import itertools
-import json
-import os
-import subprocess
-import sys
-import traceback
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +10,7 @@ import torch.distributed as dist
 from meshlm.mesh.collectives import CollectiveError
 from meshlm.mesh.process_group_mesh import ProcessGroupMesh, check_sizes, check_topology
 
-NUM_RANKS = 4
-Check = Callable[[], None]
-CHECKS: dict[str, Check] = {}
-
-
-def on_four_ranks(check: Check) -> Check:
-    CHECKS[check.__name__] = check
-    return check
+on_four_ranks = pytest.mark.on_four_ranks  # see conftest.py
 
 
 def total(group: dist.ProcessGroup | None) -> float:
@@ -34,11 +20,11 @@ def total(group: dist.ProcessGroup | None) -> float:
     return tensor.item()
 
 
-# Checks that run on each of four ranks, every one in a process group of its own
+# On each of four ranks, every test in a process group of its own
 
 
 @on_four_ranks
-def geometry() -> None:
+def test_geometry() -> None:
     mesh = ProcessGroupMesh(dp=1, pp=2, tp=2)
     rank = dist.get_rank()
     assert mesh.rank == rank and mesh.shape == (1, 2, 2) and mesh.axis_names == ("dp", "pp", "tp")
@@ -49,7 +35,7 @@ def geometry() -> None:
 
 
 @on_four_ranks
-def round_trip_on_every_shape_of_four() -> None:
+def test_round_trip_on_every_shape_of_four() -> None:
     for shape in [(4,), (2, 2), (1, 4), (4, 1), (2, 1, 2), (1, 2, 2, 1)]:
         mesh = ProcessGroupMesh(*shape)
         for rank in range(4):
@@ -58,7 +44,7 @@ def round_trip_on_every_shape_of_four() -> None:
 
 
 @on_four_ranks
-def groups_along_one_axis() -> None:
+def test_groups_along_one_axis() -> None:
     mesh = ProcessGroupMesh(pp=2, tp=2)
     rank = mesh.rank
     assert mesh.get_ranks_in_group(mesh.get_group("tp")) == (rank // 2 * 2, rank // 2 * 2 + 1)
@@ -68,7 +54,7 @@ def groups_along_one_axis() -> None:
 
 
 @on_four_ranks
-def groups_along_several_axes() -> None:
+def test_groups_along_several_axes() -> None:
     mesh = ProcessGroupMesh(dp=2, pp=1, tp=2)
     rank = mesh.rank
     for axes in itertools.permutations(("dp", "tp")):
@@ -79,7 +65,7 @@ def groups_along_several_axes() -> None:
 
 
 @on_four_ranks
-def a_group_is_created_once() -> None:
+def test_a_group_is_created_once() -> None:
     mesh = ProcessGroupMesh(pp=2, tp=2)
     group = mesh.get_group("tp")
     assert mesh.get_group(1) is group
@@ -89,7 +75,7 @@ def a_group_is_created_once() -> None:
 
 
 @on_four_ranks
-def groups_at_some_indices() -> None:
+def test_groups_at_some_indices() -> None:
     mesh = ProcessGroupMesh(dp=1, tp=4)
     group = mesh.create_group_along_axis("tp", [3, 1])
     assert (group is not None) == (mesh.rank in (1, 3))
@@ -103,7 +89,7 @@ def groups_at_some_indices() -> None:
 
 
 @on_four_ranks
-def bad_axes_and_indices() -> None:
+def test_bad_axes_and_indices() -> None:
     mesh = ProcessGroupMesh(pp=2, tp=2)
     with pytest.raises(ValueError, match="no axis 'dp'; its axes are pp, tp"):
         mesh.get_group("dp")
@@ -123,7 +109,7 @@ def bad_axes_and_indices() -> None:
 
 
 @on_four_ranks
-def neighbours() -> None:
+def test_neighbours() -> None:
     mesh = ProcessGroupMesh(pp=4, tp=1)
     rank = mesh.rank
     assert mesh.neighbour("pp", 1) == (rank + 1 if rank < 3 else None)
@@ -134,7 +120,7 @@ def neighbours() -> None:
 
 
 @on_four_ranks
-def sub_meshes() -> None:
+def test_sub_meshes() -> None:
     mesh = ProcessGroupMesh(dp=2, pp=1, tp=2)
     rank = mesh.rank
     tp = mesh["tp"]
@@ -151,7 +137,7 @@ def sub_meshes() -> None:
 
 
 @on_four_ranks
-def destroy_twice_and_rebuild() -> None:
+def test_destroy_twice_and_rebuild() -> None:
     mesh = ProcessGroupMesh(pp=2, tp=2)
     assert total(mesh.get_group("tp")) in (3, 12)
     sub_mesh = mesh["tp"]
@@ -169,7 +155,7 @@ def destroy_twice_and_rebuild() -> None:
 
 
 @on_four_ranks
-def destroy_after_the_process_group() -> None:
+def test_destroy_after_the_process_group() -> None:
     mesh = ProcessGroupMesh(pp=2, tp=2)
     mesh.get_group("tp")
     dist.destroy_process_group()
@@ -179,12 +165,12 @@ def destroy_after_the_process_group() -> None:
 
 
 @on_four_ranks
-def a_gloo_group_beside_the_default() -> None:
+def test_a_gloo_group_beside_the_default() -> None:
     from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers "fake", which stands for NCCL
 
     store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
     dist.destroy_process_group()
-    dist.init_process_group("fake", store=dist.PrefixStore("fake", store), rank=rank, world_size=NUM_RANKS)
+    dist.init_process_group("fake", store=dist.PrefixStore("fake", store), rank=rank, world_size=4)
     mesh = ProcessGroupMesh(pp=2, tp=2)
     group, control_group = mesh.get_group("tp"), mesh.get_group("tp", backend="gloo")
     assert dist.get_backend(group) == "fake" and dist.get_backend(control_group) == "gloo"
@@ -195,61 +181,17 @@ def a_gloo_group_beside_the_default() -> None:
 
 
 @on_four_ranks
-def the_product_must_be_the_world() -> None:
+def test_the_product_must_be_the_world() -> None:
     with pytest.raises(ValueError, match=r"dp=2 × tp=3 needs 6 ranks, but the process group has 4: .* or use tp=2$"):
         ProcessGroupMesh(dp=2, tp=3)
 
 
 @on_four_ranks
-def a_missing_rank_names_the_group() -> None:
+def test_a_missing_rank_names_the_group() -> None:
     mesh = ProcessGroupMesh(tp=4, timeout_s=1)
     if mesh.rank < 3:
         with pytest.raises(CollectiveError, match=r"^creating the gloo group tp of ranks \[0, 1, 2, 3\]: .+"):
             mesh.get_group("tp")
-
-
-# The same, as one test for each check
-
-
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, str]]]:
-    """For each of four ranks, the tracebacks of the checks that failed, by name."""
-    folder = tmp_path_factory.mktemp("ranks")
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    commands = [[sys.executable, __file__, str(rank), str(store.port), str(folder)] for rank in range(NUM_RANKS)]
-    ranks = [subprocess.Popen(command, env=environment) for command in commands]
-    try:
-        assert [rank.wait(timeout=120) for rank in ranks] == [0] * NUM_RANKS
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    yield [json.loads((folder / str(rank)).read_text()) for rank in range(NUM_RANKS)]
-
-
-@pytest.mark.slow  # starts four ranks
-@pytest.mark.parametrize("check", CHECKS)
-def test_on_four_ranks(check: str, reports: list[dict[str, str]]) -> None:
-    failed = [f"rank {rank}:\n{report[check]}" for rank, report in enumerate(reports) if check in report]
-    assert not failed, "\n".join(failed)
-
-
-def run_checks(rank: int, port: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", port)
-    report = {}
-    for name, check in CHECKS.items():
-        # A process group for each check, so that one that fails leaves nothing behind for the next.
-        own_store = dist.PrefixStore(name, store)
-        dist.init_process_group("gloo", store=own_store, rank=rank, world_size=NUM_RANKS)
-        try:
-            check()
-        except BaseException:
-            report[name] = traceback.format_exc()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    (folder / str(rank)).write_text(json.dumps(report))
 
 
 # No process group
@@ -350,7 +292,3 @@ def test_topology(sizes: dict[str, int], hosts: str, warning: str | None) -> Non
 def test_topology_wants_a_host_for_each_rank() -> None:
     with pytest.raises(ValueError, match="needs 4 ranks"):
         check_topology({"tp": 4}, "tp", ["a", "b"])
-
-
-if __name__ == "__main__":
-    run_checks(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
