@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
             raise ValueError(f"model: a {type(model).__name__} has no transformers config")
         source: WeightSource
         spec = find_policy([type(model).__name__]).spec(config, read_rotary)
+        dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
+        spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
         source, name = ModuleSource(model), type(model).__name__
         tied = {spec.lm_head.name + ".weight"} if spec.tied_embeddings else set()
         source.shapes = {name: shape for name, shape in source.shapes.items() if name not in tied}
@@ -86,6 +88,8 @@ def _read_config(path: Path) -> Any:
             known = json.loads(file.read_text())
         except ValueError as error:
             raise CheckpointError(f"{file}: not JSON: {error}") from error
+        if not isinstance(known, dict):
+            raise CheckpointError(f"{file}: not a table of fields")
         find_policy(known.get("architectures") or [])  # names the supported ones before transformers names its own
         try:
             return AutoConfig.from_pretrained(path, local_files_only=True)

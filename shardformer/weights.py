@@ -6,6 +6,7 @@ tile it exactly and reads them.
 """
 
 import json
+import operator
 import os
 import re
 import struct
@@ -140,23 +141,24 @@ class SafetensorsSource(WeightSource):
 def _safetensors_files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
-    index = path / "model.safetensors.index.json"
-    if index.exists():
+    index_file = path / "model.safetensors.index.json"
+    if index_file.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
-        missing = [name for name in names if not (path / name).exists()]
+            files = sorted({path / name for name in json.loads(index_file.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{index_file}: not a safetensors index: {error!r}") from error
+        missing = [file.name for file in files if not file.exists()]
         if missing:
-            raise CheckpointError(f"{path}: missing {', '.join(missing)}, named in {index.name}")
-        return [path / name for name in names]
+            raise CheckpointError(f"{path}: missing {', '.join(missing)}, named in {index_file.name}")
+        return files
     files = sorted(path.glob("*.safetensors"))
     if not files:
-        raise CheckpointError(f"{path}: holds no *.safetensors file (and no {index.name})")
+        raise CheckpointError(f"{path}: holds no *.safetensors file (and no {index_file.name})")
     return files
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:
+    whole = operator.index  # refuses what is not an integer
     with open(file, "rb") as stream:
         size = os.fstat(stream.fileno()).st_size
         start = stream.read(8)
@@ -165,18 +167,25 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             raise CheckpointError(f"{file}: truncated or not a safetensors file ({size} bytes)")
         try:
             header = json.loads(stream.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{file}: not a safetensors file: {error}") from error
-    header.pop("__metadata__", None)
+            header.pop("__metadata__", None)
+            tensors = [
+                (name, str(tensor["dtype"]), tuple(map(whole, tensor["shape"])), *map(whole, tensor["data_offsets"]))
+                for name, tensor in header.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{file}: not a safetensors file: {error!r}") from error
     entries = {}
-    for name, tensor in header.items():
-        begin, end = (8 + length + n for n in tensor["data_offsets"])
+    for name, dtype, shape, first, last in tensors:
+        begin, end = 8 + length + first, 8 + length + last
         if end > size:
             raise CheckpointError(f"{file}: truncated: tensor {name} ends at byte {end} of a file of {size}")
-        if tensor["dtype"] in _DTYPES:
-            entries[name] = _Entry(str(file), begin, tensor["dtype"], tuple(tensor["shape"]))
-        else:
-            raise CheckpointError(f"{file}: tensor {name} has dtype {tensor['dtype']}; supported: {', '.join(_DTYPES)}")
+        if dtype not in _DTYPES:
+            raise CheckpointError(f"{file}: tensor {name} has dtype {dtype}; supported: {', '.join(_DTYPES)}")
+        if first < 0 or last - first != prod(shape) * _DTYPES[dtype].itemsize:
+            raise CheckpointError(
+                f"{file}: tensor {name} of shape {list(shape)} and dtype {dtype} cannot be bytes {first} to {last}"
+            )
+        entries[name] = _Entry(str(file), begin, dtype, shape)
     return entries
 
 

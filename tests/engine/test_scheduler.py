@@ -1,0 +1,506 @@
+"""The scheduler on exact steps, and as a whole against a simulated model and a simulated KV cache."""
+
+from collections import deque
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from meshlm.engine.block_manager import BlockManager
+from meshlm.engine.scheduler import ScheduledStep, Scheduler, noise_key
+from meshlm.engine.sequence import SampleSpec, Sequence, SequenceStatus
+
+
+def make(num_blocks: int = 64, block_size: int = 4, **values: Any) -> Scheduler:
+    caching = values.pop("enable_prefix_caching", True)
+    values = {"max_num_seqs": 16, "max_num_batched_tokens": 64, **values}
+    return Scheduler(BlockManager(num_blocks, block_size, caching), **values)
+
+
+def add(scheduler: Scheduler, name: str, tokens: Any, max_tokens: int = 8, **values: Any) -> Sequence:
+    sequence = Sequence(name, list(tokens), max_tokens=max_tokens, **values)
+    scheduler.add(sequence)
+    return sequence
+
+
+def next_step(scheduler: Scheduler) -> ScheduledStep:
+    step = scheduler.schedule()
+    assert step is not None
+    scheduler.check()
+    return step
+
+
+def counts(step: ScheduledStep) -> dict[str, int]:
+    lens = step.input.query_lens
+    return {sequence.request_id: n for sequence, n in zip(step.sequences, lens, strict=True)}
+
+
+def run_step(scheduler: Scheduler, token: int = 7) -> dict[str, int]:
+    """Schedules a step, draws `token` for each of its samples; new tokens by name."""
+    step = next_step(scheduler)
+    scheduler.update(step, (token,) * len(step.input.samples))
+    scheduler.check()
+    return counts(step)
+
+
+# ---- chunks and admission -------------------------------------------------------------------------------------------
+
+
+def test_a_step_is_flat_and_exact() -> None:
+    scheduler = make(block_size=2)
+    add(scheduler, "a", [10, 11, 12])
+    add(scheduler, "b", [20])
+    step = next_step(scheduler)
+    assert list(step.input.token_ids) == [10, 11, 12, 20]
+    assert step.input.query_lens == (3, 1) and step.input.context_lens == (0, 0)
+    assert [list(table) for table in step.input.block_tables] == [[0, 1], [2]]
+    assert [sample.sequence for sample in step.input.samples] == [0, 1]
+    grown = scheduler.update(step, (50, 60))
+    assert [s.token_ids for s in grown] == [[10, 11, 12, 50], [20, 60]]
+    step = next_step(scheduler)
+    assert step.input.step_id == 2
+    assert list(step.input.token_ids) == [50, 60]
+    assert step.input.query_lens == (1, 1) and step.input.context_lens == (3, 1)
+    assert [list(table) for table in step.input.block_tables] == [[0, 1], [2]]
+
+
+def test_a_long_prompt_comes_in_chunks_and_draws_once() -> None:
+    scheduler = make(max_num_batched_tokens=4)
+    add(scheduler, "a", range(10))
+    samples = []
+    for expected in ({"a": 4}, {"a": 4}, {"a": 2}, {"a": 1}):
+        step = next_step(scheduler)
+        assert counts(step) == expected
+        samples.append(len(step.input.samples))
+        scheduler.update(step, (7,) * samples[-1])
+    assert samples == [0, 0, 1, 1]
+
+
+def test_running_sequences_come_before_new_ones_in_the_budget() -> None:
+    scheduler = make(max_num_batched_tokens=4)
+    add(scheduler, "a", range(3))
+    assert run_step(scheduler) == {"a": 3}
+    add(scheduler, "b", range(20, 30))
+    assert run_step(scheduler) == {"a": 1, "b": 3}
+    assert run_step(scheduler) == {"a": 1, "b": 3}
+    add(scheduler, "c", [1])
+    assert run_step(scheduler) == {"a": 1, "b": 3}
+    assert run_step(scheduler) == {"a": 1, "b": 1, "c": 1}
+
+
+def test_max_num_seqs_bounds_what_runs() -> None:
+    scheduler = make(max_num_seqs=2)
+    for name in "abc":
+        add(scheduler, name, [1, 2], max_tokens=2)
+    assert run_step(scheduler) == {"a": 2, "b": 2}
+    assert run_step(scheduler) == {"a": 1, "b": 1}
+    assert run_step(scheduler) == {"c": 2}
+
+
+def test_a_new_sequence_waits_for_room_and_a_spare_block_for_each_that_runs() -> None:
+    scheduler = make(num_blocks=4, block_size=2)
+    add(scheduler, "a", [1, 2])
+    add(scheduler, "b", [3, 4, 5, 6])
+    add(scheduler, "c", [7])
+    assert run_step(scheduler) == {"a": 2, "b": 4}  # 3 blocks; c would take the fourth, and leave none to grow
+    assert [s.request_id for s in scheduler.waiting] == ["c"]
+
+
+def test_the_queue_is_first_come_first_served() -> None:
+    scheduler = make(num_blocks=4, block_size=2)
+    add(scheduler, "a", range(4))
+    add(scheduler, "big", range(20, 26))
+    add(scheduler, "small", [9])
+    assert run_step(scheduler) == {"a": 4}, "the small one does not overtake the big one for ever"
+
+
+def test_a_prefix_hit_starts_further_along() -> None:
+    scheduler = make()
+    first = add(scheduler, "a", range(10), max_tokens=1)
+    run_step(scheduler)
+    assert first.num_cached_tokens == 0 and first.finish_reason == "length"
+    second = add(scheduler, "b", [*range(8), 99], max_tokens=1)
+    step = next_step(scheduler)
+    assert (second.num_cached_tokens, step.input.context_lens, list(step.input.token_ids)) == (8, (8,), [99])
+    assert list(step.input.block_tables[0])[:2] == [0, 1]
+
+
+def test_no_prefix_is_taken_from_a_step_that_is_not_back() -> None:
+    scheduler = make(num_stages=2)
+    add(scheduler, "a", range(9))
+    add(scheduler, "b", range(9))
+    first = next_step(scheduler)
+    second = next_step(scheduler)
+    assert counts(first) == {"a": 9} and counts(second) == {"b": 9}
+    assert second.input.context_lens == (0,)
+    assert set(first.input.block_tables[0]).isdisjoint(second.input.block_tables[0])
+
+
+# ---- preemption -----------------------------------------------------------------------------------------------------
+
+
+def test_the_latest_gives_way_and_comes_back_first() -> None:
+    scheduler = make(num_blocks=4, block_size=2, enable_prefix_caching=False)
+    a = add(scheduler, "a", [1, 2], max_tokens=6)
+    b = add(scheduler, "b", [3, 4], max_tokens=6)
+    assert run_step(scheduler) == {"a": 2, "b": 2}
+    late = add(scheduler, "late", [5])
+    assert run_step(scheduler) == {"a": 1, "b": 1}
+    assert run_step(scheduler) == {"a": 1, "b": 1}  # two full blocks each now
+    assert run_step(scheduler) == {"a": 1}
+    assert (b.status, b.num_preemptions, scheduler.num_preemptions) == (SequenceStatus.WAITING, 1, 1)
+    assert b.block_table == [] and b.num_computed_tokens == 0 and b.token_ids == [3, 4, 7, 7, 7]
+    assert list(scheduler.waiting) == [b, late], "a preempted one goes to the front"
+    while a.status is SequenceStatus.RUNNING:
+        assert "b" not in run_step(scheduler)
+    step = next_step(scheduler)
+    assert counts(step)["b"] == 5, "prompt and output so far are computed again"
+    assert list(step.input.token_ids)[:5] == [3, 4, 7, 7, 7]
+    assert b.num_cached_tokens == 0, "counted at its first admission only"
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    scheduler = make(num_blocks=5, block_size=2)
+    add(scheduler, "a", [1, 2], max_tokens=5)
+    b = add(scheduler, "b", [3, 4], max_tokens=5)
+    while not b.num_preemptions:
+        run_step(scheduler)
+    while b.status is SequenceStatus.WAITING:
+        step = next_step(scheduler)
+        scheduler.update(step, (7,) * len(step.input.samples))
+    assert step.input.context_lens[counts(step).keys().__iter__().__next__() != "b"] > 0
+
+
+def test_a_sequence_in_flight_is_not_preempted() -> None:
+    scheduler = make(num_blocks=4, block_size=2, num_stages=2, enable_prefix_caching=False)
+    add(scheduler, "a", [1, 2], max_tokens=9)
+    b = add(scheduler, "b", [3, 4], max_tokens=9)
+    flight = deque([next_step(scheduler), next_step(scheduler)])
+    assert [counts(step) for step in flight] == [{"a": 2}, {"b": 2}]
+    for _ in range(4):  # a and b in turn, until each holds two full blocks
+        step = flight.popleft()
+        scheduler.update(step, (7,) * len(step.input.samples))
+        flight.append(next_step(scheduler))
+    step = flight.popleft()
+    assert counts(step) == {"a": 1}
+    scheduler.update(step, (7,))
+    assert b.num_in_flight == 1
+    assert scheduler.schedule() is None or b.status is SequenceStatus.RUNNING
+    assert b.status is SequenceStatus.RUNNING and b.block_table
+    scheduler.check()
+
+
+# ---- endings --------------------------------------------------------------------------------------------------------
+
+
+def test_length_stop_ids_and_min_tokens() -> None:
+    scheduler = make()
+    length = add(scheduler, "length", [1], max_tokens=3, stop_token_ids=frozenset({99}))
+    stopped = add(scheduler, "stopped", [2], max_tokens=9, stop_token_ids=frozenset({7, 8}))
+    late = add(scheduler, "late", [3], max_tokens=9, min_tokens=2, stop_token_ids=frozenset({7}))
+    step = next_step(scheduler)
+    assert [set(s.banned) for s in step.input.samples] == [set(), set(), {7}]
+    scheduler.update(step, (7, 7, 5))
+    assert (stopped.finish_reason, stopped.output_token_ids) == ("stop", [7])
+    step = next_step(scheduler)
+    assert [set(s.banned) for s in step.input.samples] == [set(), {7}], "the first of two: not yet"
+    scheduler.update(step, (7, 5))
+    step = next_step(scheduler)
+    assert [s.banned for s in step.input.samples] == [(), ()]
+    grown = scheduler.update(step, (7, 7))
+    assert grown == [length, late]
+    assert (length.finish_reason, length.output_token_ids) == ("length", [7, 7, 7])
+    assert (late.finish_reason, late.output_token_ids) == ("stop", [5, 5, 7])
+    assert not scheduler.has_work and scheduler.schedule() is None
+    assert scheduler.blocks.num_free_blocks == scheduler.blocks.num_blocks
+
+
+def test_a_stop_token_that_is_also_the_last_is_a_stop() -> None:
+    scheduler = make()
+    sequence = add(scheduler, "a", [1], max_tokens=1, stop_token_ids=frozenset({7}))
+    run_step(scheduler, 7)
+    assert sequence.finish_reason == "stop"
+
+
+def test_abort_while_waiting_running_and_in_flight() -> None:
+    scheduler = make(max_num_seqs=1, block_size=2)
+    running, waiting = add(scheduler, "r", [1, 2, 3]), add(scheduler, "w", [1])
+    run_step(scheduler)
+    scheduler.finish(waiting, "abort")
+    assert waiting.finish_reason == "abort" and not scheduler.waiting
+    scheduler.finish(running, "abort")
+    assert running.status is SequenceStatus.FINISHED and not scheduler.has_work
+    assert scheduler.blocks.num_free_blocks == 64
+    scheduler.finish(running, "length")
+    assert running.finish_reason == "abort", "an ending is the last"
+
+    flying = add(scheduler, "f", [4, 5, 6])
+    step = next_step(scheduler)
+    scheduler.finish(flying, "abort")
+    scheduler.check()
+    assert scheduler.has_work and scheduler.blocks.num_free_blocks == 62, "the ranks still write to its blocks"
+    assert scheduler.update(step, (7,)) == [], "the token that was drawn for it is dropped"
+    assert flying.output_token_ids == [] and scheduler.blocks.num_free_blocks == 64
+    assert not scheduler.has_work
+    scheduler.check()
+
+
+def test_a_place_is_free_as_soon_as_its_sequence_was_aborted() -> None:
+    scheduler = make(max_num_seqs=1, num_stages=2)
+    first = add(scheduler, "a", [1, 2])
+    step = next_step(scheduler)
+    add(scheduler, "b", [3])
+    assert scheduler.schedule() is None
+    scheduler.finish(first, "abort")
+    other = next_step(scheduler)
+    assert counts(other) == {"b": 1}
+    scheduler.update(step, (7,))
+    scheduler.update(other, (7,))
+    scheduler.check()
+
+
+def test_finished_sequences_do_not_come_back() -> None:
+    sequence = Sequence("a", [1], max_tokens=1)
+    sequence.move_to(SequenceStatus.FINISHED)
+    with pytest.raises(AssertionError):
+        sequence.move_to(SequenceStatus.RUNNING)
+
+
+# ---- a pipeline -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 4])
+def test_stages_get_steps_of_equal_size_on_disjoint_sequences(num_stages: int) -> None:
+    scheduler = make(num_stages=num_stages)
+    for i in range(4 * num_stages):
+        add(scheduler, f"s{i}", [i, i, i], max_tokens=50)
+    flight: deque[ScheduledStep] = deque()
+    for tick in range(30):
+        while len(flight) < num_stages:
+            flight.append(next_step(scheduler))
+            names = [name for step in flight for name in counts(step)]
+            assert len(set(names)) == len(names)
+        if tick > num_stages:
+            assert [len(step.sequences) for step in flight] == [4] * num_stages
+        step = flight.popleft()
+        scheduler.update(step, (7,) * len(step.input.samples))
+
+
+def test_one_sequence_has_one_step_in_flight() -> None:
+    scheduler = make(num_stages=2, max_num_batched_tokens=4)
+    add(scheduler, "a", range(20))
+    next_step(scheduler)
+    assert scheduler.schedule() is None
+
+
+def test_new_sequences_fill_a_stage_that_would_idle() -> None:
+    scheduler = make(num_stages=2)
+    add(scheduler, "a", range(4))
+    first = next_step(scheduler)
+    add(scheduler, "b", range(10, 14))
+    second = next_step(scheduler)
+    assert [counts(first), counts(second)] == [{"a": 4}, {"b": 4}]
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+def test_noise_keys_are_two_int32_words_all_different() -> None:
+    keys = {noise_key(seed, position) for seed in (0, 1, 2, 2**63 - 1, 2**63) for position in range(2000)}
+    assert len(keys) == 10000
+    assert all(-(2**31) <= word < 2**31 for key in keys for word in key)
+    assert noise_key(5, 9) == noise_key(5, 9)
+
+
+def test_sampled_requests_carry_their_key_and_greedy_ones_none() -> None:
+    scheduler = make()
+    add(scheduler, "greedy", [1, 2])
+    add(scheduler, "sampled", [1, 2, 3], sample=SampleSpec(0.5, 7, 0.9, 0.1, seed=11))
+    greedy, sampled = next_step(scheduler).input.samples
+    assert (greedy.temperature, greedy.key) == (0.0, (0, 0))
+    assert (sampled.temperature, sampled.top_k, sampled.top_p, sampled.min_p) == (0.5, 7, 0.9, 0.1)
+    assert sampled.key == noise_key(11, 3)
+
+
+# ---- as a whole -----------------------------------------------------------------------------------------------------
+
+VOCABULARY = 3  # few tokens: prefixes are shared, and outputs run into them
+
+
+def model(tokens: tuple[int, ...]) -> int:
+    """The simulated model: a token that depends on every token before it and on their places."""
+    return hash(tokens) % VOCABULARY  # of integers: the same in every process
+
+
+def alone(prompt: tuple[int, ...], max_tokens: int, min_tokens: int, stops: frozenset[int]) -> tuple[list[int], str]:
+    """What the request gives with nobody else about; a stop token is drawn no sooner than min_tokens allows."""
+    output: list[int] = []
+    while True:
+        token = model((*prompt, *output))
+        if len(output) < min_tokens and token in stops:
+            token = VOCABULARY  # the sampler's next best
+        output.append(token)
+        if len(output) >= min_tokens and token in stops:
+            return output, "stop"
+        if len(output) == max_tokens:
+            return output, "length"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of events; the KV cache is a dict from slot to (token, position), written as a rank would."""
+
+    @initialize(
+        block_size=st.integers(1, 4),
+        num_tokens=st.integers(14, 30),
+        num_stages=st.integers(1, 3),
+        budget=st.sampled_from([1, 2, 5, 16, 64]),
+        max_num_seqs=st.integers(1, 6),
+        caching=st.booleans(),
+    )
+    def start(
+        self, block_size: int, num_tokens: int, num_stages: int, budget: int, max_num_seqs: int, caching: bool
+    ) -> None:
+        self.num_blocks = -(-num_tokens // block_size)
+        self.size, self.num_stages, self.budget, self.max_num_seqs = block_size, num_stages, budget, max_num_seqs
+        self.scheduler = Scheduler(
+            BlockManager(self.num_blocks, block_size, caching),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            num_stages=num_stages,
+        )
+        self.sequences: list[Sequence] = []
+        self.cut: dict[Sequence, int] = {}  # ended from outside -> its output then
+        self.flight: deque[tuple[ScheduledStep, tuple[int, ...]]] = deque()
+        self.cache: dict[int, tuple[int, int]] = {}
+
+    @rule(
+        prefix=st.integers(0, 8),
+        tail=st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
+        max_tokens=st.integers(1, 6),
+        min_tokens=st.integers(0, 3),
+        stops=st.sampled_from([frozenset[int](), frozenset({0})]),
+    )
+    def add(self, prefix: int, tail: list[int], max_tokens: int, min_tokens: int, stops: frozenset[int]) -> None:
+        prompt = [*([1, 2, 0, 1, 1, 2, 0, 0][:prefix]), *tail] or [1]
+        name = f"s{len(self.sequences)}"
+        sequence = Sequence(name, prompt, max_tokens, min(min_tokens, max_tokens), stops)
+        self.sequences.append(sequence)
+        self.scheduler.add(sequence)
+
+    @precondition(lambda self: len(self.flight) < self.num_stages)
+    @rule()
+    def schedule(self) -> None:
+        step = self.scheduler.schedule()
+        if step is None:
+            assert self.flight or not self.scheduler.has_work, "work to do, nothing in flight, and no step"
+            return
+        self.flight.append((step, self.execute(step)))
+
+    def execute(self, step: ScheduledStep) -> tuple[int, ...]:
+        """What the ranks do: write the new tokens to their slots, read each context by its table, draw."""
+        given, start = step.input, 0
+        seen = []
+        assert 0 < given.num_tokens <= self.budget
+        for sequence, count, context, table in zip(
+            step.sequences, given.query_lens, given.context_lens, given.block_tables, strict=True
+        ):
+            tokens = given.token_ids[start : start + count]
+            start += count
+            assert list(tokens) == sequence.token_ids[context : context + count]
+            slots = [table[p // self.size] * self.size + p % self.size for p in range(context + count)]
+            for position, token in zip(range(context, context + count), tokens, strict=True):
+                self.cache[slots[position]] = (token, position)
+            read = [self.cache[slot] for slot in slots]
+            assert read == list(zip(sequence.token_ids, range(context + count), strict=False)), "another's keys"
+            seen.append(tuple(token for token, _ in read))
+        assert start == given.num_tokens
+        drawn = []
+        for sample in given.samples:
+            assert seen[sample.sequence] == tuple(step.sequences[sample.sequence].token_ids)
+            token = model(seen[sample.sequence])
+            drawn.append(VOCABULARY if token in sample.banned else token)
+        return tuple(drawn)
+
+    @precondition(lambda self: self.flight)
+    @rule()
+    def complete(self) -> None:
+        step, drawn = self.flight.popleft()
+        # Blocks of a step in flight belong to it until now, whatever happened to its sequences.
+        for sequence, context, count, table in zip(
+            step.sequences, step.input.context_lens, step.input.query_lens, step.input.block_tables, strict=True
+        ):
+            for p in range(context + count):
+                slot = table[p // self.size] * self.size + p % self.size
+                assert self.cache[slot] == (sequence.token_ids[p], p), "overwritten while in flight"
+        before = {s: s.num_output_tokens for s in step.sequences}
+        grown = self.scheduler.update(step, drawn)
+        assert all(s.num_output_tokens == before[s] + (s in grown) for s in step.sequences)
+
+    @precondition(lambda self: self.unended())
+    @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
+    def end_from_outside(self, data: st.DataObject, reason: str) -> None:
+        sequence = data.draw(st.sampled_from(self.unended()))
+        self.cut[sequence] = sequence.num_output_tokens
+        self.scheduler.finish(sequence, reason)
+        assert sequence.finish_reason == reason
+
+    def unended(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.finish_reason is None]
+
+    @invariant()
+    def whole(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        scheduler = self.scheduler
+        scheduler.check()
+        assert len(scheduler.running) <= self.max_num_seqs
+        flying = [s for step, _ in self.flight for s in step.sequences]
+        assert len(set(flying)) == len(flying)
+        assert {s for s in flying if s.num_in_flight} == set(flying)
+        assert all((s.num_in_flight > 0) == (s in flying) for s in self.sequences)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        turns = 0
+        while self.scheduler.has_work or self.flight:
+            turns += 1
+            assert turns < 5000, "no progress"
+            before = len(self.flight)
+            while len(self.flight) < self.num_stages:
+                self.schedule()
+                if len(self.flight) == before:
+                    break
+                before = len(self.flight)
+            if self.flight:
+                self.complete()
+            self.whole()
+        assert self.scheduler.blocks.num_free_blocks == self.num_blocks
+        for s in self.sequences:
+            prompt = tuple(s.token_ids[: s.num_prompt_tokens])
+            output, reason = alone(prompt, s.max_tokens, s.min_tokens, s.stop_token_ids)
+            if s in self.cut:
+                assert s.output_token_ids == output[: self.cut[s]]
+            else:
+                assert (s.output_token_ids, s.finish_reason) == (output, reason)
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=120, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestSchedulerAsAWhole = SchedulerMachine.TestCase
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int) -> None:
+    """Guards the machine above: at its sizes, what it is to prove something about really happens."""
+    machine = SchedulerMachine()
+    machine.start(block_size=2, num_tokens=18, num_stages=num_stages, budget=16, max_num_seqs=6, caching=True)
+    for i in range(12):
+        machine.add(prefix=5, tail=[i % 3, i // 3 % 3], max_tokens=6, min_tokens=6, stops=frozenset())
+    sequences = machine.sequences
+    machine.teardown()
+    assert machine.scheduler.num_preemptions > 0
+    assert any(s.num_cached_tokens for s in sequences)

@@ -1,0 +1,197 @@
+"""A stage's forward against transformers: tiny random Llamas, float32, greedy, token for token.
+
+In a world of one rank; `tests/engine/test_exactness.py` does it on meshes.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+
+NUM_NEW = 24
+CONFIG = InferenceConfig(device="cpu", dtype="float32", num_kv_blocks=64, block_size=4)
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+SIZES: dict[str, Any] = {
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "intermediate_size": 70,
+    "vocab_size": 211,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.4,  # else every output repeats one token
+    "eos_token_id": None,
+    "bos_token_id": None,
+}
+PROMPTS = [[17, 3, 99, 41, 5], [8], [(37 * i + 11) % 211 for i in range(40)], [200, 17, 3, 99, 41, 5, 60]]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only costs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_model(seed: int = 0, **values: Any) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **values})).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers begins with zeros, which would hide one that is left out
+            torch.nn.init.normal_(parameter, std=0.4)
+        elif "norm" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model
+
+
+def reference(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
+    return list(out[0, len(prompt) :].tolist())
+
+
+def assert_equal_to_transformers(model: LlamaForCausalLM, given: Any = None, config: InferenceConfig = CONFIG) -> None:
+    expected = [reference(model, prompt) for prompt in PROMPTS]
+    assert min(len(set(tokens)) for tokens in expected) >= 6, "outputs too plain to prove anything"
+    assert reference(model, [(PROMPTS[0][0] + 1) % 211, *PROMPTS[0][1:]]) != expected[0], "the first token is heard"
+    with InferenceEngine(model if given is None else given, config) as engine:
+        outputs = engine.generate(PROMPTS, GREEDY, progress=False)
+        engine.check()
+    assert [list(output.token_ids) for output in outputs] == expected
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "mha": {"num_key_value_heads": 6},
+    "mqa": {"num_key_value_heads": 1},
+    "attention bias": {"attention_bias": True},
+    "mlp bias": {"mlp_bias": True},
+    "both biases, tied": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "tied": {"tie_word_embeddings": True},
+    "larger heads": {"head_dim": 20},
+    "smaller heads": {"head_dim": 2, "num_key_value_heads": 2},
+    "one layer": {"num_hidden_layers": 1},
+    "another epsilon": {"rms_norm_eps": 0.3},
+}
+
+
+@pytest.mark.parametrize("values", SHAPES.values(), ids=SHAPES.keys())
+def test_shapes(values: dict[str, Any]) -> None:
+    assert_equal_to_transformers(make_model(**values))
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default", "rope_theta": 12345.6},
+    "linear": {"rope_type": "linear", "factor": 3.0, "rope_theta": 5000.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "yarn": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+    },
+    "yarn, all set": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "original_max_position_embeddings": 32,
+        "beta_fast": 16.0,
+        "beta_slow": 2.0,
+        "attention_factor": 1.3,
+    },
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "rope_theta": 500000.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.7],
+        "long_factor": [2.0, 3.0, 4.0, 5.0],
+        "original_max_position_embeddings": 96,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_kinds(kind: str) -> None:
+    assert_equal_to_transformers(make_model(rope_parameters=dict(ROPES[kind])))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROPES if kind not in ("default", "longrope")])
+def test_rope_kinds_differ(kind: str) -> None:
+    """Guards the test above: a kind that was read as "default" would be seen."""
+    plain = {"rope_type": "default", "rope_theta": ROPES[kind]["rope_theta"]}
+    model, other = make_model(rope_parameters=dict(ROPES[kind])), make_model(rope_parameters=plain)
+    same = [reference(model, prompt) == reference(other, prompt) for prompt in PROMPTS]
+    assert all(same) if kind == "dynamic" else not all(same)  # dynamic is plain within the original length
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("dynamic", 128), ("longrope", 96)])
+def test_lengths_at_which_frequencies_change_are_refused(kind: str, limit: int) -> None:
+    model = make_model(rope_parameters=dict(ROPES[kind]))
+    with InferenceEngine(model, CONFIG) as engine:
+        assert engine.max_model_len == limit
+    with pytest.raises(ValueError) as error:
+        InferenceEngine(model, CONFIG.replace(max_model_len=limit + 1))
+    assert str(error.value) == f"max_model_len={limit + 1} is more than the model's {limit} positions"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["5GB", "30KB"])
+def test_directories(tmp_path: Path, max_shard_size: str, tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied, attention_bias=True)
+    model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_size == "30KB")
+    assert_equal_to_transformers(model, tmp_path)
+
+
+def test_every_weight_comes_from_the_checkpoint() -> None:
+    """What memory held before does not matter: no parameter stays as it was allocated."""
+    model = make_model(attention_bias=True, mlp_bias=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        torch.utils.deterministic.fill_uninitialized_memory = True  # NaN wherever torch.empty is not overwritten
+        assert_equal_to_transformers(model)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_close_to_transformers(dtype: str) -> None:
+    """Both round, in other places: compare the first token's logits, not the tokens that follow from them."""
+    model = make_model(initializer_range=0.1).to(getattr(torch, dtype))
+    with InferenceEngine(model, CONFIG.replace(dtype="auto")) as engine:
+        assert engine.ranks[0].dtype == dtype
+        stage = engine._world.executor.worker.stage
+        seen: list[torch.Tensor] = []
+        stage.lm_head.register_forward_hook(lambda *args: seen.append(args[-1]))
+        engine.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=1), progress=False)
+    with torch.inference_mode():
+        exact = model.float()(torch.tensor([PROMPTS[2]])).logits[0, -1]
+    torch.testing.assert_close(seen[0][0], exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"block_size": 1, "num_kv_blocks": 128},
+        {"max_num_batched_tokens": 7},
+        {"max_num_seqs": 1},
+        {"num_kv_blocks": 17},
+    ],
+    ids=str,
+)
+def test_scheduling_changes_no_token(values: dict[str, Any]) -> None:
+    assert_equal_to_transformers(make_model(), config=CONFIG.replace(**values))

@@ -1,0 +1,492 @@
+"""Reading slices of checkpoints, and saying what is wrong with them."""
+
+import json
+import pickle
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from meshlm import InferenceConfig, InferenceShardformer, ProcessGroupMesh
+from meshlm.mesh import Communicator
+from meshlm.policies import Dim
+from meshlm.shardformer import CheckpointError, open_checkpoint, weights
+from meshlm.shardformer.linear import Slices
+from meshlm.shardformer.shard import Range, Shards, split_layers
+from meshlm.shardformer.stage import PipelineStage
+from meshlm.shardformer.weights import ModuleSource, Piece, SafetensorsSource, WeightSource
+from meshlm.kernels import select_ops
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 36,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 50,
+    "vocab_size": 101,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 64,
+}
+
+
+def make_model(**values: Any) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **values})).eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def copy(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+# ---- slices ---------------------------------------------------------------------------------------------------------
+
+RANGES: list[tuple[Range, Range]] = [
+    ((0, 7), (0, 5)),
+    ((2, 6), (0, 5)),
+    ((0, 7), (1, 4)),
+    ((3, 4), (4, 5)),
+    ((6, 7), (0, 1)),
+    ((2, 2), (0, 5)),
+]
+
+
+@pytest.mark.parametrize("staging", [8 << 20, 1, 24])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_any_slice_in_any_dtype(
+    stored: torch.dtype, wanted: torch.dtype, staging: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "_STAGING_BYTES", staging)
+    matrix, vector = torch.randn(7, 5).to(stored), torch.randn(11).to(stored)
+    save_file({"other": torch.ones(3), "matrix": matrix, "vector": vector}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert source.shapes == {"other": (3,), "matrix": (7, 5), "vector": (11,)}
+    for rows, columns in RANGES:
+        out = torch.full((rows[1] - rows[0], columns[1] - columns[0]), float("nan"), dtype=wanted)
+        before = source.bytes_read
+        source.read("matrix", (rows, columns), out)
+        assert torch.equal(out, matrix[slice(*rows), slice(*columns)].to(wanted))
+        assert source.bytes_read - before == out.numel() * stored.itemsize, "nothing but the slice is read"
+    for start, stop in ((0, 11), (4, 9), (10, 11)):
+        out = torch.full((stop - start,), float("nan"), dtype=wanted)
+        source.read("vector", ((start, stop),), out)
+        assert torch.equal(out, vector[start:stop].to(wanted))
+    source.close()
+
+
+def test_a_slice_goes_into_a_part_of_a_parameter(tmp_path: Path) -> None:
+    matrix = torch.randn(4, 6)
+    save_file({"m": matrix}, tmp_path / "model.safetensors")
+    parameter = torch.zeros(9, 3)
+    SafetensorsSource(tmp_path).read("m", ((1, 4), (2, 5)), parameter[5:8])
+    assert torch.equal(parameter[5:8], matrix[1:4, 2:5])
+    assert not parameter[:5].any() and not parameter[8:].any()
+
+
+def test_sources_can_be_pickled_and_closed(tmp_path: Path) -> None:
+    save_file({"m": torch.arange(6.0)}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    out = torch.empty(6)
+    source.read("m", ((0, 6),), out)
+    copied = pickle.loads(pickle.dumps(source))
+    source.close()
+    for each in (copied, source):
+        out.zero_()
+        each.read("m", ((0, 6),), out)
+        assert torch.equal(out, torch.arange(6.0))
+        each.close()
+
+
+def test_a_sharded_directory_is_one_checkpoint(tmp_path: Path) -> None:
+    model = make_model()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    source = open_checkpoint(tmp_path).source
+    assert set(source.shapes) == set(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        out = torch.empty(tensor.shape)
+        source.read(name, tuple((0, n) for n in tensor.shape), out)
+        assert torch.equal(out, tensor)
+
+
+def test_a_module_source_saves_what_it_holds(tmp_path: Path) -> None:
+    model = make_model()
+    source = ModuleSource(model)
+    source.save(str(tmp_path / "model.safetensors"), ["model.norm.weight", "lm_head.weight"])
+    stored = load_file(tmp_path / "model.safetensors")
+    assert set(stored) == {"model.norm.weight", "lm_head.weight"}
+    out = torch.empty(2, 36, dtype=torch.bfloat16)
+    source.read("lm_head.weight", ((3, 5), (0, 36)), out)
+    assert torch.equal(out, model.lm_head.weight[3:5].bfloat16())
+
+
+# ---- completeness ---------------------------------------------------------------------------------------------------
+
+
+class Recorder(WeightSource):
+    """Fills with ones, and counts how often each element of each tensor was asked for."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
+        self.shapes = shapes
+        self.counts = {name: torch.zeros(shape, dtype=torch.int) for name, shape in shapes.items()}
+
+    def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
+        assert out.shape == tuple(stop - start for start, stop in ranges)
+        self.counts[name][tuple(slice(*r) for r in ranges)] += 1
+        out.add_(1)
+
+
+class FakeRank:
+    """Enough of a communicator to build a stage with: its place among tp ranks."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (3, 2), (1, 3), (4, 1), (9, 1)])
+def test_every_element_is_read_by_whoever_holds_it_and_filled_once(tp_size: int, pp_size: int, tied: bool) -> None:
+    model = make_model(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
+    spec = open_checkpoint(model).spec
+    shards = Shards(spec, tp_size)
+    recorder = Recorder({name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()})
+    device = torch.device("cpu")
+    for layers in split_layers(spec, pp_size):
+        for rank in range(tp_size):
+            tp: Any = FakeRank(rank, tp_size)
+            stage = PipelineStage(
+                spec,
+                layers,
+                Slices(shards, tp, torch.float32),
+                select_ops(device, torch.float32),
+                backend="auto",
+                max_model_len=8,
+                device=device,
+            )
+            stage.to_empty(device=device) if not tied else _materialise(stage)
+            for parameter in stage.parameters():
+                parameter.data.zero_()
+            weights.load_weights(stage, recorder)
+            assert all(torch.all(parameter == 1) for parameter in stage.parameters()), "each element filled once"
+    dims = dict(spec.tensors())
+    for name, counts in recorder.counts.items():
+        copies = _copies(dims[name], shards)
+        if tied and name == spec.embedding.name + ".weight" and pp_size > 1:
+            copies = copies * 2
+        assert torch.equal(counts, copies.expand_as(counts).int()), name
+
+
+def _materialise(stage: PipelineStage) -> None:
+    from meshlm.shardformer.shardformer import _materialise as materialise
+
+    materialise(stage, torch.device("cpu"))
+
+
+def _copies(dims: tuple[Dim, ...], shards: Shards) -> Tensor:
+    """How many ranks hold each element along the split dim."""
+    for axis, dim in enumerate(dims):
+        if dim is not Dim.HIDDEN:
+            held = Counter(i for rank in range(shards.tp_size) for i in range(*shards.range(dim, rank)))
+            column = torch.tensor([held[i] for i in range(len(held))])
+            return column if len(dims) == 1 else column.unsqueeze(1 - axis)
+    return torch.tensor(shards.tp_size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_whole_stage_holds_the_checkpoint(tied: bool, dtype: str, tmp_path: Path) -> None:
+    model = make_model(tie_word_embeddings=tied, attention_bias=True)
+    model.save_pretrained(tmp_path)
+    mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
+    for given in (tmp_path, str(tmp_path), model):
+        stage = InferenceShardformer(InferenceConfig(dtype=dtype, device="cpu"), mesh).optimize(given)
+        state = model.to(getattr(torch, dtype)).state_dict()
+        attention = stage.layers[1].attention
+        parts = [f"model.layers.1.self_attn.{p}_proj" for p in "qkv"]
+        assert torch.equal(attention.qkv.weight, torch.cat([state[f"{p}.weight"] for p in parts]))
+        assert torch.equal(attention.qkv.bias, torch.cat([state[f"{p}.bias"] for p in parts]))
+        assert torch.equal(attention.out.weight, state["model.layers.1.self_attn.o_proj.weight"])
+        assert stage.embedding is not None
+        assert torch.equal(stage.embedding.weight, state["model.embed_tokens.weight"])
+        assert torch.equal(stage.lm_head.weight, state["lm_head.weight"])
+        assert (stage.lm_head.weight is stage.embedding.weight) == tied
+        assert all(not p.is_meta and not p.requires_grad for p in stage.parameters())
+        model.float()
+
+
+def test_pieces_that_do_not_tile_a_parameter_are_caught() -> None:
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(torch.zeros(4, 2), requires_grad=False)
+    recorder = Recorder({"a": (4, 2)})
+    for pieces in (
+        [Piece("a", ((0, 3), (0, 2)))],
+        [Piece("a", ((0, 2), (0, 2))), Piece("a", ((1, 4), (0, 2)), 1)],
+        [Piece("a", ((0, 4), (0, 1)))],
+    ):
+        module.pieces = {"weight": pieces}
+        with pytest.raises(AssertionError):
+            weights.load_weights(module, recorder)
+    module.pieces = {}
+    with pytest.raises(AssertionError, match="nothing fills"):
+        weights.load_weights(module, recorder)
+
+
+def test_communicator_of_one_reduces_nothing() -> None:
+    """What the tests of this folder rely on: a world of one needs no process group."""
+    assert Communicator.along(ProcessGroupMesh(dp=1, pp=1, tp=1), "tp").size == 1
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def fault(path: Path) -> str:
+    with pytest.raises(ValueError) as error:
+        open_checkpoint(path)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def edit_config(path: Path, **values: Any) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_a_path_that_is_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere"
+    assert fault(path) == (
+        f"model: {path} does not exist; expected a directory with config.json and *.safetensors, or a GGUF file"
+    )
+
+
+def test_no_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    assert fault(copy) == f"{copy}: holds no config.json"
+
+
+def test_a_config_that_is_not_json(copy: Path) -> None:
+    (copy / "config.json").write_text("{")
+    assert fault(copy).startswith(f"{copy / 'config.json'}: not JSON: Expecting property name")
+
+
+def test_a_config_that_is_no_table(copy: Path) -> None:
+    (copy / "config.json").write_text("[]")
+    assert str(copy / "config.json") in fault(copy)
+
+
+def test_a_config_that_transformers_refuses(copy: Path) -> None:
+    edit_config(copy, model_type="no-such-thing")
+    assert fault(copy).startswith(f"{copy / 'config.json'}: ")
+
+
+@pytest.mark.parametrize(
+    ("architectures", "named"),
+    [
+        (["MambaForCausalLM"], "MambaForCausalLM"),
+        ([], "(none named in config.json)"),
+        (None, "(none named in config.json)"),
+    ],
+)
+def test_an_architecture_that_is_not_supported(copy: Path, architectures: Any, named: str) -> None:
+    edit_config(copy, architectures=architectures)
+    assert fault(copy).startswith(f"architecture {named} is not supported; supported: ")
+    assert "LlamaForCausalLM" in fault(copy)
+
+
+def test_an_activation_that_is_not_supported(copy: Path) -> None:
+    edit_config(copy, hidden_act="gelu")
+    assert fault(copy) == f"{copy}: hidden_act='gelu' is not supported; supported: 'silu'"
+
+
+def test_no_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    assert fault(copy) == f"{copy}: holds no *.safetensors file (and no model.safetensors.index.json)"
+
+
+def test_missing_tensors_are_named(copy: Path) -> None:
+    rewrite(copy, lambda tensors: [tensors.pop(f"model.layers.1.mlp.{n}_proj.weight") for n in ("up", "down")])
+    assert fault(copy) == (
+        f"{copy}: missing tensors: model.layers.1.mlp.up_proj.weight, model.layers.1.mlp.down_proj.weight"
+    )
+
+
+def test_extra_tensors_are_named(copy: Path) -> None:
+    rewrite(copy, lambda tensors: tensors.update({"model.layers.9.extra": torch.ones(2)}))
+    assert fault(copy) == f"{copy}: tensors that the model does not have: model.layers.9.extra"
+
+
+def test_misshapen_tensors_are_named_with_both_shapes(copy: Path) -> None:
+    rewrite(copy, lambda tensors: tensors.update({"model.norm.weight": torch.ones(35)}))
+    assert fault(copy) == f"{copy}: tensors of another shape: model.norm.weight has shape [35] instead of [36]"
+
+
+def test_all_faults_at_once_and_not_too_many_names(copy: Path) -> None:
+    def spoil(tensors: dict[str, Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.2." in name]:
+            tensors["x." + name] = tensors.pop(name)
+        tensors["model.norm.weight"] = torch.ones(1)
+
+    rewrite(copy, spoil)
+    message = fault(copy)
+    assert message.startswith(f"{copy}: missing tensors: model.layers.2.")
+    assert " and 1 more; tensors of another shape: model.norm.weight" in message
+    assert message.endswith("and 1 more")
+
+
+def test_left_over_rotary_frequencies_are_knowingly_ignored(copy: Path) -> None:
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    rewrite(copy, lambda tensors: tensors.update({name: torch.ones(2)}))
+    open_checkpoint(copy)
+
+
+def test_a_tied_model_may_hold_its_head_and_an_untied_one_must(saved: Path, tmp_path: Path) -> None:
+    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    open_checkpoint(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(101, 36)}))
+    open_checkpoint(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert fault(tmp_path) == f"{tmp_path}: missing tensors: lm_head.weight"
+
+
+@pytest.mark.parametrize("keep", [0, 4, 9, 100, -1])
+def test_a_truncated_file_is_named(copy: Path, keep: int) -> None:
+    file = copy / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:keep])
+    message = fault(copy)
+    assert message.startswith(f"{file}: truncated")
+    if keep == -1:
+        assert message.endswith(f"ends at byte {len(data)} of a file of {len(data) - 1}")
+
+
+def header_file(file: Path, header: Any, data: bytes = b"") -> None:
+    raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw + data)
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        (b"{not json at all", "not a safetensors file"),
+        (b"\xff\xfe\xfd\xfc", "not a safetensors file"),
+        ([1, 2, 3], "not a safetensors file"),
+        ({"w": 3}, "not a safetensors file"),
+        ({"w": {"dtype": "F32", "shape": [2]}}, "not a safetensors file"),
+        ({"w": {**GOOD, "data_offsets": [0, 4]}}, "tensor w"),
+        ({"w": {**GOOD, "data_offsets": [4, 0]}}, "tensor w"),
+        ({"w": {**GOOD, "data_offsets": [-8, 0]}}, "tensor w"),
+        ({"w": {**GOOD, "shape": "2"}}, "not a safetensors file"),
+        ({"w": {**GOOD, "dtype": "F8_E4M3", "data_offsets": [0, 2]}}, "tensor w has dtype F8_E4M3; supported: F64"),
+    ],
+)
+def test_a_wrong_header_is_named(tmp_path: Path, header: Any, words: str) -> None:
+    file = tmp_path / "model.safetensors"
+    header_file(file, header, b"\0" * 8)
+    with pytest.raises(CheckpointError) as error:
+        SafetensorsSource(tmp_path)
+    assert str(error.value).startswith(f"{file}: ") and words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    save_file({"w": torch.ones(8)}, file)
+    source = SafetensorsSource(tmp_path)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(CheckpointError, match="while its header promised more"):
+        source.read("w", ((0, 8),), torch.empty(8))
+
+
+def test_a_shard_that_the_index_names_is_missing(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    gone = sorted(tmp_path.glob("*.safetensors"))[1]
+    gone.unlink()
+    assert fault(tmp_path) == f"{tmp_path}: missing {gone.name}, named in model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("index", ["{", "{}", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1, "b": "c"}}'])
+def test_an_index_that_is_none(copy: Path, index: str) -> None:
+    file = copy / "model.safetensors.index.json"
+    file.write_text(index)
+    assert fault(copy).startswith(f"{file}: not a safetensors index: ")
+
+
+def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path) -> None:
+    model = make_model().double()
+    model.save_pretrained(tmp_path)
+    mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
+    with pytest.raises(ValueError) as error:
+        InferenceShardformer(InferenceConfig(device="cpu"), mesh).optimize(tmp_path)
+    assert str(error.value) == (
+        "dtype='auto': the checkpoint's dtype is float64; choose one of float32, bfloat16, float16"
+    )
+    stage = InferenceShardformer(InferenceConfig(device="cpu", dtype="float32"), mesh).optimize(tmp_path)
+    assert torch.equal(stage.lm_head.weight, model.lm_head.weight.float())
+
+
+def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
+    other, broken = tmp_path / "model.bin", tmp_path / "model.gguf"
+    other.write_bytes(b"x")
+    broken.write_bytes(b"GGUF\3\0\0\0")
+    assert fault(other) == f"model: {other} is neither a directory nor a .gguf file"
+    assert fault(broken).startswith(f"{broken}: not a readable GGUF file: ")
+
+
+def test_modules_that_are_not_for_us() -> None:
+    with pytest.raises(ValueError, match=r"^model: a Linear has no transformers config$"):
+        open_checkpoint(torch.nn.Linear(2, 2))
+    from transformers import LlamaModel
+
+    with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported; supported: "):
+        open_checkpoint(LlamaModel(LlamaConfig(**SIZES)))
+
+
+@pytest.mark.slow  # reads a GGUF file
+def test_gguf_is_the_converted_directory_bit_for_bit(demo_model: Path, demo_gguf: Path) -> None:
+    directory, gguf = open_checkpoint(demo_model), open_checkpoint(demo_gguf)
+    same = {name: getattr(directory.spec, name) == getattr(gguf.spec, name) for name in vars(directory.spec)}
+    assert [name for name, equal in same.items() if not equal] in ([], ["dtype"])
+    names = ["model.norm.weight", "model.embed_tokens.weight"] + [
+        f"model.layers.{i}.{part}.weight"
+        for i in (0, 29)
+        for part in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.down_proj", "input_layernorm")
+    ]
+    source = pickle.loads(pickle.dumps(gguf.source))
+    for name in names:
+        shape = directory.source.shapes[name]
+        assert gguf.source.shapes[name] == shape
+        middle = tuple((n // 3, n - n // 4) for n in shape)
+        for ranges in (tuple((0, n) for n in shape), middle):
+            ours, theirs = (torch.empty([stop - start for start, stop in ranges]) for _ in range(2))
+            source.read(name, ranges, ours)
+            directory.source.read(name, ranges, theirs)
+            assert torch.equal(ours, theirs), name
+    source.close()
+    directory.source.close()
