@@ -4,6 +4,7 @@
 driver calls it directly.
 """
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -64,6 +65,7 @@ class RankInfo:
     rank: int
     coordinate: dict[str, int]
     host: str
+    pid: int
     device: str
     dtype: str
     layers: tuple[int, int]  # (start, stop)
@@ -124,11 +126,11 @@ class Worker:
         self.runner = ModelRunner(
             stage, block_size, pp, Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
         )
-        parameters = {id(p): p for p in stage.parameters()}.values()
         return RankInfo(
             rank=self.mesh.rank,
             coordinate=dict(zip(self.mesh.axis_names, self.mesh.coordinate(), strict=True)),
             host=socket.gethostname(),
+            pid=os.getpid(),
             device=str(self.device),
             dtype=str(stage.dtype).removeprefix("torch."),
             layers=stage.layer_range,
@@ -138,7 +140,7 @@ class Worker:
             has_embedding=stage.is_first,
             has_lm_head=stage.is_last,
             num_threads=torch.get_num_threads(),
-            weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
+            weight_bytes=stage.weight_bytes,
             bytes_read=checkpoint.source.bytes_read,
             load_s=time.monotonic() - started,
             baseline_rss_bytes=baseline,

@@ -1,12 +1,12 @@
 """``select_ops`` chooses, once, the implementation of every op for a device."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from . import eager
+from . import eager, linear
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Ops:
     """One implementation of each op; a module keeps the ones that it uses. Signatures: `kernels/eager.py`."""
 
     name: str
+    bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -24,6 +25,7 @@ class Ops:
 
 EAGER = Ops(
     name="eager",
+    bind_linear=linear.bind_plain,
     add_rms_norm=eager.add_rms_norm,
     silu_and_mul=eager.silu_and_mul,
     rotary=eager.rotary,
@@ -35,5 +37,6 @@ EAGER = Ops(
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest ops that run on this device with this dtype."""
-    del device, dtype  # one implementation so far, and it runs everywhere
+    if linear.packs(device, dtype):
+        return replace(EAGER, name="eager, packed linear", bind_linear=linear.bind_packed)
     return EAGER

@@ -47,8 +47,8 @@ class PagedAttention(nn.Module):
         start, stop = slices.shards.heads[slices.tp.rank]
         kv_start, kv_stop = slices.shards.kv_heads[slices.tp.rank]
         self.num_heads, self.num_kv_heads, self.head_dim = stop - start, kv_stop - kv_start, spec.head_dim
-        self.qkv = ColumnParallelLinear([layer.query, layer.key, layer.value], prefix, slices)
-        self.out = RowParallelLinear(layer.output, prefix, slices)
+        self.qkv = ColumnParallelLinear([layer.query, layer.key, layer.value], prefix, slices, ops)
+        self.out = RowParallelLinear(layer.output, prefix, slices, ops)
         self.rotary, self.store_kv = ops.rotary, ops.store_kv
         self.backend = create_backend(
             backend,

@@ -1,11 +1,11 @@
 """The embedding and the LM head, split over the vocabulary."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Ops
+from ..kernels.linear import bind_plain
 from ..policies import Dim, Module
-from .linear import Slices
+from .linear import ParallelLinear, Slices
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -23,16 +23,18 @@ class VocabParallelEmbedding(nn.Module):
         return self.tp.all_reduce(self.embedding(token_ids, self.weight, self.start))
 
 
-class VocabParallelHead(nn.Module):
+class VocabParallelHead(ParallelLinear):
     """[num_rows, hidden] -> float32 logits of this rank's vocabulary shard [num_rows, local_vocab].
 
-    `tied` is the embedding whose weight it shares, when both are on this stage.
+    tied: the embedding whose weight it shares, when both are on this stage. The weight then stays plain, since
+    look-ups need it so, and is held once.
     """
 
-    def __init__(self, module: Module, slices: Slices, tied: VocabParallelEmbedding | None) -> None:
-        super().__init__()
-        self.pieces = {"weight": slices.pieces([module], "")}
-        self.weight: nn.Parameter = tied.weight if tied is not None else slices.parameter(self.pieces["weight"])
+    def __init__(self, module: Module, slices: Slices, ops: Ops, tied: VocabParallelEmbedding | None) -> None:
+        super().__init__([module], "", slices, ops)
+        if tied is not None:
+            self.weight = tied.weight
+            self._bind_linear = bind_plain
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight).float()
+        return self.product(x, None).float()

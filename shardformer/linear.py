@@ -7,10 +7,10 @@ along its input row-parallel (Shoeybi et al. 2019, Megatron-LM).
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Ops
+from ..kernels.linear import Linear
 from ..mesh.collectives import Communicator
 from ..policies import Dim, Module
 from .shard import Shards
@@ -43,40 +43,48 @@ class Slices:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype), requires_grad=False)
 
 
-class ColumnParallelLinear(nn.Module):
-    """Several linear layers of the same input as one product: [num_tokens, in] -> [num_tokens, sum of local outs]."""
+class ParallelLinear(nn.Module):
+    """This rank's slices of some modules' weights, one below the other, and their product with an input.
 
-    def __init__(self, modules: Sequence[Module], prefix: str, slices: Slices) -> None:
+    The product is bound once the weight is loaded (`bind`), in the form that is fastest; the plain weight is let go.
+    """
+
+    def __init__(self, modules: Sequence[Module], prefix: str, slices: Slices, ops: Ops) -> None:
         super().__init__()
         self.pieces = {"weight": slices.pieces(modules, prefix)}
-        self.weight = slices.parameter(self.pieces["weight"])
+        self.weight: nn.Parameter | None = slices.parameter(self.pieces["weight"])
         self.bias: nn.Parameter | None = None
         if modules[0].bias:
             self.pieces["bias"] = slices.pieces(modules, prefix, "bias")
             self.bias = slices.parameter(self.pieces["bias"])
+        self._bind_linear = ops.bind_linear
+        self.product: Linear
+
+    def bind(self) -> None:
+        assert self.weight is not None
+        self.product = self._bind_linear(self.weight.data)
+        self.weight = None
+
+
+class ColumnParallelLinear(ParallelLinear):
+    """Several linear layers of the same input as one product: [num_tokens, in] -> [num_tokens, sum of local outs]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
 
 
-class RowParallelLinear(nn.Module):
+class RowParallelLinear(ParallelLinear):
     """A linear layer over this rank's part of the input, summed over tp: [num_tokens, local in] -> [num_tokens, out].
 
     The bias is added once, after the sum.
     """
 
-    def __init__(self, module: Module, prefix: str, slices: Slices) -> None:
-        super().__init__()
+    def __init__(self, module: Module, prefix: str, slices: Slices, ops: Ops) -> None:
+        super().__init__([module], prefix, slices, ops)
         self.tp = slices.tp
-        self.pieces = {"weight": slices.pieces([module], prefix)}
-        self.weight = slices.parameter(self.pieces["weight"])
-        self.bias: nn.Parameter | None = None
-        if module.bias:
-            self.pieces["bias"] = slices.pieces([module], prefix, "bias")
-            self.bias = slices.parameter(self.pieces["bias"])
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.tp.all_reduce(F.linear(x, self.weight))
+        out = self.tp.all_reduce(self.product(x, None))
         return out if self.bias is None else out + self.bias
 
 

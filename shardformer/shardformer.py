@@ -166,6 +166,7 @@ class InferenceShardformer:
         )
         _materialise(stage, self.device)
         load_weights(stage, checkpoint.source)
+        stage.bind()
         return stage.eval()
 
 

@@ -10,7 +10,7 @@ from ..policies import ModelSpec
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionBackend, AttentionMetadata
 from .embedding import VocabParallelEmbedding, VocabParallelHead
-from .linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, Slices
+from .linear import ColumnParallelLinear, ParallelLinear, RMSNorm, RowParallelLinear, Slices
 from .shard import Range
 
 
@@ -19,8 +19,8 @@ class GatedMLP(nn.Module):
 
     def __init__(self, spec: ModelSpec, prefix: str, slices: Slices, ops: Ops) -> None:
         super().__init__()
-        self.gate_up = ColumnParallelLinear([spec.layer.gate, spec.layer.up], prefix, slices)
-        self.down = RowParallelLinear(spec.layer.down, prefix, slices)
+        self.gate_up = ColumnParallelLinear([spec.layer.gate, spec.layer.up], prefix, slices, ops)
+        self.down = RowParallelLinear(spec.layer.down, prefix, slices, ops)
         self.activation = ops.silu_and_mul
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,8 +74,15 @@ class PipelineStage(nn.Module):
             if self.is_last:
                 self.final_norm = RMSNorm(spec.final_norm, "", slices, spec.norm_eps, ops)
                 head = spec.embedding if spec.tied_embeddings else spec.lm_head
-                self.lm_head = VocabParallelHead(head, slices, self.embedding if spec.tied_embeddings else None)
+                self.lm_head = VocabParallelHead(head, slices, ops, self.embedding if spec.tied_embeddings else None)
         self.rotary = RotaryTable(spec, max_model_len, slices.dtype, device)
+
+    def bind(self) -> None:
+        """Binds the linear layers' products, once their weights are loaded."""
+        self.weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
+        for module in self.modules():
+            if isinstance(module, ParallelLinear):
+                module.bind()
 
     @property
     def attentions(self) -> Iterator[PagedAttention]:
