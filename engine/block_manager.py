@@ -14,7 +14,8 @@ entry. Equal nodes therefore mean equal tokens from the start on; there is no ha
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence as Seq
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 
 from .sequence import Sequence
 
@@ -124,7 +125,7 @@ class BlockManager:
             self._keys[block] = None
 
     def check(self, sequences: Iterable[Sequence]) -> None:
-        """Proves that no block is lost or held twice, given every sequence that may hold some. Raises AssertionError."""
+        """Proves that no block is lost or held twice, given all sequences that may hold some. Else AssertionError."""
         counts = [0] * self.num_blocks
         for sequence in sequences:
             assert len(set(sequence.block_table)) == len(sequence.block_table), f"{sequence.request_id} repeats a block"

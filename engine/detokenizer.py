@@ -35,9 +35,7 @@ class Detokenizer:
         if look_for_stop and self._stop:
             # A stop string that is new must end within what was just decoded.
             found = [
-                place
-                for stop in self._stop
-                if (place := self._decoded.find(stop, max(0, before - len(stop) + 1))) >= 0
+                place for stop in self._stop if (place := self._decoded.find(stop, max(0, before - len(stop) + 1))) >= 0
             ]
             if found:
                 self.text = self._decoded = self._decoded[: min(found)]

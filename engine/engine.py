@@ -206,7 +206,8 @@ class InferenceEngine:
                 if len(requests) == 1:
                     raise
                 raise type(error)(f"prompts[{index}]: {error}") from None
-        ids = [given or f"request-{self._num_requests + index}" for index, given in enumerate(request_ids or [None] * len(prepared))]
+        given = request_ids or [None] * len(prepared)
+        ids = [request_id or f"request-{self._num_requests + index}" for index, request_id in enumerate(given)]
         for request_id in ids:
             if request_id in self._core:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")

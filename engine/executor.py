@@ -13,6 +13,8 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, cast
@@ -122,8 +124,14 @@ class MeshExecutor(Executor):
         return rank // self._ranks_per_replica, message
 
     def publish(self, message: Published) -> None:
-        """Tells every other rank under torchrun what a collective call gives."""
-        self._send(range(1, len(self.connections)), message)
+        """Tells every other rank under torchrun what a collective call gives; one that is gone is passed over."""
+        try:
+            data = reduction.ForkingPickler.dumps(message)
+        except Exception:  # an error of a library's, of a kind that does not travel
+            data = reduction.ForkingPickler.dumps(replace(message, error=RuntimeError(repr(message.error))))
+        for connection in self.connections[1:]:
+            with suppress(OSError):
+                connection.send_bytes(data)
 
     def _send(self, ranks: Sequence[int], message: Any) -> None:
         data = reduction.ForkingPickler.dumps(message)  # once for all of them

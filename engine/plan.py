@@ -85,7 +85,8 @@ def runs_on(dtype: torch.dtype, device: torch.device) -> bool:
     try:
         x = torch.ones(2, 2, dtype=dtype, device=device)
         torch.nn.functional.linear(x, x).sum().item()
-        return dtype is not torch.bfloat16 or device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+        emulated = device.type == "cuda" and dtype is torch.bfloat16
+        return not emulated or torch.cuda.get_device_capability(device) >= (8, 0)
     except RuntimeError:
         return False
 

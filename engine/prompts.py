@@ -69,17 +69,18 @@ class Preparer:
         except (AttributeError, TypeError):
             raise TypeError(f"prompt: {token!r} is not a token id") from None
         if not 0 <= token_id < self.vocab_size:
-            raise ValueError(f"prompt: token id {token_id} is out of range; the vocabulary has 0 to {self.vocab_size - 1}")
+            raise ValueError(f"prompt: token id {token_id} is out of range; {self._vocabulary()}")
         return token_id
+
+    def _vocabulary(self) -> str:
+        return f"the vocabulary has 0 to {self.vocab_size - 1}"
 
     def _output_limit(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         assert params.max_tokens is not None
         limit = min(params.max_tokens, self.max_model_len - num_prompt_tokens)
         for token_id in params.stop_token_ids:
             if token_id >= self.vocab_size:
-                raise ValueError(
-                    f"stop_token_ids: token id {token_id} is out of range; the vocabulary has 0 to {self.vocab_size - 1}"
-                )
+                raise ValueError(f"stop_token_ids: token id {token_id} is out of range; {self._vocabulary()}")
         if params.stop and self.tokenizer is None:
             raise ValueError(f"stop={list(params.stop)}: stop strings need a tokenizer, and the engine has none")
         if params.max_total_tokens is None:
@@ -124,7 +125,7 @@ def find_tokenizer(model: str | Path | nn.Module) -> Any:
 
 
 def default_params(model: str | Path | nn.Module, eos_token_ids: Sequence[int], tokenizer: Any) -> SamplingParams:
-    """The model's own generation config as SamplingParams; end tokens where it has none, its config's or tokenizer's."""
+    """The model's own generation config as SamplingParams; where that names no end token, its config's or tokenizer's."""
     from transformers import GenerationConfig
 
     own: Any = None

@@ -23,14 +23,16 @@ from .step import SampleRequest
 
 _CANDIDATES = 128
 _NEVER = float("-inf")
+_COLDEST = 1e-6  # temperatures below it are taken for it: greedy but for equals, and no logit overflows
 
 
 class Sampler:
-    """Samples over one vocabulary shard, with the other ranks of `tp`. `vocabulary`: this rank's (start, stop)."""
+    """Samples over one vocabulary shard, with the other ranks of `tp`. `vocabulary`: each rank's (start, stop)."""
 
-    def __init__(self, tp: Communicator, vocabulary: Range, ops: Ops, device: torch.device) -> None:
+    def __init__(self, tp: Communicator, vocabulary: Sequence[Range], ops: Ops, device: torch.device) -> None:
         self.tp, self.device = tp, device
-        self.start, self.stop = vocabulary
+        self.start, self.stop = vocabulary[tp.rank]
+        self.largest_shard = max(stop - start for start, stop in vocabulary)
         self.noise = ops.counter_noise
         self.token_ids = torch.arange(self.start, self.stop, dtype=torch.int32, device=device)
 
@@ -64,18 +66,23 @@ class Sampler:
 
     def _add_noise(self, logits: Tensor, rows: list[int], samples: Sequence[SampleRequest]) -> None:
         index = torch.tensor(rows, device=self.device)
-        temperature = torch.tensor([[samples[r].temperature] for r in rows], device=self.device)
+        temperature = self._temperatures([samples[r] for r in rows])
         keys = torch.tensor([samples[r].key for r in rows], dtype=torch.int32, device=self.device)
         scores = logits.index_select(0, index).div_(temperature).add_(self.noise(keys, self.token_ids))
         logits.index_copy_(0, index, scores)
 
+    def _temperatures(self, samples: Sequence[SampleRequest]) -> Tensor:
+        """[num_rows, 1]"""
+        return torch.tensor([[max(s.temperature, _COLDEST)] for s in samples], device=self.device)
+
     def _draw_filtered(self, logits: Tensor, samples: Sequence[SampleRequest]) -> Tensor:
         """Token ids [num_rows] drawn after top-k, top-p and min-p."""
-        scaled = logits.div_(torch.tensor([[s.temperature] for s in samples], device=self.device))
+        scaled = logits.div_(self._temperatures(samples))
         keys = torch.tensor([s.key for s in samples], dtype=torch.int32, device=self.device)
         local_mass = scaled.logsumexp(dim=-1, keepdim=True).double()
-        count = max([_CANDIDATES, *(s.top_k + 1 for s in samples)])
+        count = max(_CANDIDATES, *(s.top_k + 1 for s in samples))
         while True:
+            count = min(count, self.largest_shard)
             values, token_ids, mass, floor = self._candidates(scaled, local_mass, count)
             keep, complete = _filter(values, mass, floor, samples)
             if complete:
@@ -119,6 +126,8 @@ def _filter(values: Tensor, mass: Tensor, floor: Tensor, samples: Sequence[Sampl
     place = torch.arange(values.shape[1], device=values.device, dtype=torch.float64)
     kth = values.gather(1, (top_k.clamp(max=values.shape[1]) - 1).long())
     keep = (place < top_k) | (values >= kth)  # equals of the k-th stay, as in transformers
+    nothing_missing = floor == _NEVER
+    all_of_top_k = top_k.isinf() | nothing_missing | (kth > floor)
     kept_mass = torch.where(top_k.isinf(), mass, values.masked_fill(~keep, _NEVER).logsumexp(dim=-1, keepdim=True))
 
     probability = (values - kept_mass).exp().masked_fill(~keep, 0)
@@ -128,5 +137,5 @@ def _filter(values: Tensor, mass: Tensor, floor: Tensor, samples: Sequence[Sampl
     keep &= values > _NEVER
 
     lowest = values.masked_fill(~keep, float("inf")).amin(dim=-1, keepdim=True)
-    complete = (floor == _NEVER) | (lowest > floor)  # nothing is missing, or nothing that would be kept
-    return keep, bool(complete.all())
+    complete = nothing_missing | (lowest > floor)  # or nothing that would be kept
+    return keep, bool((complete & all_of_top_k).all())

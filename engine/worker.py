@@ -7,6 +7,7 @@ driver calls it directly.
 import os
 import socket
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
@@ -22,10 +23,11 @@ from ..mesh.launch import Failure, RankPlace, divide_threads, init_process_group
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
+from ..shardformer.shardformer import max_model_len
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes
 from .model_runner import ModelRunner
 from .sampler import Sampler
-from .step import StepInput, StepOutput
+from .step import SampleRequest, StepInput, StepOutput
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,12 @@ class Worker:
         self.block_size = block_size = self.config.block_size or preferred
         tp, pp = shardformer.tp, Communicator.along(self.mesh, "pp")
         shards = shardformer.shards(checkpoint.spec)
-        vocabulary = shards.range(Dim.VOCABULARY, tp.rank)
+        vocabulary = [shards.range(Dim.VOCABULARY, rank) for rank in range(tp.size)]
         ops = select_ops(self.device, stage.dtype)
         self.runner = ModelRunner(
             stage, block_size, pp, Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
         )
+        activations = self._activation_bytes(max_model_len(self.config, checkpoint.spec))
         return RankInfo(
             rank=self.mesh.rank,
             coordinate=dict(zip(self.mesh.axis_names, self.mesh.coordinate(), strict=True)),
@@ -136,7 +139,7 @@ class Worker:
             layers=stage.layer_range,
             query_heads=shards.heads[tp.rank],
             kv_heads=shards.kv_heads[tp.rank],
-            vocabulary=vocabulary,
+            vocabulary=vocabulary[tp.rank],
             has_embedding=stage.is_first,
             has_lm_head=stage.is_last,
             num_threads=torch.get_num_threads(),
@@ -145,12 +148,30 @@ class Worker:
             load_s=time.monotonic() - started,
             baseline_rss_bytes=baseline,
             peak_rss_bytes=peak_rss_bytes(),
-            available_bytes=available_bytes(self.device),
+            available_bytes=available_bytes(self.device) - activations,
             block_size=block_size,
             block_bytes=block_bytes(stage, block_size),
             attention_backends=tuple(stage.backends),
             ops=ops.name,
         )
+
+    def _activation_bytes(self, max_model_len: int) -> int:
+        """What the largest step takes beside weights and cache; measured on a GPU, with a step of zeros.
+
+        On a CPU it is small beside what is left free, and it would cost a prefill at each start.
+        """
+        if self.device.type != "cuda":
+            return 0
+        count = min(self.config.max_num_batched_tokens, max_model_len)
+        num_blocks = -(-count // self.block_size)
+        self.allocate(num_blocks)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        before = torch.cuda.memory_allocated(self.device)
+        sample = SampleRequest(sequence=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, key=(0, 0), banned=())
+        table = array("i", range(num_blocks))
+        self.execute(StepInput(0, array("q", bytes(8 * count)), (count,), (0,), (table,), (sample,)))
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - before
 
     def allocate(self, num_blocks: int) -> None:
         """Allocates the KV cache; from here on `execute` works."""

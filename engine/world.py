@@ -53,7 +53,7 @@ class World:
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
         """Lets every rank begin with a `Worker` method; on the driver, the result waits for their answers."""
-        return (lambda: []) if self._executor is None else self._executor.begin(method, *arguments)
+        return list if self._executor is None else self._executor.begin(method, *arguments)
 
     def everywhere(self, function: Callable[[], T]) -> T:
         """Runs `function` on the driver; every rank returns its value or raises its error."""

@@ -60,7 +60,7 @@ class WeightSource(ABC):
     def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
         """Fills `out` (contiguous, of the slice's shape, any dtype and device) with a slice of a tensor."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027  (there may be nothing to close)
         """Lets go of files; a later `read` opens them again."""
 
 
@@ -106,7 +106,7 @@ class SafetensorsSource(WeightSource):
         if not out.numel():
             return
         size = out.element_size()
-        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())
+        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         (start, stop), inner = ranges[0], ranges[1:]
         row = prod(entry.shape[1:])
         if all(r == (0, n) for r, n in zip(inner, entry.shape[1:], strict=True)):
