@@ -125,7 +125,7 @@ def find_tokenizer(model: str | Path | nn.Module) -> Any:
 
 
 def default_params(model: str | Path | nn.Module, eos_token_ids: Sequence[int], tokenizer: Any) -> SamplingParams:
-    """The model's own generation config as SamplingParams; where that names no end token, its config's or tokenizer's."""
+    """The model's generation config as SamplingParams; its end tokens else from its config or its tokenizer."""
     from transformers import GenerationConfig
 
     own: Any = None

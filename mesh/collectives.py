@@ -3,23 +3,18 @@
 A group of size 1 is a no-op here, and nowhere else in the project.
 """
 
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 
-if TYPE_CHECKING:
-    from .process_group_mesh import Axes, ProcessGroupMesh
+from .process_group_mesh import Axes, CollectiveError, ProcessGroupMesh
 
 T = TypeVar("T")
 ReduceOp = Literal["sum", "max", "min"]
 
 # torch 2.13 renamed the one and deprecated the other.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
-
-class CollectiveError(RuntimeError):
-    """A collective failed; one line that names the operation, the group, the ranks and the tensor."""
 
 
 class Pending:
@@ -67,7 +62,7 @@ class Communicator:
         }
 
     @classmethod
-    def along(cls, mesh: "ProcessGroupMesh", axis: "Axes", backend: str | None = None) -> "Communicator":
+    def along(cls, mesh: ProcessGroupMesh, axis: Axes, backend: str | None = None) -> "Communicator":
         """The communicator of this rank along an axis or axes of the mesh; collective when the group is new."""
         line = mesh[axis]
         group = mesh.get_group(axis, backend) if line.size() > 1 else None

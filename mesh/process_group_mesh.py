@@ -16,10 +16,12 @@ from typing import Any, overload
 
 import torch.distributed as dist
 
-from .collectives import CollectiveError
-
 Axis = int | str
 Axes = Axis | Sequence[Axis]
+
+
+class CollectiveError(RuntimeError):
+    """A collective failed; one line that names the operation, the group, the ranks and the tensor."""
 
 
 class ProcessGroupMesh:
