@@ -7,8 +7,10 @@ A block id means the same place in every layer and on every rank of a replica.
 """
 
 import os
+from math import prod
 from pathlib import Path
 
+import numpy as np
 import psutil
 import torch
 
@@ -22,9 +24,19 @@ class KVCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         for attention in stage.attentions:
             shape = (num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
-            # Zeros, not empty: a padded block table reads block 0, whose masked values must be finite.
-            key, value = (torch.zeros(shape, dtype=stage.dtype, device=stage.device) for _ in range(2))
+            key, value = (_zeros(shape, stage.dtype, stage.device) for _ in range(2))
             attention.bind_cache(key, value)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros, not empty: a padded block table reads block 0, whose masked values must be finite.
+
+    On the CPU pages that the system gives as zeros when they are first touched, which torch.zeros would fill at once:
+    a cache takes memory as it is used.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def block_bytes(stage: PipelineStage, block_size: int) -> int:
