@@ -43,7 +43,7 @@ class World:
             own_group = not dist.is_initialized()
             self._executor, self._follower = join_torchrun(config, place, devices[place.local_rank])
             self._joined = True
-        self._finalizer = weakref.finalize(self, _close, self._executor, self._follower, own_group)
+        self._finalizer = weakref.finalize(self, _close, os.getpid(), self._executor, self._follower, own_group)
 
     @property
     def executor(self) -> Executor:
@@ -117,7 +117,9 @@ class World:
         self._finalizer()
 
 
-def _close(executor: Executor | None, follower: Follower | None, own_group: bool) -> None:
+def _close(pid: int, executor: Executor | None, follower: Follower | None, own_group: bool) -> None:
+    if os.getpid() != pid:
+        return  # a fork of the caller's has come to its end, not the caller
     if executor is not None:
         executor.close()
     if follower is not None:
