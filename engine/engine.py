@@ -254,7 +254,8 @@ class InferenceEngine:
             f"{self.ranks[0].dtype}, max_model_len {self.max_model_len}; KV cache of each replica: {self.num_blocks} "
             f"blocks of {self.block_size} tokens"
         )
-        rows = [rank.row(self.num_blocks) for rank in self.ranks]
+        several_hosts = len({rank.host for rank in self.ranks}) > 1
+        rows = [rank.row(self.num_blocks, several_hosts) for rank in self.ranks]
         columns = list(rows[0])
         widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
         lines = [{column: column for column in columns}, *rows]

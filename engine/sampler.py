@@ -42,8 +42,9 @@ class Sampler:
             banned = [i - self.start for i in sample.banned if self.start <= i < self.stop]
             if banned:
                 logits[row, banned] = _NEVER
-        filtered = [r for r, s in enumerate(samples) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
-        plain = [r for r, s in enumerate(samples) if s.temperature and r not in set(filtered)]
+        sampled = [r for r, s in enumerate(samples) if s.temperature]
+        filtered = [r for r in sampled if samples[r].top_k or samples[r].top_p < 1 or samples[r].min_p]
+        plain = sorted(set(sampled).difference(filtered))
         if plain:
             self._add_noise(logits, plain, samples)
         drawn = self._best(logits).tolist()

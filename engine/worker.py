@@ -88,13 +88,14 @@ class RankInfo:
     attention_backends: tuple[str, ...]
     ops: str
 
-    def row(self, num_blocks: int) -> dict[str, str]:
-        """This rank as a row of a table."""
+    def row(self, num_blocks: int, name_host: bool) -> dict[str, str]:
+        """This rank as a row of a table: column -> cell."""
         span = lambda ends: f"{ends[0]}-{ends[1] - 1}"  # noqa: E731
         extra = (["embedding"] if self.has_embedding else []) + (["LM head"] if self.has_lm_head else [])
         return {
             "rank": str(self.rank),
             "(dp, pp, tp)": str(tuple(self.coordinate.values())),
+            **({"host": self.host} if name_host else {}),
             "device": f"{self.device} ({self.num_threads} threads)" if self.device == "cpu" else self.device,
             "layers": span(self.layers),
             "query heads": span(self.query_heads),
