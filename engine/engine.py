@@ -3,9 +3,10 @@
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -111,6 +112,8 @@ class InferenceEngine:
             else "",
         )
         self._num_requests = 0
+        self._fresh_ids = (f"request-{number}" for number in count())
+        self._claimed: set[str] = set()  # ids of the requests that a running `generate` or `stream` waits for
         self._unclaimed: list[RequestOutput] = []  # outputs that moved on while another call was stepping
 
     # ---- requests -----------------------------------------------------------------------------------------------
@@ -150,7 +153,9 @@ class InferenceEngine:
 
     def has_unfinished(self) -> bool:
         """Whether `step` has something to do or to give."""
-        return self._world.everywhere(lambda: self._core.has_unfinished or bool(self._unclaimed))
+        return self._world.everywhere(
+            lambda: self._core.has_unfinished or any(o.request_id not in self._claimed for o in self._unclaimed)
+        )
 
     def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
         from tqdm import tqdm
@@ -170,31 +175,39 @@ class InferenceEngine:
         yield from self._run(self._add(pair(prompts, sampling_params)), every_step=True)
 
     def _step(self) -> list[RequestOutput]:
-        outputs, self._unclaimed = self._unclaimed, []
         if self._core.has_unfinished:
             with _interrupt_between_steps():
-                outputs += [request.output() for request in self._core.step()]
-        return outputs
+                self._unclaimed += [request.output() for request in self._core.step()]
+        return self._take(lambda request_id: request_id not in self._claimed)
+
+    def _take(self, wanted: Callable[[str], bool]) -> list[RequestOutput]:
+        """Outputs out of those that are unclaimed, by request id."""
+        taken = [output for output in self._unclaimed if wanted(output.request_id)]
+        if taken:
+            self._unclaimed = [output for output in self._unclaimed if not wanted(output.request_id)]
+        return taken
 
     def _run(self, request_ids: Sequence[str], every_step: bool) -> Iterator[RequestOutput]:
-        """Steps until these requests have ended; gives their outputs, keeping others' for `step`."""
+        """Steps until these requests have ended; gives their outputs, keeping others' for whoever waits for them."""
         unfinished = set(request_ids)
+        self._claimed |= unfinished
         try:
             while unfinished:
-                with _interrupt_between_steps():
-                    moved = self._core.step()
-                for request in moved:
-                    output = request.output() if every_step or request.ended else None
-                    if request.request_id not in unfinished:
-                        self._unclaimed.append(output or request.output())
-                        continue
-                    if request.ended:
-                        unfinished.discard(request.request_id)
-                    if output is not None:
-                        yield output
+                outputs = self._take(unfinished.__contains__)
+                if not outputs:
+                    with _interrupt_between_steps():
+                        for request in self._core.step():
+                            if request.request_id not in unfinished:
+                                self._unclaimed.append(request.output())
+                            elif every_step or request.ended:
+                                outputs.append(request.output())
+                unfinished.difference_update(output.request_id for output in outputs if output.finished)
+                yield from outputs
         finally:
             for request_id in unfinished:  # interrupted, or the caller has seen enough
                 self._core.abort(request_id, silently=True)
+            self._take(unfinished.__contains__)
+            self._claimed.difference_update(request_ids)
 
     def _add(self, requests: Sequence[tuple[Prompt, Any]], request_ids: Sequence[str | None] = ()) -> list[str]:
         """Checks all of the requests, then queues all of them; their ids."""
@@ -207,7 +220,7 @@ class InferenceEngine:
                     raise
                 raise type(error)(f"prompts[{index}]: {error}") from None
         given = request_ids or [None] * len(prepared)
-        ids = [request_id or f"request-{self._num_requests + index}" for index, request_id in enumerate(given)]
+        ids = [request_id or next(i for i in self._fresh_ids if i not in self._core) for request_id in given]
         for request_id in ids:
             if request_id in self._core:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")

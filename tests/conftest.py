@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,17 @@ def pytest_configure(config: pytest.Config) -> None:
 def demo_model() -> Path:
     """The demo model's directory: SmolLM2-135M-Instruct, float32 safetensors (fetched by the first run)."""
     return demo_model_path()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small, or tests of so many threads, that more of torch's own only cost."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

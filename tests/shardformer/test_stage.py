@@ -3,7 +3,6 @@
 In a world of one rank; `tests/engine/test_exactness.py` does it on meshes.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 NUM_NEW = 24
 CONFIG = InferenceConfig(device="cpu", dtype="float32", num_kv_blocks=64, block_size=4)
@@ -29,15 +30,6 @@ SIZES: dict[str, Any] = {
     "bos_token_id": None,
 }
 PROMPTS = [[17, 3, 99, 41, 5], [8], [(37 * i + 11) % 211 for i in range(40)], [200, 17, 3, 99, 41, 5, 60]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """These models are so small that a second thread only costs."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_model(seed: int = 0, **values: Any) -> LlamaForCausalLM:

@@ -1,0 +1,306 @@
+"""The eager ops against formulas written out once more, element by element, over odd shapes."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from meshlm.kernels import eager, select_ops
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+
+
+def assert_close(ours: Tensor, exact: Tensor) -> None:
+    """Within a few roundings of `ours`' dtype of an exact (float64) result."""
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.double(), exact.double(), rtol=tolerance, atol=tolerance)
+
+
+def test_every_op_is_bound() -> None:
+    ops = select_ops(torch.device("cpu"), torch.float32)
+    assert ops.name in ("eager", "eager, packed linear")
+    assert ops.rotary is eager.rotary and ops.store_kv is eager.store_kv and ops.embedding is eager.embedding
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 576), (5, 33)], ids=str)
+def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, weight, eps = (torch.randn(shape) * 3).to(dtype), torch.randn(shape[1]).to(dtype), 1e-3
+    rows = []
+    for row in x.double().tolist():
+        root = math.sqrt(sum(v * v for v in row) / len(row) + eps)
+        rows.append([w * v / root for w, v in zip(weight.double().tolist(), row, strict=True)])
+    ours = eager.rms_norm(x, weight, eps)
+    assert ours.dtype == dtype and ours.shape == x.shape
+    assert_close(ours, torch.tensor(rows))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = (torch.randn(n).to(dtype) for n in ((4, 9), (4, 9), (9,)))
+    before = x.clone(), residual.clone()
+    normalised, total = eager.add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normalised, eager.rms_norm(x + residual, weight, 1e-5))
+    normalised, total = eager.add_rms_norm(x, None, weight, 1e-5)
+    assert torch.equal(total, x) and torch.equal(normalised, eager.rms_norm(x, weight, 1e-5))
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
+
+
+def test_a_large_bfloat16_row_does_not_overflow() -> None:
+    x = torch.full((1, 64), 3e19, dtype=torch.bfloat16)
+    assert_close(eager.rms_norm(x * 0 + 1e4, torch.ones(64, dtype=torch.bfloat16), 1e-5), torch.ones(1, 64))
+    half = torch.full((1, 64), 6e4, dtype=torch.float16)  # its square is no float16
+    assert_close(eager.rms_norm(half, torch.ones(64, dtype=torch.float16), 1e-5), torch.ones(1, 64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 768)], ids=str)
+def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_tokens, n = shape
+    gate_up = (torch.randn(num_tokens, 2 * n) * 4).to(dtype)
+    exact = torch.tensor(
+        [[row[i] / (1 + math.exp(-row[i])) * row[n + i] for i in range(n)] for row in gate_up.double().tolist()]
+    )
+    ours = eager.silu_and_mul(gate_up)
+    assert ours.dtype == dtype and ours.shape == (num_tokens, n)
+    torch.testing.assert_close(ours.double(), exact.double(), rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [2, 6, 64])
+def test_rotary(head_dim: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    positions, heads, half = [0, 1, 7, 500], 3, head_dim // 2
+    x = torch.randn(len(positions), heads, head_dim).to(dtype)
+    angles = [[p / 100 ** (i / half) for i in range(half)] for p in positions]
+    exact = torch.empty(x.shape, dtype=torch.float64)
+    for t, of_token in enumerate(angles):
+        for h in range(heads):
+            for i, angle in enumerate(of_token):  # the pair (i, i + half) turns by the angle
+                a, b = float(x[t, h, i]), float(x[t, h, i + half])
+                exact[t, h, i] = a * math.cos(angle) - b * math.sin(angle)
+                exact[t, h, i + half] = b * math.cos(angle) + a * math.sin(angle)
+    table = torch.tensor(angles, dtype=torch.float64)
+    cos, sin = table.cos(), table.sin()
+    ours = eager.rotary(
+        x, torch.cat((cos, cos), -1).unsqueeze(1).to(dtype), torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype)
+    )
+    assert ours.dtype == dtype
+    assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_store_kv_writes_its_slots_and_no_other(block_size: int) -> None:
+    torch.manual_seed(0)
+    key_cache, value_cache = torch.randn(2, 5, block_size, 2, 4)
+    before_key, before_value = key_cache.clone(), value_cache.clone()
+    slots = torch.randperm(5 * block_size)[:4]
+    qkv = torch.randn(4, 3 + 2 + 2, 4)
+    key, value = qkv[:, 3:5], qkv[:, 5:]  # not contiguous, as in the model
+    eager.store_kv(key, value, key_cache, value_cache, slots)
+    for slot in range(5 * block_size):
+        place = divmod(slot, block_size)
+        token = slots.tolist().index(slot) if slot in slots.tolist() else None
+        assert torch.equal(key_cache[place], before_key[place] if token is None else key[token])
+        assert torch.equal(value_cache[place], before_value[place] if token is None else value[token])
+
+
+@pytest.mark.parametrize("shards", [[(0, 11)], [(0, 6), (6, 11)], [(0, 1), (1, 2), (2, 11)]])
+def test_embedding_shards_sum_to_the_whole(shards: list[tuple[int, int]]) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(11, 5)
+    weight[3] = float("inf")  # another's row must not turn into NaN on the way
+    token_ids = torch.tensor([0, 10, 5, 6, 6, 1, 2])
+    parts = [eager.embedding(token_ids, weight[start:stop], start) for start, stop in shards]
+    assert torch.equal(sum(parts[1:], parts[0]), weight[token_ids])
+    for (start, stop), part in zip(shards, parts, strict=True):
+        outside = (token_ids < start) | (token_ids >= stop)
+        assert not part[outside].any()
+
+
+# ---- paged attention ------------------------------------------------------------------------------------------------
+
+
+class Case:
+    """A step with random sequences whose blocks lie anywhere, and caches that hold garbage elsewhere."""
+
+    def __init__(
+        self, lens: Sequence[tuple[int, int]], heads: int, kv_heads: int, block_size: int, dtype: torch.dtype
+    ) -> None:
+        """lens: (new tokens, tokens before them) of each sequence."""
+        dim = 8
+        generator = torch.Generator().manual_seed(7)
+        rng = random.Random(7)
+        self.heads, self.kv_heads, self.dim, self.block_size, self.dtype = heads, kv_heads, dim, block_size, dtype
+        self.query_lens = [new for new, _ in lens]
+        self.key_lens = [new + context for new, context in lens]
+        needed = [-(-n // block_size) for n in self.key_lens]
+        num_blocks = sum(needed) + 3
+        order = rng.sample(range(num_blocks), num_blocks)
+        self.tables: list[list[int]] = []
+        for n in needed:
+            spare = rng.randrange(2) if len(order) > sum(needed) else 0  # a table may be longer than its keys need
+            self.tables.append([order.pop() for _ in range(n + spare)])
+        shape = (num_blocks, block_size, kv_heads, dim)
+        self.key_cache = (torch.randn(shape, generator=generator) * 2).to(dtype)
+        self.value_cache = torch.randn(shape, generator=generator).to(dtype)
+        self.query = (torch.randn(sum(self.query_lens), heads, dim, generator=generator) * 2).to(dtype)
+        self.scale = dim**-0.5
+
+    def ours(self) -> Tensor:
+        groups = eager.group_sequences(
+            self.query_lens, self.key_lens, self.tables, self.block_size, self.dtype, torch.device("cpu")
+        )
+        rows = sorted(row for group in groups for row in group.rows.tolist())
+        assert rows == list(range(sum(self.query_lens))), "every token in one group"
+        return eager.paged_attention(self.query, self.key_cache, self.value_cache, groups, self.scale)
+
+    def naive(self) -> Tensor:
+        """One query and one head at a time."""
+        out = torch.empty(self.query.shape, dtype=torch.float64)
+        row = 0
+        for new, length, table in zip(self.query_lens, self.key_lens, self.tables, strict=True):
+            slots = [(table[p // self.block_size], p % self.block_size) for p in range(length)]
+            keys = torch.stack([self.key_cache[slot] for slot in slots]).double()  # [length, kv_heads, dim]
+            values = torch.stack([self.value_cache[slot] for slot in slots]).double()
+            for j in range(new):
+                visible = length - new + j + 1
+                for h in range(self.heads):
+                    kv_head = h // (self.heads // self.kv_heads)
+                    scores = keys[:visible, kv_head] @ self.query[row, h].double() * self.scale
+                    weights = torch.exp(scores - scores.max())
+                    out[row, h] = (weights / weights.sum()) @ values[:visible, kv_head]
+                row += 1
+        return out
+
+
+MIXES: dict[str, list[tuple[int, int]]] = {
+    "one token": [(1, 0)],
+    "a prompt": [(19, 0)],
+    "prompts": [(3, 0), (1, 0), (17, 0), (16, 0)],
+    "a chunk": [(5, 11)],
+    "chunks": [(5, 11), (2, 1), (7, 32)],
+    "decodes, alike": [(1, 10), (1, 10), (1, 10)],
+    "decodes, ragged": [(1, 0), (1, 3), (1, 47), (1, 16), (1, 15)],
+    "decodes, far apart": [(1, 200), (1, 1), (1, 2), (1, 199), (1, 90), (1, 0)],
+    "everything": [(1, 20), (6, 0), (1, 3), (4, 13), (1, 100), (2, 30), (1, 99)],
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 6), (6, 2), (5, 1), (9, 3)], ids=str)
+@pytest.mark.parametrize("mix", MIXES)
+def test_paged_attention(mix: str, heads: tuple[int, int], block_size: int) -> None:
+    case = Case(MIXES[mix], *heads, block_size, torch.float32)
+    torch.testing.assert_close(case.ours().double(), case.naive(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mix", ["everything", "prompts", "decodes, far apart"])
+def test_paged_attention_in_half_precision(mix: str, dtype: torch.dtype) -> None:
+    case = Case(MIXES[mix], 6, 2, 16, dtype)
+    torch.testing.assert_close(case.ours().double(), case.naive(), rtol=0, atol=8 * TOLERANCE[dtype])
+
+
+def test_blocks_of_others_are_not_read() -> None:
+    """Only finite garbage may lie beside: block 0 pads short tables, and everything else is poison."""
+    case = Case(MIXES["everything"], 6, 2, 4, torch.float32)
+    expected = case.ours()
+    used = {block for table, n in zip(case.tables, case.key_lens, strict=True) for block in table[: -(-n // 4)]}
+    for block in set(range(1, len(case.key_cache))) - used:
+        case.key_cache[block] = case.value_cache[block] = float("nan")
+    assert torch.equal(case.ours(), expected)
+
+
+def test_order_of_sequences_does_not_matter() -> None:
+    case = Case(MIXES["everything"], 6, 2, 3, torch.float32)
+    expected = torch.split(case.ours(), case.query_lens)
+    order = random.Random(1).sample(range(len(case.query_lens)), len(case.query_lens))
+    pick = lambda items: [items[i] for i in order]  # noqa: E731
+    case.query = torch.cat(pick(torch.split(case.query, case.query_lens)))
+    case.query_lens, case.key_lens, case.tables = pick(case.query_lens), pick(case.key_lens), pick(case.tables)
+    for ours, before in zip(torch.split(case.ours(), case.query_lens), pick(expected), strict=True):
+        torch.testing.assert_close(ours, before, rtol=1e-5, atol=1e-5)
+
+
+def test_decodes_of_like_length_share_a_group_and_others_do_not() -> None:
+    groups = eager.group_sequences(
+        [1, 1, 1, 4], [10, 12, 2000, 4], [[0], [1], [2] * 125, [3]], 16, torch.float32, torch.device("cpu")
+    )
+    assert sorted(group.rows.tolist() for group in groups) == [[0, 1], [2], [3, 4, 5, 6]]
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------------
+
+
+def keys_of(count: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, (count, 2), dtype=torch.int64, generator=generator).int()
+
+
+def test_noise_is_of_key_and_token_alone() -> None:
+    keys, ids = keys_of(5), torch.arange(300, dtype=torch.int32)
+    whole = eager.counter_noise(keys, ids)
+    assert whole.shape == (5, 300) and whole.dtype == torch.float32
+    assert torch.equal(whole, eager.counter_noise(keys, ids))
+    for start, stop in ((0, 100), (100, 101), (101, 300)):
+        assert torch.equal(eager.counter_noise(keys, ids[start:stop]), whole[:, start:stop])
+    for row in range(5):
+        assert torch.equal(eager.counter_noise(keys[row : row + 1], ids)[0], whole[row])
+    picked = torch.randint(0, 300, (5, 17))
+    assert torch.equal(eager.counter_noise(keys, picked.int()), whole.gather(1, picked))
+
+
+def test_noise_is_gumbel() -> None:
+    """Kolmogorov-Smirnov, over tokens of one key and over keys of one token; the bound is that of p = 1e-4."""
+    one_key = eager.counter_noise(keys_of(1), torch.arange(60_000, dtype=torch.int32)).flatten()
+    one_token = eager.counter_noise(keys_of(60_000), torch.tensor([7], dtype=torch.int32)).flatten()
+    counting = torch.stack((torch.arange(60_000), torch.zeros(60_000, dtype=torch.long)), dim=1).int()
+    for noise in (one_key, one_token, eager.counter_noise(counting, torch.tensor([0], dtype=torch.int32)).flatten()):
+        assert torch.isfinite(noise).all()
+        ordered = noise.double().sort().values
+        expected = torch.exp(-torch.exp(-ordered))  # the distribution function of Gumbel
+        count = len(ordered)
+        above = torch.arange(1, count + 1) / count - expected
+        distance = torch.maximum(above, 1 / count - above).max().item()
+        assert distance < 2.23 / math.sqrt(count)
+
+
+def test_noise_of_neighbours_is_unrelated() -> None:
+    ids = torch.arange(20_000, dtype=torch.int32)
+    base = torch.tensor([[12345, -9876]], dtype=torch.int32)
+    noise = eager.counter_noise(base, ids)[0].double()
+    steps = [torch.tensor([step], dtype=torch.int32) for step in ([1, 0], [0, 1], [1, 1])]
+    others = [eager.counter_noise(base + step, ids)[0] for step in steps]
+    others.append(noise.roll(1))
+    for other in others:
+        correlation = torch.corrcoef(torch.stack((noise, other.double())))[0, 1].abs().item()
+        assert correlation < 4.5 / math.sqrt(len(ids))
+
+
+def test_noise_is_finite_at_both_ends() -> None:
+    """Over two million draws, whatever their 24 bits."""
+    for seed in range(2):
+        noise = eager.counter_noise(keys_of(2, seed), torch.arange(500_000, dtype=torch.int32))
+        assert torch.isfinite(noise).all()
+        assert -3 < noise.min() < -2.3 and 11 < noise.max() < 17.5
+
+
+def test_argmax_of_noisy_logits_draws_from_the_softmax() -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf"), 1.5, -3.0])
+    draws = 200_000
+    noise = eager.counter_noise(keys_of(draws), torch.arange(len(logits), dtype=torch.int32))
+    seen = torch.bincount((logits + noise).argmax(-1), minlength=len(logits)).double()
+    expected = torch.softmax(logits.double(), -1) * draws
+    assert seen[4] == 0
+    held = expected > 0
+    chi_square = ((seen - expected)[held] ** 2 / expected[held]).sum().item()
+    assert chi_square < 25.7  # p = 1e-4 for 5 degrees of freedom

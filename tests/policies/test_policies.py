@@ -1,0 +1,112 @@
+"""What policies declare, against transformers' own modules."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from meshlm.policies import Dim, ModelSpec, find_policy, supported_architectures
+from meshlm.policies.registry import POLICIES
+from meshlm.shardformer.shardformer import read_rotary
+
+SIZES: dict[str, Any] = {
+    "hidden_size": 36,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 50,
+    "vocab_size": 101,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def spec_of(config: LlamaConfig) -> ModelSpec:
+    return find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True},
+        {"mlp_bias": True},
+        {"head_dim": 10, "num_key_value_heads": 1},
+        {"num_hidden_layers": 1, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 9},
+    ],
+    ids=str,
+)
+def test_a_spec_names_and_sizes_every_tensor(values: dict[str, Any]) -> None:
+    config = LlamaConfig(**{**SIZES, **values})
+    spec = spec_of(config)
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    if spec.tied_embeddings:
+        del state["lm_head.weight"]
+    declared = list(spec.tensors())
+    assert len(dict(declared)) == len(declared), "each once"
+    assert {name: tuple(map(spec.size, dims)) for name, dims in declared} == {
+        name: tuple(tensor.shape) for name, tensor in state.items()
+    }
+
+
+def test_a_spec_s_numbers() -> None:
+    spec = spec_of(LlamaConfig(**SIZES, rms_norm_eps=0.01, dtype=torch.bfloat16))
+    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 2, 9, 3)
+    assert (spec.head_dim, spec.norm_eps, spec.activation, spec.dtype) == (4, 0.01, "silu", "bfloat16")
+    assert (spec.max_position_embeddings, spec.tied_embeddings) == (64, False)
+    assert [spec.size(dim) for dim in (Dim.QUERY, Dim.KEY_VALUE)] == [36, 12]
+    assert isinstance(hash(spec.rotary), int) and spec.rotary.max_positions is None
+
+
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 777.0},
+    {"rope_type": "linear", "rope_theta": 777.0, "factor": 2.5},
+    {"rope_type": "yarn", "rope_theta": 777.0, "factor": 4.0, "original_max_position_embeddings": 16},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 777.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+]
+
+
+@pytest.mark.parametrize("head_dim", [None, 10])
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
+def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int | None) -> None:
+    config = LlamaConfig(**SIZES, rope_parameters=dict(rope), **({"head_dim": head_dim} if head_dim else {}))
+    rotary = LlamaForCausalLM(config).model.rotary_emb
+    spec = spec_of(config).rotary
+    assert len(spec.inv_freq) == (head_dim or 4) // 2
+    assert torch.equal(torch.tensor(spec.inv_freq), rotary.inv_freq)
+    assert spec.scaling == rotary.attention_scaling
+    assert spec.max_positions is None
+
+
+def test_every_registered_architecture_is_found_and_is_one_of_transformers() -> None:
+    import transformers
+
+    names = supported_architectures()
+    assert names == sorted(set(names)) and "LlamaForCausalLM" in names
+    assert len(names) == sum(len(policy.architectures) for policy in POLICIES), "each has one policy"
+    for name in names:
+        assert name in find_policy([name]).architectures
+        assert hasattr(transformers, name)
+
+
+@pytest.mark.parametrize("wanted", [["NoSuchForCausalLM"], []])
+def test_others_are_refused_with_the_list(wanted: list[str]) -> None:
+    with pytest.raises(ValueError) as error:
+        find_policy(wanted)
+    named = wanted[0] if wanted else "(none named in config.json)"
+    assert str(error.value) == (
+        f"architecture {named} is not supported; supported: {', '.join(supported_architectures())}"
+    )
+
+
+def test_one_of_several_architectures_is_enough() -> None:
+    assert find_policy(["Other", "LlamaForCausalLM"]) is find_policy(["LlamaForCausalLM"])
