@@ -11,21 +11,23 @@ import threading
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 
 from ..config import InferenceConfig
-from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connect_to_driver
+from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connect_to_driver, portable
 from ..mesh.process_group_mesh import check_topology
 from .step import StepInput, StepOutput
 from .worker import Call, Published, Reply, Stop, Worker, make_worker, serve
+
+_LAST_WORDS_S = 1.0  # how long the driver waits for a better explanation than that a collective failed
 
 
 class Executor(ABC):
@@ -125,10 +127,9 @@ class MeshExecutor(Executor):
 
     def publish(self, message: Published) -> None:
         """Tells every other rank under torchrun what a collective call gives; one that is gone is passed over."""
-        try:
-            data = reduction.ForkingPickler.dumps(message)
-        except Exception:  # an error of a library's, of a kind that does not travel
-            data = reduction.ForkingPickler.dumps(replace(message, error=RuntimeError(repr(message.error))))
+        if message.error is not None:
+            message = replace(message, error=portable(message.error))
+        data = reduction.ForkingPickler.dumps(message)
         for connection in self.connections[1:]:
             with suppress(OSError):
                 connection.send_bytes(data)
@@ -139,7 +140,7 @@ class MeshExecutor(Executor):
             try:
                 self.connections[rank].send_bytes(data)
             except OSError:
-                self._receive_all_then_fail(rank)
+                self._lost(rank, {})
 
     def _receive(self, timeout_s: float | None) -> tuple[int, Any]:
         """The next message: (rank, message); (-1, None) when the time is up."""
@@ -150,27 +151,37 @@ class MeshExecutor(Executor):
         try:
             message = self.connections[rank].recv()
         except (EOFError, OSError):
-            self._receive_all_then_fail(rank)
+            self._lost(rank, {rank: None})
         if isinstance(message, Failure):
-            self._fail(rank, message)
+            self._lost(rank, {rank: message})
         return rank, message
 
-    def _receive_all_then_fail(self, rank: int) -> None:
-        """A rank is gone. Raises for it, or for one that said why: the others lose their peer and follow it."""
-        for other, connection in enumerate(self.connections):
-            try:
-                while connection.poll(0.2 if other == rank else 0):
-                    message = connection.recv()
-                    if isinstance(message, Failure):
-                        self._fail(other, message)
-            except (EOFError, OSError):
-                continue
-        self._fail(rank, Failure("", None))
+    def _lost(self, rank: int, found: dict[int, Failure | None]) -> NoReturn:
+        """Raises for the rank that fell first, `rank` being one that has failed or cannot be reached.
 
-    def _fail(self, rank: int, failure: Failure) -> None:
-        if failure.error is not None:
-            raise failure.error
-        raise self._failure(rank, failure.traceback)
+        found: last words so far, None of a rank that went without. A rank that lost its peer is not the one to name,
+        and so the others are listened to for a moment.
+        """
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while not (fell := [r for r, words in found.items() if words is None or not words.lost_peer]):
+            ready = self._selector.select(max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for key, _ in ready:
+                connection = cast(Connection, key.fileobj)
+                try:
+                    message = connection.recv()
+                except (EOFError, OSError):
+                    self._selector.unregister(connection)
+                    found.setdefault(key.data, None)
+                    continue
+                if isinstance(message, Failure):
+                    found[key.data] = message
+        culprit = next(iter(fell or found), rank)
+        words = found.get(culprit)
+        if words is not None and words.error is not None:
+            raise words.error
+        raise self._failure(culprit, "" if words is None else words.traceback)
 
     def close(self) -> None:
         if self._closed:
@@ -216,23 +227,41 @@ class Follower:
 
     def __init__(self, connection: Connection, worker: Worker) -> None:
         self._published: queue.SimpleQueue[Published | None] = queue.SimpleQueue()
+        self._kept: dict[int, deque[Published]] = defaultdict(deque)  # by call: several streams can go on at once
+        self._left: set[int] = set()  # calls whose results nobody waits for any more
         self._thread = threading.Thread(target=self._serve, args=(connection, worker), daemon=True)
         self._thread.start()
 
     def _serve(self, connection: Connection, worker: Worker) -> None:
-        with connection:
-            serve(connection, worker, self._published.put)
-        self._published.put(None)
+        try:
+            with connection, suppress(EOFError, OSError):
+                if serve(connection, worker, self._published.put):
+                    return
+                # The worker is lost; what rank 0 makes of that is still to be told.
+                while not isinstance(message := connection.recv(), Stop):
+                    if isinstance(message, Published):
+                        self._published.put(message)
+        finally:
+            self._published.put(None)
 
     def receive(self, call: int) -> Published:
-        """The next thing that rank 0 published for a call; leftovers of earlier calls are dropped."""
-        while True:
+        """The next thing that rank 0 published for a call."""
+        while not self._kept[call]:
             message = self._published.get()
             if message is None:
                 self._published.put(None)
                 raise RankFailure("rank 0, which drives, has closed the engine or is gone")
-            if message.call == call:
-                return message
+            if message.call not in self._left:
+                self._kept[message.call].append(message)
+        message = self._kept[call].popleft()
+        if message.is_last:
+            del self._kept[call]
+        return message
+
+    def leave(self, call: int) -> None:
+        """Nobody will `receive` this call's results any more."""
+        self._left.add(call)
+        self._kept.pop(call, None)
 
     def close(self) -> None:
         """Waits until rank 0 has closed the engine."""

@@ -9,6 +9,7 @@ import socket
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -188,10 +189,11 @@ class Worker:
         return asdict(self.runner.busy)
 
 
-def serve(connection: Connection, worker: Worker, publish: Callable[[Published], None] | None = None) -> None:
+def serve(connection: Connection, worker: Worker, publish: Callable[[Published], None] | None = None) -> bool:
     """Answers the driver until it says stop or goes away. A rank of the last stage, tp 0, answers for its replica.
 
     publish: takes what is not for the worker but for this rank's caller (under torchrun).
+    Returns False if it failed; the driver was told.
     """
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)  # the current device is a thread's own
@@ -200,7 +202,7 @@ def serve(connection: Connection, worker: Worker, publish: Callable[[Published],
         try:
             message = connection.recv()
         except (EOFError, OSError):
-            return
+            return True
         try:
             if isinstance(message, StepInput):
                 output = worker.execute(message)
@@ -213,10 +215,12 @@ def serve(connection: Connection, worker: Worker, publish: Callable[[Published],
                 publish(message)
             else:
                 assert isinstance(message, Stop)
-                return
+                return True
         except Exception as error:
-            connection.send(Failure.of(error))
-            return
+            with suppress(OSError):  # the driver is gone
+                # A request was checked before it came into a step: what fails in a step is no user's mistake.
+                connection.send(Failure.of(error, for_user=not isinstance(message, StepInput)))
+            return False
 
 
 def make_worker(config: InferenceConfig, place: RankPlace, store: dist.Store | None, device: torch.device) -> Worker:
@@ -243,9 +247,9 @@ def make_worker(config: InferenceConfig, place: RankPlace, store: dist.Store | N
     return Worker(config, mesh, device)
 
 
-def run_own_rank(connection: Connection, place: RankPlace, store: dist.Store) -> None:
-    """A rank that the engine started: its first message says what to be."""
+def run_own_rank(connection: Connection, place: RankPlace, store: dist.Store) -> int:
+    """A rank that the engine started: its first message says what to be. Returns the process's exit code."""
     config, device = connection.recv()
     worker = make_worker(config, place, store, torch.device(device))
     connection.send(Reply(socket.gethostname()))
-    serve(connection, worker)
+    return 0 if serve(connection, worker) else 1

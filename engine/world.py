@@ -61,8 +61,7 @@ class World:
         self._call += 1
         if self._follower is not None:
             message = self._follower.receive(self._call)
-            if message.error is not None:
-                raise message.error
+            self._raise_error_of(message)
             value: T = message.value
             return value
         try:
@@ -88,16 +87,24 @@ class World:
                 yield item
         except Exception as error:
             last = Published(call, error=error)
-            self._close_if_lost(error)
             raise
         finally:
             self._publish(last)
+            if last.error is not None:
+                self._close_if_lost(last.error)
 
     def _follow(self, call: int) -> Iterator[Any]:
         assert self._follower is not None
-        while not (message := self._follower.receive(call)).is_last:
-            yield message.value
+        try:
+            while not (message := self._follower.receive(call)).is_last:
+                yield message.value
+        finally:
+            self._follower.leave(call)
+        self._raise_error_of(message)
+
+    def _raise_error_of(self, message: Published) -> None:
         if message.error is not None:
+            self._close_if_lost(message.error)
             raise message.error
 
     def _publish(self, message: Published) -> None:

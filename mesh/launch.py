@@ -13,6 +13,7 @@ import atexit
 import importlib
 import json
 import os
+import pickle
 import secrets
 import signal
 import socket
@@ -33,6 +34,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .collectives import CollectiveError
+
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 1.0  # how often a rank looks whether its parent is still the same
 
@@ -46,12 +49,25 @@ class Failure:
     """A rank's last message: what went wrong on it."""
 
     traceback: str
-    error: ValueError | None  # one that is for the user, to be raised as it is
+    error: Exception | None  # a ValueError that is for the user, to be raised as it is
+    lost_peer: bool  # a collective failed, as it does on every rank once another is gone
 
     @classmethod
-    def of(cls, error: Exception) -> "Failure":
+    def of(cls, error: Exception, for_user: bool = True) -> "Failure":
+        """for_user: whether a ValueError can be the user's mistake."""
         text = "".join(traceback.format_exception(error))
-        return cls(text, error if isinstance(error, ValueError) else None)
+        told = portable(error) if for_user and isinstance(error, ValueError) else None
+        return cls(text, told, isinstance(error, CollectiveError))
+
+
+def portable(error: Exception) -> Exception:
+    """The exception itself, or where it does not survive the way to another process, its name and words."""
+    try:
+        pickle.loads(pickle.dumps(error))
+        return error
+    except Exception:
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        return kind(f"{type(error).__name__}: {error}")
 
 
 @dataclass(frozen=True)
@@ -90,17 +106,27 @@ def init_process_group(place: RankPlace, device: torch.device, timeout_s: float,
 class RankProcesses:
     """Child processes that run ``target(connection, place, store)``, one for each rank.
 
-    target: "module:function". `connections[rank]` is the driver's end of each control connection.
+    target: "module:function", which returns the process's exit code. `connections[rank]` is the driver's end of each
+    control connection.
     """
 
     def __init__(self, world_size: int, target: str, name_rank: Callable[[int], str]) -> None:
         self.name_rank = name_rank
+        self._pid = os.getpid()
         self.connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._last_words: list[deque[str]] = []
         self._relays: list[threading.Thread] = []
-        # Its port is the system's choice, taken the moment it is known: no other process can get in between.
-        self._store: dist.TCPStore | None = dist.TCPStore(_LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        # Its port is the system's choice, taken the moment it is known: no other process can get in between. And it
+        # listens where only this host can reach it, while a store that opens its port itself listens everywhere.
+        server = socket.create_server((_LOOPBACK, 0))
+        self._store: dist.TCPStore | None = dist.TCPStore(
+            _LOOPBACK,
+            server.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=server.detach(),  # the store closes it
+        )
         lifeline, self._lifeline = os.pipe()
         try:
             for rank in range(world_size):
@@ -178,7 +204,9 @@ class RankProcesses:
         return next((rank for rank, process in enumerate(self._processes) if process.poll() is not None), None)
 
     def close(self, grace_s: float = 5.0) -> None:
-        """Ends every rank and waits until it has ended; can be called twice."""
+        """Ends every rank and waits until it has ended; can be called twice. Does nothing in a fork of the driver."""
+        if os.getpid() != self._pid:
+            return
         atexit.unregister(self.close)
         for connection in self.connections:
             connection.close()
@@ -226,7 +254,7 @@ def run_rank(argument: dict[str, Any]) -> None:
     with Connection(argument["connection"]) as connection:
         try:
             store = dist.TCPStore(_LOOPBACK, argument["port"], is_master=False)
-            getattr(importlib.import_module(module), function)(connection, place, store)
+            code = getattr(importlib.import_module(module), function)(connection, place, store)
         except Exception as error:
             code = 1
             with suppress(OSError):

@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -30,6 +30,7 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _STAGING_BYTES = 8 << 20  # the most that is held twice while a slice is converted or moved to a device
 
 
@@ -54,6 +55,7 @@ class WeightSource(ABC):
     """Where weights come from. Sources can be pickled: a rank opens for itself what it reads."""
 
     shapes: dict[str, tuple[int, ...]]  # of every tensor that the checkpoint holds
+    dtype: str = "float32"  # of most tensors
     bytes_read: int = 0
 
     @abstractmethod
@@ -84,6 +86,8 @@ class SafetensorsSource(WeightSource):
         for file in _safetensors_files(path):
             self._entries.update(_read_header(file))
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        most_common = Counter(entry.dtype for entry in self._entries.values()).most_common(1)
+        self.dtype = str(_DTYPES[most_common[0][0]]).removeprefix("torch.") if most_common else "float32"
         self._files: dict[str, int] = {}
 
     def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
@@ -151,7 +155,8 @@ def _safetensors_files(path: Path) -> list[Path]:
         if missing:
             raise CheckpointError(f"{path}: missing {', '.join(missing)}, named in {index_file.name}")
         return files
-    files = sorted(path.glob("*.safetensors"))
+    whole = path / "model.safetensors"
+    files = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: holds no *.safetensors file (and no {index_file.name})")
     return files
@@ -250,11 +255,28 @@ class ModuleSource(WeightSource):
         self.bytes_read += part.numel() * part.element_size()
         out.copy_(part)
 
-    def save(self, path: str, names: Iterable[str]) -> None:
-        """Writes these tensors as one safetensors file."""
-        from safetensors.torch import save_file
+    def save(self, path: str, names: Sequence[str]) -> None:
+        """Writes these tensors as one safetensors file, without a second copy of them all in memory.
 
-        save_file({name: self._tensors[name].detach().cpu().contiguous() for name in names}, path)
+        (safetensors' own writer goes by a temporary file beside `path`, which a file without a name does not have.)
+        """
+        header: dict[str, Any] = {}
+        offset = 0
+        for name in names:
+            tensor = self._tensors[name]
+            stop = offset + tensor.numel() * tensor.element_size()
+            header[name] = {
+                "dtype": _DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, stop],
+            }
+            offset = stop
+        text = json.dumps(header).encode()
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for name in names:
+                tensor = self._tensors[name].detach().cpu().contiguous()
+                file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
 
 
 def check_checkpoint(spec: ModelSpec, source: WeightSource, where: str) -> None:

@@ -1,0 +1,41 @@
+"""Run by test_exactness.py under torchrun: writes what each rank's engine returned to rank<N>.json."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from meshlm import InferenceConfig, InferenceEngine
+
+folder = Path(sys.argv[1])
+task = json.loads((folder / "task.json").read_text())
+prompts, params = task["prompts"], task["params"]
+short = params | {"max_tokens": 16}
+report = {}
+
+with InferenceEngine(task["model"], InferenceConfig(**task["config"])) as engine:
+    try:
+        engine.generate([prompts[0], [task["vocab_size"]]], params, progress=False)
+    except ValueError as error:
+        report["error"] = str(error)
+    report["generated"] = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+
+    latest = {output.index: output for output in engine.stream([prompts[4], prompts[14]], short)}
+    report["streamed"] = [latest[index].token_ids for index in sorted(latest)]
+    for _ in engine.stream(prompts[8], params):
+        break  # aborts it
+
+    ids = [engine.add_request(prompts[4], short), engine.add_request(prompts[14], short)]
+    finished = {}
+    while engine.has_unfinished():
+        finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
+        if len(ids) == 2:
+            ids.append(engine.add_request(prompts[20], short))
+    report["stepped"] = [finished[request_id] for request_id in ids]
+    report["ids"] = ids
+    engine.check()
+    report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
+    report["mesh"] = engine.describe_mesh()
+
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
