@@ -62,7 +62,10 @@ def main() -> int:
 def in_child(directory: Path, what: str, argument: str) -> Any:
     """Runs a part in a process of its own, whose memory holds nothing else; its result."""
     command = [sys.executable, __file__, "--directory", str(directory), "--worker", what, argument]
-    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+    result = subprocess.run(command, stdout=subprocess.PIPE)
+    if result.returncode != 0:
+        sys.exit(result.returncode)  # it has told why
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def make_checkpoint(directory: Path, num_layers: int) -> None:
