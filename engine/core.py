@@ -160,6 +160,8 @@ class EngineCore:
         if request is None:
             return False
         self.replicas[request.replica].scheduler.finish(request.sequence, "abort")
+        if request.detokenizer is not None:
+            request.detokenizer.finish()
         self._retire(request)
         if not silently:
             self._aborted.append(request)

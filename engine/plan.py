@@ -115,10 +115,11 @@ def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_le
     wanted = max_len if config.max_model_len is not None else 2  # a token of prompt and one of output
     if num_blocks * block_size < wanted:
         tightest = min(ranks, key=lambda rank: room(rank) / rank.block_bytes)
+        need = f"max_model_len is {wanted}" if config.max_model_len is not None else f"a request needs {wanted} or more"
         short = (-(-wanted // block_size) - num_blocks) * tightest.block_bytes
         raise ConfigError(
             f"the KV cache is too small for one request: {num_blocks} blocks of {block_size} hold "
-            f"{num_blocks * block_size} tokens, max_model_len is {wanted}; {_mib(short)} is missing on "
+            f"{num_blocks * block_size} tokens, {need}; {_mib(short)} is missing on "
             f"{rank_name(config, tightest.rank)}: raise num_kv_blocks, kv_memory_bytes or kv_memory_fraction, "
             f"lower max_model_len, or use more ranks"
         )

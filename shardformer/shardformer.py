@@ -72,6 +72,8 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         source = SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config, spec)
     if spec.activation != "silu":
         raise ValueError(f"{name}: hidden_act={spec.activation!r} is not supported; supported: 'silu'")
+    if not isinstance(model, nn.Module) and getattr(config, "dtype", None) is None:
+        spec = replace(spec, dtype=source.dtype)
     check_checkpoint(spec, source, name)
     eos = getattr(config, "eos_token_id", None)
     return Checkpoint(spec, source, name, () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos))

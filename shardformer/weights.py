@@ -11,6 +11,7 @@ import os
 import re
 import struct
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -276,7 +277,7 @@ class ModuleSource(WeightSource):
             file.write(struct.pack("<Q", len(text)) + text)
             for name in names:
                 tensor = self._tensors[name].detach().cpu().contiguous()
-                file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
+                tensor.view(-1).view(torch.uint8).numpy().tofile(file)
 
 
 def check_checkpoint(spec: ModelSpec, source: WeightSource, where: str) -> None:
