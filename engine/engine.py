@@ -267,8 +267,13 @@ class InferenceEngine:
             f"{self.ranks[0].dtype}, max_model_len {self.max_model_len}; KV cache of each replica: {self.num_blocks} "
             f"blocks of {self.block_size} tokens"
         )
+        bound = [f"attention {', '.join(rank.attention_backends)}; ops {rank.ops}" for rank in self.ranks]
         several_hosts = len({rank.host for rank in self.ranks}) > 1
         rows = [rank.row(self.num_blocks, several_hosts) for rank in self.ranks]
+        if len(set(bound)) > 1:
+            rows = [{**row, "bound": text} for row, text in zip(rows, bound, strict=True)]
+        else:
+            head += f"; {bound[0]}"
         columns = list(rows[0])
         widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
         lines = [{column: column for column in columns}, *rows]

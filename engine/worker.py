@@ -91,21 +91,24 @@ class RankInfo:
 
     def row(self, num_blocks: int, name_host: bool) -> dict[str, str]:
         """This rank as a row of a table: column -> cell."""
-        span = lambda ends: f"{ends[0]}-{ends[1] - 1}"  # noqa: E731
+
+        def span(ends: tuple[int, int]) -> str:
+            first, last = ends[0], ends[1] - 1
+            return str(first) if first == last else f"{first}-{last}"
+
+        threads = f"{self.num_threads} thread" + ("s" if self.num_threads > 1 else "")
         extra = (["embedding"] if self.has_embedding else []) + (["LM head"] if self.has_lm_head else [])
         return {
             "rank": str(self.rank),
             "(dp, pp, tp)": str(tuple(self.coordinate.values())),
             **({"host": self.host} if name_host else {}),
-            "device": f"{self.device} ({self.num_threads} threads)" if self.device == "cpu" else self.device,
+            "device": f"{self.device} ({threads})" if self.device == "cpu" else self.device,
             "layers": span(self.layers),
             "query heads": span(self.query_heads),
             "KV heads": span(self.kv_heads),
             "vocabulary": f"{span(self.vocabulary)} ({', '.join(extra)})" if extra else "",
             "weights": f"{self.weight_bytes / 2**20:.0f} MiB",
-            "KV cache": f"{self.block_bytes * num_blocks / 2**20:.0f} MiB",
-            "attention": ", ".join(self.attention_backends),
-            "ops": self.ops,
+            "KV cache, up to": f"{self.block_bytes * num_blocks / 2**20:.0f} MiB",
         }
 
 

@@ -1,14 +1,15 @@
 """The embedding and the LM head, split over the vocabulary."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels import Ops
 from ..kernels.linear import bind_plain
 from ..policies import Dim, Module
 from .linear import ParallelLinear, Slices
+from .weights import LoadedModule
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(LoadedModule):
     """[num_tokens] ids -> [num_tokens, hidden]: each rank looks up its own ids, the sum over tp is the whole."""
 
     def __init__(self, module: Module, slices: Slices, ops: Ops) -> None:

@@ -14,7 +14,7 @@ from ..kernels.linear import Linear
 from ..mesh.collectives import Communicator
 from ..policies import Dim, Module
 from .shard import Shards
-from .weights import Piece
+from .weights import LoadedModule, Piece
 
 
 class Slices:
@@ -43,7 +43,7 @@ class Slices:
         return nn.Parameter(torch.empty(shape, dtype=self.dtype), requires_grad=False)
 
 
-class ParallelLinear(nn.Module):
+class ParallelLinear(LoadedModule):
     """This rank's slices of some modules' weights, one below the other, and their product with an input.
 
     The product is bound once the weight is loaded (`bind`), in the form that is fastest; the plain weight is let go.
@@ -88,7 +88,7 @@ class RowParallelLinear(ParallelLinear):
         return out if self.bias is None else out + self.bias
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(LoadedModule):
     """Adds to the residual stream and normalises: (x, residual) -> (normalised sum, sum); replicated over tp."""
 
     def __init__(self, module: Module, prefix: str, slices: Slices, eps: float, ops: Ops) -> None:

@@ -166,20 +166,8 @@ class InferenceShardformer:
             max_model_len=max_model_len(self.config, spec),
             device=self.device,
         )
-        _materialise(stage, self.device)
-        load_weights(stage, checkpoint.source)
-        stage.bind()
+        stage.weight_bytes = load_weights(stage, checkpoint.source, self.device)
         return stage.eval()
-
-
-def _materialise(stage: nn.Module, device: torch.device) -> None:
-    """Gives the parameters memory; ones that are shared stay shared."""
-    made: dict[int, nn.Parameter] = {}
-    for module in stage.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
-            setattr(module, name, made[id(parameter)])
 
 
 def choose_dtype(config: InferenceConfig, spec: ModelSpec) -> torch.dtype:

@@ -10,7 +10,7 @@ from ..policies import ModelSpec
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionBackend, AttentionMetadata
 from .embedding import VocabParallelEmbedding, VocabParallelHead
-from .linear import ColumnParallelLinear, ParallelLinear, RMSNorm, RowParallelLinear, Slices
+from .linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, Slices
 from .shard import Range
 
 
@@ -75,14 +75,8 @@ class PipelineStage(nn.Module):
                 self.final_norm = RMSNorm(spec.final_norm, "", slices, spec.norm_eps, ops)
                 head = spec.embedding if spec.tied_embeddings else spec.lm_head
                 self.lm_head = VocabParallelHead(head, slices, ops, self.embedding if spec.tied_embeddings else None)
+        self.weight_bytes = 0  # of all parameters, once they are loaded
         self.rotary = RotaryTable(spec, max_model_len, slices.dtype, device)
-
-    def bind(self) -> None:
-        """Binds the linear layers' products, once their weights are loaded."""
-        self.weight_bytes = sum(parameter.numel() * parameter.element_size() for parameter in self.parameters())
-        for module in self.modules():
-            if isinstance(module, ParallelLinear):
-                module.bind()
 
     @property
     def attentions(self) -> Iterator[PagedAttention]:

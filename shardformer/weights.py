@@ -312,21 +312,49 @@ def _listed(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def load_weights(stage: nn.Module, source: WeightSource) -> None:
-    """Fills every parameter of a stage from its pieces; each element exactly once."""
-    loaded: set[int] = set()
-    for module in stage.modules():
-        for name, pieces in getattr(module, "pieces", {}).items():
-            parameter = getattr(module, name)
-            if id(parameter) in loaded:  # tied to one that is filled already
-                continue
-            row = 0
-            for piece in sorted(pieces, key=lambda piece: piece.row):
-                assert piece.row == row and piece.shape[1:] == parameter.shape[1:], (name, piece, parameter.shape)
-                row += piece.shape[0]
-                source.read(piece.tensor, piece.ranges, parameter.data[piece.row : row])
-            assert row == len(parameter), (name, row, parameter.shape)
-            loaded.add(id(parameter))
-    unfilled = [name for name, parameter in stage.named_parameters() if id(parameter) not in loaded]
+class LoadedModule(nn.Module):
+    """A module that says what fills its parameters."""
+
+    pieces: dict[str, list[Piece]]  # by the parameter's name
+
+    def bind(self) -> None:
+        """Takes what it makes of its parameters, once they are filled."""
+
+
+def load_weights(stage: nn.Module, source: WeightSource, device: torch.device) -> int:
+    """Fills every parameter of a stage that was built on the meta device from its pieces, each element exactly once.
+
+    Module by module, the largest first; each `bind`s its own form of its weights, where it has one, as soon as they
+    are there: only one module at a time is held twice. Returns the bytes of all parameters.
+    """
+    modules = [module for module in stage.modules() if isinstance(module, LoadedModule)]
+    blanks = [getattr(module, name) for module in modules for name in module.pieces]
+    uses = Counter(id(blank) for blank in blanks)
+    unfilled = [name for name, parameter in stage.named_parameters() if id(parameter) not in uses]
     assert not unfilled, f"parameters that nothing fills: {unfilled}"
+    shared: dict[int, nn.Parameter] = {}
+    num_bytes = 0
+    for module in sorted(modules, key=lambda module: -sum(p.numel() for p in module.parameters(recurse=False))):
+        for name, pieces in module.pieces.items():
+            blank = getattr(module, name)
+            filled = shared.get(id(blank))
+            if filled is None:
+                filled = _fill(blank, pieces, source, device)
+                num_bytes += filled.numel() * filled.element_size()
+                if uses[id(blank)] > 1:  # tied
+                    shared[id(blank)] = filled
+            setattr(module, name, filled)
+        module.bind()
     source.close()
+    return num_bytes
+
+
+def _fill(blank: Tensor, pieces: Sequence[Piece], source: WeightSource, device: torch.device) -> nn.Parameter:
+    parameter = nn.Parameter(torch.empty_like(blank, device=device), requires_grad=False)
+    row = 0
+    for piece in sorted(pieces, key=lambda piece: piece.row):
+        assert piece.row == row and piece.shape[1:] == blank.shape[1:], (piece, blank.shape)
+        row += piece.shape[0]
+        source.read(piece.tensor, piece.ranges, parameter.data[piece.row : row])
+    assert row == len(blank), (pieces, blank.shape)
+    return parameter

@@ -20,7 +20,7 @@ from meshlm.kernels import select_ops
 from meshlm.mesh import Communicator
 from meshlm.policies import Dim
 from meshlm.shardformer import CheckpointError, open_checkpoint, weights
-from meshlm.shardformer.linear import Slices
+from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
 from meshlm.shardformer.stage import PipelineStage
 from meshlm.shardformer.weights import ModuleSource, Piece, SafetensorsSource, WeightSource
@@ -160,7 +160,11 @@ class FakeRank:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 1), (2, 1), (3, 2), (1, 3), (4, 1), (9, 1)])
-def test_every_element_is_read_by_whoever_holds_it_and_filled_once(tp_size: int, pp_size: int, tied: bool) -> None:
+def test_every_element_is_read_by_whoever_holds_it_and_filled_once(
+    tp_size: int, pp_size: int, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
+    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # the recorder adds 1 to what it fills
     model = make_model(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     spec = open_checkpoint(model).spec
     shards = Shards(spec, tp_size)
@@ -178,10 +182,8 @@ def test_every_element_is_read_by_whoever_holds_it_and_filled_once(tp_size: int,
                 max_model_len=8,
                 device=device,
             )
-            stage.to_empty(device=device) if not tied else _materialise(stage)
-            for parameter in stage.parameters():
-                parameter.data.zero_()
-            weights.load_weights(stage, recorder)
+            held = weights.load_weights(stage, recorder, device)
+            assert held == sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
             assert all(torch.all(parameter == 1) for parameter in stage.parameters()), "each element filled once"
     dims = dict(spec.tensors())
     for name, counts in recorder.counts.items():
@@ -189,12 +191,6 @@ def test_every_element_is_read_by_whoever_holds_it_and_filled_once(tp_size: int,
         if tied and name == spec.embedding.name + ".weight" and pp_size > 1:
             copies = copies * 2
         assert torch.equal(counts, copies.expand_as(counts).int()), name
-
-
-def _materialise(stage: PipelineStage) -> None:
-    from meshlm.shardformer.shardformer import _materialise as materialise
-
-    materialise(stage, torch.device("cpu"))
 
 
 def _copies(dims: tuple[Dim, ...], shards: Shards) -> Tensor:
@@ -212,7 +208,7 @@ def _copies(dims: tuple[Dim, ...], shards: Shards) -> Tensor:
 def test_a_whole_stage_holds_the_checkpoint(
     tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PipelineStage, "bind", lambda stage: None)  # which lets plain weights go
+    monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
     model = make_model(tie_word_embeddings=tied, attention_bias=True)
     model.save_pretrained(tmp_path)
     mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
@@ -233,7 +229,7 @@ def test_a_whole_stage_holds_the_checkpoint(
 
 
 def test_pieces_that_do_not_tile_a_parameter_are_caught() -> None:
-    module = torch.nn.Module()
+    module = weights.LoadedModule()
     module.weight = torch.nn.Parameter(torch.zeros(4, 2), requires_grad=False)
     recorder = Recorder({"a": (4, 2)})
     for pieces in (
@@ -243,10 +239,10 @@ def test_pieces_that_do_not_tile_a_parameter_are_caught() -> None:
     ):
         module.pieces = {"weight": pieces}
         with pytest.raises(AssertionError):
-            weights.load_weights(module, recorder)
+            weights.load_weights(module, recorder, torch.device("cpu"))
     module.pieces = {}
     with pytest.raises(AssertionError, match="nothing fills"):
-        weights.load_weights(module, recorder)
+        weights.load_weights(module, recorder, torch.device("cpu"))
 
 
 def test_communicator_of_one_reduces_nothing() -> None:
