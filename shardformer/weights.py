@@ -5,6 +5,7 @@ memory that already exists. A parameter says which slices fill it (`Piece`); `lo
 tile it exactly and reads them.
 """
 
+import ctypes
 import json
 import operator
 import os
@@ -13,6 +14,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -345,8 +347,18 @@ def load_weights(stage: nn.Module, source: WeightSource, device: torch.device) -
                     shared[id(blank)] = filled
             setattr(module, name, filled)
         module.bind()
+        _return_freed_memory()
     source.close()
     return num_bytes
+
+
+def _return_freed_memory() -> None:
+    """Gives freed heap back to the system where malloc can (glibc's malloc_trim).
+
+    Without it the plain weights that were let go leave holes of up to 30 MiB between the bound ones.
+    """
+    with suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _fill(blank: Tensor, pieces: Sequence[Piece], source: WeightSource, device: torch.device) -> nn.Parameter:
