@@ -59,19 +59,23 @@ class LocalExecutor(Executor):
 
     def __init__(self, config: InferenceConfig, device: torch.device) -> None:
         self.worker: Worker | None = make_worker(config, RankPlace(0, 1, 0, 1), None, device)
-        self._outputs: deque[StepOutput] = deque()
+        self._steps: deque[StepInput] = deque()
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
         return lambda: [getattr(self.worker, method)(*arguments)]
 
     def submit(self, replica: int, step: StepInput) -> None:
-        assert self.worker is not None
-        output = self.worker.execute(step)
-        assert output is not None
-        self._outputs.append(output)
+        self._steps.append(step)
 
     def collect(self) -> tuple[int, StepOutput]:
-        return 0, self._outputs.popleft()
+        assert self.worker is not None
+        try:
+            output = self.worker.execute(self._steps[0])
+        except Exception as error:  # as from any rank; its own traceback is the cause
+            raise RankFailure(f"rank 0 failed: {type(error).__name__}: {error}") from error
+        assert output is not None
+        self._steps.popleft()  # only now: a step that is interrupted is done again
+        return 0, output
 
     def close(self) -> None:
         self.worker = None  # and with it the weights and the cache

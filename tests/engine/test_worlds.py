@@ -547,6 +547,30 @@ def test_an_exception_in_a_step_on_one_rank(
         engine.stats()
 
 
+def test_an_exception_in_a_step_in_this_process(tiny: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same failure as on other ranks; an impatient Ctrl-C, though, leaves the engine usable."""
+    engine = InferenceEngine(tiny, InferenceConfig(**COMMON))
+    worker = engine._world.executor.worker
+
+    def fail(error: type[BaseException]) -> None:
+        def execute(step: StepInput) -> None:
+            monkeypatch.undo()
+            raise error("here")
+
+        monkeypatch.setattr(worker, "execute", execute)
+
+    fail(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([PROMPT], greedy(8), progress=False)
+    answers_rightly(engine, module)
+    fail(MemoryError)
+    with pytest.raises(RankFailure, match=r"^rank 0 failed: MemoryError: here$") as failure:
+        engine.generate([PROMPT], greedy(8), progress=False)
+    assert isinstance(failure.value.__cause__, MemoryError)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.generate([PROMPT], greedy(8), progress=False)
+
+
 # ---- a rank that does not start ----------------------------------------------------------------------------------
 
 
