@@ -160,19 +160,19 @@ class InferenceEngine:
     def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
         from tqdm import tqdm
 
-        request_ids = self._add(pair(prompts, sampling_params))
-        finished: dict[str, RequestOutput] = {}
+        requests = pair(prompts, sampling_params)
+        finished: dict[int, RequestOutput] = {}
         started, num_tokens = time.monotonic(), 0
-        with tqdm(total=len(request_ids), desc="Generating", unit="request", disable=not progress) as bar:
-            for output in self._run(request_ids, every_step=False):
-                finished[output.request_id] = output
+        with tqdm(total=len(requests), desc="Generating", unit="request", disable=not progress) as bar:
+            for output in self._run(requests, every_step=False):
+                finished[output.index] = output
                 num_tokens += len(output.token_ids)
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.1f} tokens/s", refresh=False)
                 bar.update()
-        return [finished[request_id] for request_id in request_ids]
+        return [finished[index] for index in range(len(requests))]
 
     def _stream(self, prompts: Any, sampling_params: Any) -> Iterator[RequestOutput]:
-        yield from self._run(self._add(pair(prompts, sampling_params)), every_step=True)
+        yield from self._run(pair(prompts, sampling_params), every_step=True)
 
     def _step(self) -> list[RequestOutput]:
         if self._core.has_unfinished:
@@ -187,11 +187,13 @@ class InferenceEngine:
             self._unclaimed = [output for output in self._unclaimed if not wanted(output.request_id)]
         return taken
 
-    def _run(self, request_ids: Sequence[str], every_step: bool) -> Iterator[RequestOutput]:
-        """Steps until these requests have ended; gives their outputs, keeping others' for whoever waits for them."""
-        unfinished = set(request_ids)
-        self._claimed |= unfinished
+    def _run(self, requests: Sequence[tuple[Prompt, Any]], every_step: bool) -> Iterator[RequestOutput]:
+        """Queues requests, steps until they have ended, gives their outputs; keeps others' for who waits for them."""
+        unfinished: set[str] = set()
         try:
+            with _interrupt_between_steps():
+                unfinished = set(self._add(requests))
+                self._claimed |= unfinished
             while unfinished:
                 outputs = self._take(unfinished.__contains__)
                 if not outputs:
@@ -201,13 +203,15 @@ class InferenceEngine:
                                 self._unclaimed.append(request.output())
                             elif every_step or request.ended:
                                 outputs.append(request.output())
-                unfinished.difference_update(output.request_id for output in outputs if output.finished)
+                ended = {output.request_id for output in outputs if output.finished}
+                unfinished -= ended
+                self._claimed -= ended
                 yield from outputs
         finally:
             for request_id in unfinished:  # interrupted, or the caller has seen enough
                 self._core.abort(request_id, silently=True)
             self._take(unfinished.__contains__)
-            self._claimed.difference_update(request_ids)
+            self._claimed -= unfinished
 
     def _add(self, requests: Sequence[tuple[Prompt, Any]], request_ids: Sequence[str | None] = ()) -> list[str]:
         """Checks all of the requests, then queues all of them; their ids."""

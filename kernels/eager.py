@@ -5,6 +5,7 @@ Shapes use ``num_tokens`` for tokens flattened over the batch; nothing is padded
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -87,9 +88,10 @@ def embedding(token_ids: Tensor, weight: Tensor, start: int) -> Tensor:
 
 @dataclass(frozen=True)
 class AttentionGroup:
-    """Sequences of one step that attention handles in one call; made once a step, used by every layer."""
+    """Sequences of one step that attention handles in one call."""
 
-    rows: Tensor  # [num_seqs * query_len] int64: these queries' rows among the step's tokens
+    start: int  # their queries' rows, in the plan's order
+    stop: int
     blocks: Tensor  # [num_seqs * num_blocks] int64: block ids, short sequences padded with block 0
     num_seqs: int
     query_len: int  # the same for all sequences of the group
@@ -98,21 +100,27 @@ class AttentionGroup:
     causal: bool  # a whole prompt: the mask is the square lower triangle and needs no tensor
 
 
-def group_sequences(
+@dataclass(frozen=True)
+class AttentionPlan:
+    """A step's groups, and the order of tokens in which each group's are neighbours; made once, used by every layer."""
+
+    groups: list[AttentionGroup]
+    order: Tensor | None  # [num_tokens] int64: row of the step that comes at each place; None if it is the step's own
+    inverse: Tensor | None  # [num_tokens] int64: the way back
+
+
+def plan_attention(
     query_lens: Sequence[int],
     key_lens: Sequence[int],
     block_tables: Sequence[Sequence[int]],
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
-) -> list[AttentionGroup]:
+) -> AttentionPlan:
     """Cuts a step into groups: each chunk or prompt alone, decodes together with others of about their length.
 
     query_lens: new tokens of each sequence; key_lens: its keys, the new ones included; block_tables: its blocks.
     """
-    starts = [0]
-    for n in query_lens:
-        starts.append(starts[-1] + n)
     batches = [[i] for i, n in enumerate(query_lens) if n > 1]
     # A group wastes the gap to its longest member; a group of its own costs a few calls, about 64 keys' worth.
     batch: list[int] = []
@@ -124,12 +132,11 @@ def group_sequences(
     if batch:
         batches.append(batch)
 
-    groups = []
+    groups, start = [], 0
     for batch in batches:
         query_len, key_len = query_lens[batch[0]], max(key_lens[i] for i in batch)
         num_blocks = -(-key_len // block_size)
         blocks = [b for i in batch for b in _padded(block_tables[i], num_blocks)]
-        rows = [r for i in batch for r in range(starts[i], starts[i + 1])]
         causal = query_len > 1 and query_len == key_len
         mask = None
         if not causal and (query_len > 1 or any(key_lens[i] != key_len for i in batch)):
@@ -138,9 +145,11 @@ def group_sequences(
             last = last + torch.arange(query_len).view(1, 1, -1, 1)
             hidden = torch.arange(key_len) > last  # [num_seqs, 1, query_len, key_len]
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
+        stop = start + len(batch) * query_len
         groups.append(
             AttentionGroup(
-                rows=torch.tensor(rows, device=device),
+                start=start,
+                stop=stop,
                 blocks=torch.tensor(blocks, device=device),
                 num_seqs=len(batch),
                 query_len=query_len,
@@ -149,40 +158,47 @@ def group_sequences(
                 causal=causal,
             )
         )
-    return groups
+        start = stop
+
+    firsts = [0, *accumulate(query_lens)]
+    order = [row for batch in batches for i in batch for row in range(firsts[i], firsts[i + 1])]
+    if order == list(range(start)):
+        return AttentionPlan(groups, None, None)
+    forth = torch.tensor(order, device=device)
+    return AttentionPlan(groups, forth, forth.argsort())
 
 
 def _padded(blocks: Sequence[int], length: int) -> list[int]:
     return [*blocks[:length], *[0] * (length - len(blocks))]
 
 
-def paged_attention(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, groups: Sequence[AttentionGroup], scale: float
-) -> Tensor:
+def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
     """Causal attention of a step's queries over the paged cache, which already holds the step's own keys.
 
     query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], heads being a multiple
     of kv_heads (query head h reads KV head ``h // (heads // kv_heads)``). Returns [num_tokens, heads, head_dim].
     """
+    query = query.contiguous() if plan.order is None else query.index_select(0, plan.order)
     output = torch.empty_like(query)
     kv_heads, head_dim = key_cache.shape[2:]
-    for group in groups:
+    for group in plan.groups:
         key = key_cache.index_select(0, group.blocks).view(group.num_seqs, -1, kv_heads, head_dim)
         value = value_cache.index_select(0, group.blocks).view(group.num_seqs, -1, kv_heads, head_dim)
         key = key[:, : group.key_len].transpose(1, 2)  # [num_seqs, kv_heads, key_len, head_dim]
         value = value[:, : group.key_len].transpose(1, 2)
-        q = query.index_select(0, group.rows)
+        q, out = query[group.start : group.stop], output[group.start : group.stop]
         if group.query_len == 1:
             # The query heads of a KV head stand where a prompt's queries would: no copy of the keys for each of them.
-            q = q.view(group.num_seqs, kv_heads, -1, head_dim)
-            out = F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale)
+            q, out = (x.view(group.num_seqs, kv_heads, -1, head_dim) for x in (q, out))
+            out.copy_(F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale))
         else:
-            q = q.view(group.num_seqs, group.query_len, -1, head_dim).transpose(1, 2)
-            out = F.scaled_dot_product_attention(
-                q, key, value, attn_mask=group.mask, is_causal=group.causal, scale=scale, enable_gqa=True
-            ).transpose(1, 2)
-        output.index_copy_(0, group.rows, out.reshape(-1, query.shape[1], head_dim))
-    return output
+            q, out = (x.view(group.num_seqs, group.query_len, -1, head_dim).transpose(1, 2) for x in (q, out))
+            out.copy_(
+                F.scaled_dot_product_attention(
+                    q, key, value, attn_mask=group.mask, is_causal=group.causal, scale=scale, enable_gqa=True
+                )
+            )
+    return output if plan.inverse is None else output.index_select(0, plan.inverse)
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -78,8 +78,8 @@ class EagerBackend(AttentionBackend):
     def validate(spec: AttentionSpec) -> list[str]:
         return []
 
-    def prepare(self, sequences: Sequences) -> list[eager.AttentionGroup]:
-        return eager.group_sequences(
+    def prepare(self, sequences: Sequences) -> eager.AttentionPlan:
+        return eager.plan_attention(
             sequences.query_lens,
             sequences.key_lens,
             sequences.block_tables,

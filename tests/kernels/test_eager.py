@@ -129,6 +129,13 @@ def test_embedding_shards_sum_to_the_whole(shards: list[tuple[int, int]]) -> Non
 # ---- paged attention ------------------------------------------------------------------------------------------------
 
 
+def rows_of(plan: eager.AttentionPlan) -> list[int]:
+    """The step's rows in the plan's order; its groups tile them."""
+    ends = [0, *(group.stop for group in plan.groups)]
+    assert ends[:-1] == [group.start for group in plan.groups]
+    return list(range(ends[-1])) if plan.order is None else plan.order.tolist()
+
+
 class Case:
     """A step with random sequences whose blocks lie anywhere, and caches that hold garbage elsewhere."""
 
@@ -156,12 +163,11 @@ class Case:
         self.scale = dim**-0.5
 
     def ours(self) -> Tensor:
-        groups = eager.group_sequences(
+        plan = eager.plan_attention(
             self.query_lens, self.key_lens, self.tables, self.block_size, self.dtype, torch.device("cpu")
         )
-        rows = sorted(row for group in groups for row in group.rows.tolist())
-        assert rows == list(range(sum(self.query_lens))), "every token in one group"
-        return eager.paged_attention(self.query, self.key_cache, self.value_cache, groups, self.scale)
+        assert sorted(rows_of(plan)) == list(range(sum(self.query_lens))), "every token in one group"
+        return eager.paged_attention(self.query, self.key_cache, self.value_cache, plan, self.scale)
 
     def naive(self) -> Tensor:
         """One query and one head at a time."""
@@ -232,10 +238,11 @@ def test_order_of_sequences_does_not_matter() -> None:
 
 
 def test_decodes_of_like_length_share_a_group_and_others_do_not() -> None:
-    groups = eager.group_sequences(
+    plan = eager.plan_attention(
         [1, 1, 1, 4], [10, 12, 2000, 4], [[0], [1], [2] * 125, [3]], 16, torch.float32, torch.device("cpu")
     )
-    assert sorted(group.rows.tolist() for group in groups) == [[0, 1], [2], [3, 4, 5, 6]]
+    rows = rows_of(plan)
+    assert sorted(rows[group.start : group.stop] for group in plan.groups) == [[0, 1], [2], [3, 4, 5, 6]]
 
 
 # ---- noise ----------------------------------------------------------------------------------------------------------
