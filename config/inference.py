@@ -59,7 +59,10 @@ class InferenceConfig(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="type of weights and activations; auto: the checkpoint's"
     )
-    device: str = Field(default="auto", description="auto, cpu, cuda or cuda:N; auto: cuda where there is one")
+    device: str = Field(
+        default="auto",
+        description="auto, cpu, cuda or cuda:N; auto: cuda where there is a device for every rank on the host",
+    )
     attention_backend: str = Field(
         default="auto", description="name of an attention backend; auto: the fastest that works"
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..config import InferenceConfig
+from ..config import ConfigError, InferenceConfig
 from ..mesh.launch import torchrun_place
 from ..shardformer import Checkpoint, open_checkpoint
 from ..shardformer.shardformer import max_model_len
@@ -222,7 +222,8 @@ class InferenceEngine:
             except (ValueError, TypeError) as error:
                 if len(requests) == 1:
                     raise
-                raise type(error)(f"prompts[{index}]: {error}") from None
+                kind = next(kind for kind in (ConfigError, TypeError, ValueError) if isinstance(error, kind))
+                raise kind(f"prompts[{index}]: {error}") from None
         given = request_ids or [None] * len(prepared)
         ids = [request_id or next(i for i in self._fresh_ids if i not in self._core) for request_id in given]
         for request_id in ids:

@@ -67,9 +67,18 @@ def _read_number(path: Path) -> int | None:
 
 def peak_rss_bytes() -> int:
     """The most memory that this process has held so far; 0 where the system does not tell."""
+    return _own_status("VmHWM")
+
+
+def rss_bytes() -> int:
+    """Memory that this process holds now; 0 where the system does not tell."""
+    return _own_status("VmRSS")
+
+
+def _own_status(field: str) -> int:
     try:
         for line in Path(f"/proc/{os.getpid()}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
+            if line.startswith(f"{field}:"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass

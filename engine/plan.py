@@ -94,7 +94,8 @@ def runs_on(dtype: torch.dtype, device: torch.device) -> bool:
 def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_len: int) -> int:
     """Blocks of a replica's cache: what the tightest rank has room for, at most what all sequences could ever fill.
 
-    Raises ConfigError if that is less than one block, or less than a sequence of the length that the config asks for.
+    Raises ConfigError if that is less than one block, or less than a sequence of the length that the config asks for,
+    or if the config fixes a size for which there is no memory.
     """
     block_size = ranks[0].block_size
     sharing = Counter((rank.host, rank.device) for rank in ranks)
@@ -123,7 +124,32 @@ def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_le
             f"{rank_name(config, tightest.rank)}: raise num_kv_blocks, kv_memory_bytes or kv_memory_fraction, "
             f"lower max_model_len, or use more ranks"
         )
+    _check_room(config, ranks, num_blocks)
     return num_blocks
+
+
+def _check_room(config: InferenceConfig, ranks: Sequence[RankInfo], num_blocks: int) -> None:
+    """Proves that a cache whose size the config fixes fits on each device, beside those of the ranks that share it."""
+    field = next((name for name in ("num_kv_blocks", "kv_memory_bytes") if getattr(config, name) is not None), None)
+    if field is None:
+        return
+    on_device: dict[tuple[str, str], list[RankInfo]] = {}
+    for rank in ranks:
+        on_device.setdefault((rank.host, rank.device), []).append(rank)
+    for (_, device), sharing in on_device.items():
+        block, free = sum(rank.block_bytes for rank in sharing), min(rank.available_bytes for rank in sharing)
+        short = num_blocks * block - free
+        if short <= 0:
+            continue
+        fitting = max(0, free // block)
+        others = f" and {len(sharing) - 1} more that share it" if len(sharing) > 1 else ""
+        most = fitting if field == "num_kv_blocks" else fitting * max(rank.block_bytes for rank in sharing)
+        raise ConfigError(
+            f"InferenceConfig.{field}: {int(getattr(config, field))} does not fit on {device} of "
+            f"{rank_name(config, sharing[0].rank)}{others}: {num_blocks} blocks take {num_blocks * block} bytes, "
+            f"{free} are free, {short} bytes are missing; "
+            + (f"use at most {most}, or more ranks on other devices" if most else "use more ranks on other devices")
+        )
 
 
 def _gib(size: float) -> str:

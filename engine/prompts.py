@@ -49,14 +49,25 @@ class Preparer:
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            return prompt, list(self._need_tokenizer().encode(prompt))
+            return prompt, self._encode(prompt)
         if not isinstance(prompt, Sequence):
             raise TypeError(f"prompt: {type(prompt).__name__} is not a text, a list of token ids, or a chat's messages")
         if prompt and isinstance(prompt[0], Mapping):
             tokenizer = self._need_tokenizer()
-            text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
-            return text, list(tokenizer.encode(text, add_special_tokens=False))
+            try:
+                text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # a template can fail in any way
+                raise ValueError(f"prompt: the chat template fails on these messages: {_one_line(error)}") from error
+            return text, self._encode(text, add_special_tokens=False)
         return None, [self._token_id(token) for token in prompt]
+
+    def _encode(self, text: str, **options: bool) -> list[int]:
+        tokenizer = self._need_tokenizer()
+        try:
+            text.encode()  # says what is wrong with a lone surrogate, which tokenizers do not
+            return list(tokenizer.encode(text, **options))
+        except Exception as error:
+            raise ValueError(f"prompt: the tokenizer cannot encode the text: {_one_line(error)}") from error
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -91,6 +102,10 @@ class Preparer:
                 f"{num_prompt_tokens} tokens"
             )
         return min(limit, params.max_total_tokens - num_prompt_tokens)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:

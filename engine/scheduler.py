@@ -40,19 +40,16 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.ended_in_flight: list[Sequence] = []  # finished from outside; their blocks are still being written
         self.num_preemptions = 0
+        self.num_pending_tokens = 0  # before every sequence has caught up; a measure of this replica's load
         self._next_step = 0
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        self.num_pending_tokens += sequence.num_pending_tokens
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running or self.ended_in_flight)
-
-    @property
-    def num_pending_tokens(self) -> int:
-        """Tokens to compute before every sequence has caught up; a measure of this replica's load."""
-        return sum(s.num_pending_tokens for s in self.running) + sum(s.num_pending_tokens for s in self.waiting)
 
     # ---- a step's way out ---------------------------------------------------------------------------------------
 
@@ -84,6 +81,7 @@ class Scheduler:
                 break
             self.waiting.popleft()
             self.blocks.admit(sequence, prefix)
+            self.num_pending_tokens -= sequence.num_computed_tokens
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.move_to(SequenceStatus.RUNNING)
@@ -111,6 +109,7 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Back to the front of the queue, its tokens to be computed again."""
+        self.num_pending_tokens += sequence.num_computed_tokens
         self.blocks.free(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
@@ -150,6 +149,7 @@ class Scheduler:
                 self.blocks.free(sequence)
                 continue
             sequence.num_computed_tokens += sequence.num_in_flight
+            self.num_pending_tokens -= sequence.num_in_flight
             sequence.num_in_flight = 0
             self.blocks.commit(sequence)
         grown = []
@@ -158,6 +158,7 @@ class Scheduler:
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             sequence.token_ids.append(token_id)
+            self.num_pending_tokens += 1
             grown.append(sequence)
             reason = sequence.finish_reason_now()
             if reason is not None:
@@ -169,6 +170,7 @@ class Scheduler:
         if sequence.status is SequenceStatus.FINISHED:
             return
         (self.waiting if sequence.status is SequenceStatus.WAITING else self.running).remove(sequence)
+        self.num_pending_tokens -= sequence.num_pending_tokens
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
         if sequence.num_in_flight:
@@ -181,6 +183,7 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
         assert all(s.status is SequenceStatus.FINISHED and s.num_in_flight for s in self.ended_in_flight)
+        assert self.num_pending_tokens == sum(s.num_pending_tokens for s in [*self.waiting, *self.running])
         self.blocks.check([*self.waiting, *self.running, *self.ended_in_flight])
 
 

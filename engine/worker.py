@@ -25,7 +25,7 @@ from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
 from ..shardformer.shardformer import max_model_len
-from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes
+from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner
 from .sampler import Sampler
 from .step import SampleRequest, StepInput, StepOutput
@@ -81,7 +81,7 @@ class RankInfo:
     weight_bytes: int
     bytes_read: int
     load_s: float
-    baseline_rss_bytes: int  # the peak before loading
+    baseline_rss_bytes: int  # resident before loading
     peak_rss_bytes: int
     available_bytes: int  # on its device, once the weights are there
     block_size: int
@@ -121,7 +121,7 @@ class Worker:
 
     def load(self, checkpoint: Checkpoint) -> RankInfo:
         """Builds this rank's stage and reads its weights."""
-        started, baseline = time.monotonic(), peak_rss_bytes()
+        started, baseline = time.monotonic(), rss_bytes()
         shardformer = InferenceShardformer(self.config, self.mesh, self.device)
         self.stage = stage = shardformer.optimize(checkpoint)
         preferred = max(backend.preferred_block_size for backend in stage.backends.values())

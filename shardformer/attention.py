@@ -8,23 +8,29 @@ from ..policies import LayerModules, ModelSpec
 from .backends import AttentionMetadata, AttentionSpec, create_backend
 from .linear import ColumnParallelLinear, RowParallelLinear, Slices
 
+_TABLE_ROWS = 4096  # built at a time: what is held in float32 beside the table
+
 
 class RotaryTable(nn.Module):
-    """cos and sin of every position up to `length`, the first half of sin negated (see `kernels.eager.rotary`)."""
+    """cos and sin of every position up to `length`, for one of a head's two equal halves."""
 
     def __init__(self, spec: ModelSpec, length: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         inv_freq = torch.tensor(spec.rotary.inv_freq, dtype=torch.float32, device=device)
-        angles = torch.arange(length, device=device).float()[:, None] * inv_freq  # [length, head_dim / 2]
-        cos, sin = (angles.cos() * spec.rotary.scaling).to(dtype), (angles.sin() * spec.rotary.scaling).to(dtype)
-        self.cos: Tensor
+        self.cos: Tensor  # [length, head_dim / 2]
         self.sin: Tensor
-        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)
-        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)
+        for name in ("cos", "sin"):
+            self.register_buffer(name, torch.empty(length, len(inv_freq), dtype=dtype, device=device), persistent=False)
+        for start in range(0, length, _TABLE_ROWS):
+            stop = min(start + _TABLE_ROWS, length)
+            angles = torch.arange(start, stop, device=device).float()[:, None] * inv_freq
+            self.cos[start:stop] = angles.cos() * spec.rotary.scaling
+            self.sin[start:stop] = angles.sin() * spec.rotary.scaling
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[num_tokens] -> cos, sin of [num_tokens, 1, head_dim]."""
-        return self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        """[num_tokens] -> cos, sin of [num_tokens, 1, head_dim], as `kernels.eager.rotary` takes them."""
+        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
+        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class PagedAttention(nn.Module):

@@ -38,7 +38,15 @@ def aligned_split(size: int, parts: int) -> list[Range]:
 
 
 def split_heads(num_heads: int, num_kv_heads: int, parts: int) -> tuple[list[Range], list[Range]]:
-    """(query heads, KV heads) of each part. Raises ValueError if there are more parts than query heads."""
+    """(query heads, KV heads) of each part. Raises ValueError if there are more parts than query heads.
+
+    Nor can query heads be dealt to KV heads that do not divide them.
+    """
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(
+            f"num_attention_heads={num_heads} is not a multiple of num_key_value_heads={num_kv_heads}: each KV head "
+            f"must serve equally many query heads"
+        )
     if parts > num_heads:
         raise ValueError(
             f"tp_size={parts} is more than the model's {num_heads} query heads; use tp_size <= {num_heads}"

@@ -12,6 +12,7 @@ from torch import nn
 from ..config import InferenceConfig
 from ..kernels import select_ops
 from ..mesh.collectives import Communicator
+from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import ModelSpec, RotarySpec, find_policy
 from .linear import Slices
@@ -72,6 +73,11 @@ def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
         source = SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config, spec)
     if spec.activation != "silu":
         raise ValueError(f"{name}: hidden_act={spec.activation!r} is not supported; supported: 'silu'")
+    if 2 * len(spec.rotary.inv_freq) != spec.head_dim:
+        raise ValueError(
+            f"{name}: rotary embedding of {2 * len(spec.rotary.inv_freq)} of each head's {spec.head_dim} elements is "
+            f"not supported; head_dim must be even and partial_rotary_factor 1"
+        )
     if not isinstance(model, nn.Module) and getattr(config, "dtype", None) is None:
         spec = replace(spec, dtype=source.dtype)
     check_checkpoint(spec, source, name)
@@ -132,15 +138,25 @@ def read_rotary(config: Any) -> RotarySpec:
     return RotarySpec(tuple(inv_freq.tolist()), float(scaling), limit)
 
 
+def _own_device(name: str) -> torch.device:
+    """The device that a config names, for the process that asks."""
+    if name != "auto":
+        return torch.device(name)
+    place = torchrun_place() or RankPlace(0, 1, 0, 1)
+    enough = torch.cuda.device_count() >= place.local_world_size
+    return torch.device("cuda", place.local_rank) if enough else torch.device("cpu")
+
+
 class InferenceShardformer:
     """Gives each rank of a mesh its stage of a model.
 
-    config: dtype, max_model_len, attention_backend; mesh: axes named "pp" and "tp".
+    config: dtype, max_model_len, attention_backend; mesh: axes named "pp" and "tp"; device: by default the config's,
+    "auto" being cuda:LOCAL_RANK where there is a device for every rank on the host, else cpu.
     """
 
     def __init__(self, config: InferenceConfig, mesh: ProcessGroupMesh, device: torch.device | None = None) -> None:
         self.config, self.mesh = config, mesh
-        self.device = device or torch.device("cpu" if config.device == "auto" else config.device)
+        self.device = device or _own_device(config.device)
         self.tp = Communicator.along(mesh, "tp")
 
     def shards(self, spec: ModelSpec) -> Shards:

@@ -34,6 +34,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_INDEX = "model.safetensors.index.json"
 _STAGING_BYTES = 8 << 20  # the most that is held twice while a slice is converted or moved to a device
 
 
@@ -85,9 +86,18 @@ class SafetensorsSource(WeightSource):
     """
 
     def __init__(self, path: Path) -> None:
+        files, index = _safetensors_files(path)
         self._entries: dict[str, _Entry] = {}
-        for file in _safetensors_files(path):
-            self._entries.update(_read_header(file))
+        for file in files:
+            for name, entry in _read_header(file).items():
+                other = self._entries.setdefault(name, entry)
+                if other is not entry:
+                    raise CheckpointError(f"{path}: tensor {name} is in two files: {other.file} and {entry.file}")
+        for name, file in index.items():
+            found = self._entries.get(name)
+            if found is None or found.file != str(file):
+                where = "in no file that it names" if found is None else f"in {found.file}"
+                raise CheckpointError(f"{path / _INDEX}: tensor {name} is said to be in {file}, but is {where}")
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         most_common = Counter(entry.dtype for entry in self._entries.values()).most_common(1)
         self.dtype = str(_DTYPES[most_common[0][0]]).removeprefix("torch.") if most_common else "float32"
@@ -145,24 +155,27 @@ class SafetensorsSource(WeightSource):
         return {**self.__dict__, "_files": {}}
 
 
-def _safetensors_files(path: Path) -> list[Path]:
+def _safetensors_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
+    """The files, and where the index says that each tensor is, if there is one."""
     if not path.is_dir():
-        return [path]
-    index_file = path / "model.safetensors.index.json"
+        return [path], {}
+    index_file = path / _INDEX
     if index_file.exists():
         try:
-            files = sorted({path / name for name in json.loads(index_file.read_text())["weight_map"].values()})
+            weight_map = json.loads(index_file.read_text())["weight_map"]
+            index = {name: path / file for name, file in weight_map.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index_file}: not a safetensors index: {error!r}") from error
+        files = sorted(set(index.values()))
         missing = [file.name for file in files if not file.exists()]
         if missing:
             raise CheckpointError(f"{path}: missing {', '.join(missing)}, named in {index_file.name}")
-        return files
+        return files, index
     whole = path / "model.safetensors"
     files = [whole] if whole.exists() else sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path}: holds no *.safetensors file (and no {index_file.name})")
-    return files
+    return files, {}
 
 
 def _read_header(file: Path) -> dict[str, _Entry]:
@@ -197,6 +210,9 @@ def _read_header(file: Path) -> dict[str, _Entry]:
     return entries
 
 
+_LLAMA3_FACTORS = "rope_freqs.weight"
+
+
 class GGUFSource(WeightSource):
     """A GGUF file, dequantised tensor by tensor; names and layout as transformers maps them."""
 
@@ -205,6 +221,11 @@ class GGUFSource(WeightSource):
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
         self._path = str(path)
+        if any(tensor.name == _LLAMA3_FACTORS for tensor in self._reader.tensors):
+            raise CheckpointError(
+                f"{path}: {_LLAMA3_FACTORS} (the RoPE factors of Llama 3.1 and later) is not supported: transformers "
+                f"reads rope_theta alone from a GGUF file, and the tokens would be wrong; use the safetensors directory"
+            )
         processor = TENSOR_PROCESSORS.get(hf_config.model_type, TensorProcessor)
         self._processor = processor(
             config={"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}

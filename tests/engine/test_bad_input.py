@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,58 @@ def test_a_cache_too_small_for_one_request(model: LlamaForCausalLM) -> None:
     assert "9 blocks of 4 hold 36 tokens" in message_of(lambda: InferenceEngine(model, small))
     nothing = small.replace(max_model_len=None, kv_memory_bytes=1151)
     assert "0 blocks of 4 hold 0 tokens" in message_of(lambda: InferenceEngine(model, nothing))
+
+
+def test_kv_heads_that_do_not_divide_the_query_heads(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    uneven = make_model(num_attention_heads=4, num_key_value_heads=3, hidden_size=32)
+    monkeypatch.setattr("meshlm.engine.engine.World", None)
+    assert message_of(lambda: InferenceEngine(uneven, CONFIG)) == (
+        "num_attention_heads=4 is not a multiple of num_key_value_heads=3: each KV head must serve equally many query "
+        "heads"
+    )
+
+
+def test_a_cache_that_the_memory_cannot_hold(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocated(*_: Any) -> None:
+        raise AssertionError("the cache was allocated")
+
+    monkeypatch.setattr("meshlm.engine.worker.Worker.allocate", allocated)
+    monkeypatch.setattr("meshlm.engine.worker.available_bytes", lambda device: 100_000)  # 86 blocks of 1152 bytes
+    assert message_of(lambda: InferenceEngine(model, CONFIG.replace(num_kv_blocks=87)), ConfigError) == (
+        "InferenceConfig.num_kv_blocks: 87 does not fit on cpu of rank 0 (dp 0, pp 0, tp 0): 87 blocks take 100224 "
+        "bytes, 100000 are free, 224 bytes are missing; use at most 86, or more ranks on other devices"
+    )
+    small = CONFIG.replace(num_kv_blocks=None, kv_memory_bytes=1152 * 90)
+    assert message_of(lambda: InferenceEngine(model, small), ConfigError).startswith(
+        "InferenceConfig.kv_memory_bytes: 103680 does not fit on cpu of rank 0 (dp 0, pp 0, tp 0): 90 blocks take "
+    )
+    for fitting in (CONFIG.replace(num_kv_blocks=86), small.replace(kv_memory_bytes=1152 * 87 - 1)):
+        with pytest.raises(AssertionError, match="the cache was allocated"):
+            InferenceEngine(model, fitting)
+
+
+def test_ranks_that_share_a_device_are_counted_together(model: LlamaForCausalLM) -> None:
+    with InferenceEngine(model, CONFIG) as engine:
+        (info,) = engine.ranks
+    config = CONFIG.replace(dp_size=3, num_kv_blocks=20)
+
+    def ranks(*places: tuple[str, str]) -> list[Any]:
+        return [
+            replace(info, rank=rank, host=host, device=device, available_bytes=1152 * 59)
+            for rank, (host, device) in enumerate(places)
+        ]
+
+    assert plan.choose_num_blocks(config, ranks(("a", "cuda:0"), ("a", "cuda:1"), ("b", "cuda:0")), 40) == 20
+    shared = ranks(("a", "cpu"), ("a", "cpu"), ("a", "cpu"))
+    assert message_of(lambda: plan.choose_num_blocks(config, shared, 40), ConfigError) == (
+        "InferenceConfig.num_kv_blocks: 20 does not fit on cpu of rank 0 (dp 0, pp 0, tp 0) and 2 more that share it: "
+        "20 blocks take 69120 bytes, 67968 are free, 1152 bytes are missing; use at most 19, or more ranks on other "
+        "devices"
+    )
+    assert plan.choose_num_blocks(config.replace(num_kv_blocks=19), shared, 40) == 19
+    by_bytes = config.replace(num_kv_blocks=None, kv_memory_bytes=1152 * 20)
+    assert "use at most 21888, or" in message_of(lambda: plan.choose_num_blocks(by_bytes, shared, 40))
+    assert plan.choose_num_blocks(by_bytes.replace(kv_memory_bytes=21888), shared, 40) == 19
 
 
 def test_a_request_larger_than_the_cache(model: LlamaForCausalLM) -> None:

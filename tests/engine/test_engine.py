@@ -150,6 +150,41 @@ def test_text_can_be_left_out(engine: InferenceEngine) -> None:
     assert output.text == "" and len(output.token_ids) == 6
 
 
+def test_texts_that_cannot_be_tokenised(engine: InferenceEngine) -> None:
+    surrogate = "prompt: the tokenizer cannot encode the text: UnicodeEncodeError: 'utf-8' codec can't encode"
+    template = "prompt: the chat template fails on these messages: "
+    chat = [{"role": "user"}]
+    for prompts, start in (
+        (["a \ud800"], surrogate),
+        (["fine", "a \ud800"], f"prompts[1]: {surrogate}"),
+        ([{"role": "user", "content": "\udfff"}], surrogate),
+        (chat, template),
+        ([[1], chat], f"prompts[1]: {template}"),
+    ):
+        with pytest.raises(ValueError) as error:
+            engine.generate(prompts, progress=False)
+        assert str(error.value).startswith(start) and "\n" not in str(error.value)
+        assert not engine.has_unfinished()
+
+
+def test_errors_that_are_made_in_another_way_are_named_with_their_prompt(
+    engine: InferenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        "\ud800".encode()
+
+    monkeypatch.setattr("meshlm.engine.prompts.as_sampling_params", fails)
+    with pytest.raises(ValueError, match=r"^prompts\[0\]: 'utf-8' codec"):
+        engine.generate([[1], [2]], progress=False)
+
+
+def test_memory_before_loading_is_what_is_held_not_what_once_was(model: LlamaForCausalLM) -> None:
+    torch.ones(64 << 20, dtype=torch.uint8)  # let go again
+    with InferenceEngine(model, CONFIG) as engine:
+        (rank,) = engine.ranks
+    assert 0 < rank.baseline_rss_bytes < rank.peak_rss_bytes - (16 << 20)
+
+
 def test_outputs_tell_their_story(engine: InferenceEngine, tokenizer: Any) -> None:
     prompt = [50 + i for i in range(17)]
     first, second = (engine.generate(prompt, GREEDY, progress=False)[0] for _ in range(2))

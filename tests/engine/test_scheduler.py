@@ -268,6 +268,24 @@ def test_finished_sequences_do_not_come_back() -> None:
         sequence.move_to(SequenceStatus.RUNNING)
 
 
+def test_pending_tokens_are_counted_as_they_come_and_go() -> None:
+    scheduler = make(max_num_batched_tokens=4)
+    first = add(scheduler, "a", range(6))
+    add(scheduler, "b", range(20, 23))
+    assert scheduler.num_pending_tokens == 9
+    step = next_step(scheduler)
+    assert scheduler.num_pending_tokens == 9, "in flight counts until it is back"
+    scheduler.update(step, ())
+    assert scheduler.num_pending_tokens == 5
+    run_step(scheduler)
+    assert scheduler.num_pending_tokens == 2, "the token that a drew, and the last of b"
+    scheduler.finish(first, "abort")
+    assert scheduler.num_pending_tokens == 1
+    scheduler.num_pending_tokens += 1
+    with pytest.raises(AssertionError):
+        scheduler.check()
+
+
 # ---- a pipeline -----------------------------------------------------------------------------------------------------
 
 

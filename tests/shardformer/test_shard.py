@@ -116,6 +116,16 @@ def test_more_ranks_than_query_heads_is_refused() -> None:
     assert str(error.value) == "tp_size=10 is more than the model's 9 query heads; use tp_size <= 9"
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "parts"), [(4, 3, 1), (4, 3, 2), (2, 4, 1), (4, 0, 1)])
+def test_kv_heads_that_do_not_divide_the_query_heads_are_refused(heads: int, kv_heads: int, parts: int) -> None:
+    with pytest.raises(ValueError) as error:
+        split_heads(heads, kv_heads, parts)
+    assert str(error.value) == (
+        f"num_attention_heads={heads} is not a multiple of num_key_value_heads={kv_heads}: each KV head must serve "
+        f"equally many query heads"
+    )
+
+
 def test_more_ranks_than_vocabulary_or_intermediate_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"intermediate_size=3$"):
         Shards(make_spec(intermediate_size=3), 4)

@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh, SamplingParams
+from meshlm.policies import find_policy
+from meshlm.shardformer import attention
+from meshlm.shardformer.shardformer import read_rotary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,6 +124,26 @@ def test_rope_kinds(kind: str) -> None:
     assert_equal_to_transformers(make_model(rope_parameters=dict(ROPES[kind])))
 
 
+@pytest.mark.parametrize("rows", [1, 7, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["default", "yarn, all set"])
+def test_the_rotary_table_is_the_whole_one_bit_for_bit(
+    kind: str, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "_TABLE_ROWS", rows)
+    length = 5000 if rows == 4096 else 128
+    config = LlamaConfig(**{**SIZES, "head_dim": 20, "rope_parameters": dict(ROPES[kind])})
+    spec = find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
+    table = attention.RotaryTable(spec, length, dtype, torch.device("cpu"))
+    assert table.cos.shape == table.sin.shape == (length, 10)
+    angles = torch.arange(length).float()[:, None] * torch.tensor(spec.rotary.inv_freq)
+    cos, sin = ((f() * spec.rotary.scaling).to(dtype) for f in (angles.cos, angles.sin))
+    positions = torch.tensor([0, 3, length - 1, 3, *range(length)])
+    for ours, halves in zip(table(positions), ((cos, cos), (-sin, sin)), strict=True):
+        assert ours.shape == (len(positions), 1, 20) and ours.dtype == dtype
+        assert torch.equal(ours.squeeze(1), torch.cat(halves, dim=-1)[positions])
+
+
 @pytest.mark.parametrize("kind", [kind for kind in ROPES if kind not in ("default", "longrope")])
 def test_rope_kinds_differ(kind: str) -> None:
     """Guards the test above: a kind that was read as "default" would be seen."""
@@ -187,3 +210,28 @@ def test_half_precision_is_close_to_transformers(dtype: str) -> None:
 )
 def test_scheduling_changes_no_token(values: dict[str, Any]) -> None:
     assert_equal_to_transformers(make_model(), config=CONFIG.replace(**values))
+
+
+@pytest.mark.parametrize(
+    ("device", "num_devices", "local_rank", "expected"),
+    [
+        ("auto", 0, None, "cpu"),
+        ("auto", 1, None, "cuda:0"),
+        ("auto", 2, 1, "cuda:1"),
+        ("auto", 1, 1, "cpu"),  # two ranks on this host
+        ("cpu", 2, 1, "cpu"),
+        ("cuda:1", 2, 0, "cuda:1"),
+    ],
+)
+def test_the_device_of_a_shardformer_that_is_given_none(
+    device: str, num_devices: int, local_rank: int | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_devices)
+    if local_rank is not None:
+        place = {"RANK": local_rank, "LOCAL_RANK": local_rank, "WORLD_SIZE": 2, "MASTER_ADDR": "none", "MASTER_PORT": 1}
+        for name, value in place.items():
+            monkeypatch.setenv(name, str(value))
+    mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
+    assert InferenceShardformer(InferenceConfig(device=device), mesh).device == torch.device(expected)
+    own = torch.device("cpu")
+    assert InferenceShardformer(InferenceConfig(device=device), mesh, own).device == own

@@ -437,6 +437,75 @@ def test_an_index_that_is_none(copy: Path, index: str) -> None:
     assert fault(copy).startswith(f"{file}: not a safetensors index: ")
 
 
+def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file({**load_file(second), name: torch.zeros(3)}, second, {"format": "pt"})
+    assert fault(tmp_path) == f"{tmp_path}: tensor {name} is in two files: {first} and {second}"
+    (tmp_path / "model.safetensors.index.json").unlink()  # all files in the folder are read then
+    assert fault(tmp_path) == f"{tmp_path}: tensor {name} is in two files: {first} and {second}"
+
+
+def test_an_index_that_does_not_say_where_tensors_are_is_refused(tmp_path: Path) -> None:
+    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
+    file = tmp_path / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    name = next(iter(load_file(first)))
+    for changes, expected in (
+        ({name: second.name}, f"tensor {name} is said to be in {second}, but is in {first}"),
+        ({"ghost": second.name}, f"tensor ghost is said to be in {second}, but is in no file that it names"),
+    ):
+        file.write_text(json.dumps({"weight_map": {**index["weight_map"], **changes}}))
+        assert fault(tmp_path) == f"{file}: {expected}"
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path)
+
+
+def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
+    file = copy / "config.json"
+    rope = json.loads(file.read_text())["rope_parameters"]
+    edit_config(copy, rope_parameters={**rope, "partial_rotary_factor": 0.5})
+    assert fault(copy) == (
+        f"{copy}: rotary embedding of 2 of each head's 4 elements is not supported; head_dim must be even and "
+        f"partial_rotary_factor 1"
+    )
+
+
+def test_a_gguf_file_with_the_rope_factors_of_llama_3_1_is_refused(tmp_path: Path) -> None:
+    import numpy as np
+    from gguf import GGUFWriter
+
+    def write(*more: str) -> Path:
+        file = tmp_path / f"model{len(more)}.gguf"
+        writer = GGUFWriter(file, "llama")
+        writer.add_context_length(64)
+        writer.add_block_count(1)
+        writer.add_embedding_length(8)
+        writer.add_feed_forward_length(16)
+        writer.add_head_count(2)
+        writer.add_head_count_kv(2)
+        writer.add_rope_dimension_count(4)
+        writer.add_rope_freq_base(10000.0)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(11)
+        for name in ("output_norm.weight", *more):
+            writer.add_tensor(name, np.ones(8, dtype=np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return file
+
+    plain, scaled = write(), write("rope_freqs.weight")
+    assert fault(plain).startswith(f"{plain}: missing tensors: ")  # read, but for what it lacks
+    assert fault(scaled) == (
+        f"{scaled}: rope_freqs.weight (the RoPE factors of Llama 3.1 and later) is not supported: transformers reads "
+        f"rope_theta alone from a GGUF file, and the tokens would be wrong; use the safetensors directory"
+    )
+
+
 def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path) -> None:
     model = make_model().double()
     model.save_pretrained(tmp_path)
