@@ -89,9 +89,7 @@ class InferenceConfig(BaseSettings):
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of requests that bring none of their own")
-    start_timeout_s: float = Field(
-        default=120.0, gt=0, description="seconds for every rank to start and load its weights"
-    )
+    start_timeout_s: float = Field(default=120.0, gt=0, description="seconds for all ranks to start and meet")
     collective_timeout_s: float = Field(default=300.0, gt=0, description="seconds for one collective between ranks")
 
     _origins: dict[str, str] = PrivateAttr(default_factory=dict)  # field -> where its value came from, if not default

@@ -24,7 +24,7 @@ from .output import RequestOutput
 from .plan import check_fit, check_world, choose_devices, choose_num_blocks
 from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
 from .worker import RankInfo
-from .world import World, for_other_processes
+from .world import World
 
 
 @dataclass(frozen=True)
@@ -73,20 +73,19 @@ class InferenceEngine:
             place = None  # torchrun with one rank: a world like any other process's
         checkpoint = open_checkpoint(model)
         devices = choose_devices(config, config.world_size if place is None else place.local_world_size)
-        check_fit(config, checkpoint.spec, devices)
-        self._world = World(config, devices, place)
+        first_rank = 0 if place is None else place.rank - place.local_rank
+        check_fit(config, checkpoint.spec, devices, first_rank)
+        self._world = World(config, devices, place, checkpoint)
         try:
             with ExitStack() as files:
-                if place is None and config.world_size > 1:
-                    checkpoint = for_other_processes(checkpoint, files)
-                self._start(checkpoint, model, tokenizer)
+                self._start(checkpoint, files, model, tokenizer)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, checkpoint: Checkpoint, model: str | Path | nn.Module, tokenizer: Any) -> None:
+    def _start(self, checkpoint: Checkpoint, files: ExitStack, model: str | Path | nn.Module, tokenizer: Any) -> None:
         """Loads the weights on every rank, measures what memory is left, and allocates the cache."""
-        loading = self._world.begin("load", checkpoint)
+        loading = self._world.begin_load(checkpoint, files)
         self.tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer  # while the ranks load
         defaults = default_params(model, checkpoint.eos_token_ids, self.tokenizer)
         self._architecture = checkpoint.spec.architecture

@@ -24,6 +24,7 @@ import torch
 from ..config import InferenceConfig
 from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connect_to_driver, portable
 from ..mesh.process_group_mesh import check_topology
+from ..shardformer import Checkpoint
 from .step import StepInput, StepOutput
 from .worker import Call, Published, Reply, Stop, Worker, make_worker, serve
 
@@ -230,9 +231,10 @@ class Follower:
     """A rank under torchrun that does not drive: its worker runs in a thread, its caller waits for what rank 0 says."""
 
     def __init__(self, connection: Connection, worker: Worker) -> None:
+        self._mesh = worker.mesh
         self._published: queue.SimpleQueue[Published | None] = queue.SimpleQueue()
         self._kept: dict[int, deque[Published]] = defaultdict(deque)  # by call: several streams can go on at once
-        self._left: set[int] = set()  # calls whose results nobody waits for any more
+        self._left: set[int] = set()  # calls whose results nobody waits for any more, and whose last is still to come
         self._thread = threading.Thread(target=self._serve, args=(connection, worker), daemon=True)
         self._thread.start()
 
@@ -257,27 +259,39 @@ class Follower:
                 raise RankFailure("rank 0, which drives, has closed the engine or is gone")
             if message.call not in self._left:
                 self._kept[message.call].append(message)
+            elif message.is_last:
+                self._left.remove(message.call)
         message = self._kept[call].popleft()
         if message.is_last:
             del self._kept[call]
         return message
 
     def leave(self, call: int) -> None:
-        """Nobody will `receive` this call's results any more."""
-        self._left.add(call)
-        self._kept.pop(call, None)
+        """Nobody will `receive` the rest of this call's results; the last of them was not received."""
+        kept = self._kept.pop(call, None)
+        if not kept or not kept[-1].is_last:
+            self._left.add(call)
 
     def close(self) -> None:
-        """Waits until rank 0 has closed the engine."""
+        """Waits until rank 0 has closed the engine, and destroys the mesh's groups."""
         self._thread.join()
+        self._mesh.destroy()
 
 
 def join_torchrun(
-    config: InferenceConfig, place: RankPlace, device: torch.device
+    config: InferenceConfig, place: RankPlace, device: torch.device, checkpoint: Checkpoint
 ) -> tuple[MeshExecutor | None, Follower | None]:
-    """Joins ranks that exist; collective. Gives rank 0 an executor, the others a follower."""
+    """Joins ranks that exist; collective. Gives rank 0 an executor, the others a follower.
+
+    checkpoint: what this rank is to load, which its own caller has opened.
+    """
     worker = make_worker(config, place, None, device)
-    connections, own = connect_to_driver(place, config.start_timeout_s)
+    worker.checkpoint, mesh = checkpoint, worker.mesh
+    try:
+        connections, own = connect_to_driver(place, config.start_timeout_s)
+    except BaseException:
+        mesh.destroy()
+        raise
     if place.rank != 0:
         return None, Follower(own, worker)
     thread = threading.Thread(target=serve, args=(own, worker, lambda _: None), daemon=True)
@@ -287,7 +301,11 @@ def join_torchrun(
         words = said.strip() or "it closed its connection; its own output says more"
         return RankFailure(f"{rank_name(config, rank)} failed: {words}")
 
-    return MeshExecutor(connections, config, failure, lambda: thread.join(5.0)), None
+    def leave() -> None:
+        thread.join(5.0)
+        mesh.destroy()
+
+    return MeshExecutor(connections, config, failure, leave), None
 
 
 def warn_if_tp_spans_hosts(config: InferenceConfig, hosts: Sequence[str]) -> None:

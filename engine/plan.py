@@ -49,10 +49,10 @@ def choose_devices(config: InferenceConfig, num_ranks: int) -> list[torch.device
     return [torch.device("cuda", i) for i in range(num_ranks)]
 
 
-def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device]) -> None:
+def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device], first_rank: int = 0) -> None:
     """Proves that the model can be divided so and that its weights fit. Raises ValueError before anything starts.
 
-    devices: those of the ranks on this host, which share its memory.
+    devices: those of the ranks on this host, from `first_rank` on, which share its memory.
     """
     shards, stages = Shards(spec, config.tp_size), split_layers(spec, config.pp_size)
     dtype = choose_dtype(config, spec)
@@ -65,11 +65,10 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
             f"known: auto, {', '.join(BACKENDS)}"
         )
     needed: Counter[torch.device] = Counter()
-    for rank in range(config.world_size):
+    for rank, device in enumerate(devices, first_rank):
         _, rest = divmod(rank, config.pp_size * config.tp_size)
         stage, tp_rank = divmod(rest, config.tp_size)
-        if rank < len(devices):
-            needed[devices[rank]] += stage_num_elements(spec, shards, stages[stage], tp_rank) * dtype.itemsize
+        needed[device] += stage_num_elements(spec, shards, stages[stage], tp_rank) * dtype.itemsize
     for device, size in needed.items():
         free = available_bytes(device)
         if size > free:

@@ -47,10 +47,6 @@ class Scheduler:
         self.waiting.append(sequence)
         self.num_pending_tokens += sequence.num_pending_tokens
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self.ended_in_flight)
-
     # ---- a step's way out ---------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep | None:

@@ -117,10 +117,13 @@ class Worker:
 
     def __init__(self, config: InferenceConfig, mesh: ProcessGroupMesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
+        self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
         self.runner: ModelRunner | None = None
 
-    def load(self, checkpoint: Checkpoint) -> RankInfo:
+    def load(self, checkpoint: Checkpoint | None = None) -> RankInfo:
         """Builds this rank's stage and reads its weights."""
+        checkpoint, self.checkpoint = checkpoint or self.checkpoint, None
+        assert checkpoint is not None
         started, baseline = time.monotonic(), rss_bytes()
         shardformer = InferenceShardformer(self.config, self.mesh, self.device)
         self.stage = stage = shardformer.optimize(checkpoint)

@@ -27,9 +27,15 @@ T = TypeVar("T")
 
 
 class World:
-    """The ranks that run an engine. `place`: this rank's under torchrun, else None."""
+    """The ranks that run an engine.
 
-    def __init__(self, config: InferenceConfig, devices: Sequence[torch.device], place: RankPlace | None) -> None:
+    place: this rank's under torchrun, else None.
+    checkpoint: what this rank is to load under torchrun, where the driver's call does not bring it.
+    """
+
+    def __init__(
+        self, config: InferenceConfig, devices: Sequence[torch.device], place: RankPlace | None, checkpoint: Checkpoint
+    ) -> None:
         self._call = 0
         self._executor: Executor | None = None
         self._follower: Follower | None = None
@@ -41,7 +47,11 @@ class World:
             self._executor = start_own_ranks(config, devices)
         else:
             own_group = not dist.is_initialized()
-            self._executor, self._follower = join_torchrun(config, place, devices[place.local_rank])
+            try:
+                self._executor, self._follower = join_torchrun(config, place, devices[place.local_rank], checkpoint)
+            except BaseException:
+                _destroy_group(own_group)
+                raise
             self._joined = True
         self._finalizer = weakref.finalize(self, _close, os.getpid(), self._executor, self._follower, own_group)
 
@@ -55,22 +65,36 @@ class World:
         """Lets every rank begin with a `Worker` method; on the driver, the result waits for their answers."""
         return list if self._executor is None else self._executor.begin(method, *arguments)
 
+    def begin_load(self, checkpoint: Checkpoint, files: ExitStack) -> Callable[[], list[Any]]:
+        """Lets every rank begin to load its weights, as `begin` does; `files` stay until all have answered."""
+        if self._joined:
+            return self.begin("load")  # each rank has opened the checkpoint itself
+        if isinstance(self._executor, MeshExecutor):
+            checkpoint = for_other_processes(checkpoint, files)
+        return self.begin("load", checkpoint)
+
     def everywhere(self, function: Callable[[], T]) -> T:
         """Runs `function` on the driver; every rank returns its value or raises its error."""
         self._check_open()
         self._call += 1
+        call = self._call
         if self._follower is not None:
-            message = self._follower.receive(self._call)
+            try:
+                message = self._follower.receive(call)
+            except BaseException:  # interrupted
+                self._follower.leave(call)
+                raise
             self._raise_error_of(message)
             value: T = message.value
             return value
         try:
             value = function()
-        except Exception as error:
-            self._publish(Published(self._call, error=error))
+        except BaseException as error:
+            self._publish(Published(call, error=_for_followers(error)))
+            self._explain_if_closed(error)
             self._close_if_lost(error)
             raise
-        self._publish(Published(self._call, value))
+        self._publish(Published(call, value))
         return value
 
     def each_everywhere(self, function: Callable[[], Iterable[T]]) -> Iterator[T]:
@@ -80,27 +104,39 @@ class World:
         return self._drive(function, self._call) if self._follower is None else self._follow(self._call)
 
     def _drive(self, function: Callable[[], Iterable[T]], call: int) -> Iterator[T]:
+        self._check_open()
         last = Published(call)
         try:
             for item in function():
                 self._publish(Published(call, item, is_last=False))
                 yield item
-        except Exception as error:
-            last = Published(call, error=error)
+                if not self._finalizer.alive:
+                    break
+        except GeneratorExit:  # the caller has seen enough
+            raise
+        except BaseException as error:
+            last = Published(call, error=_for_followers(error))
+            self._explain_if_closed(error)
             raise
         finally:
             self._publish(last)
             if last.error is not None:
                 self._close_if_lost(last.error)
+        self._check_open()
 
     def _follow(self, call: int) -> Iterator[Any]:
         assert self._follower is not None
+        self._check_open()
+        message = None
         try:
-            while not (message := self._follower.receive(call)).is_last:
+            while self._finalizer.alive and not (message := self._follower.receive(call)).is_last:
                 yield message.value
         finally:
-            self._follower.leave(call)
-        self._raise_error_of(message)
+            if message is None or not message.is_last:
+                self._follower.leave(call)
+        if message is not None:
+            self._raise_error_of(message)
+        self._check_open()
 
     def _raise_error_of(self, message: Published) -> None:
         if message.error is not None:
@@ -111,13 +147,18 @@ class World:
         if self._joined and isinstance(self._executor, MeshExecutor) and self._finalizer.alive:
             self._executor.publish(message)
 
-    def _close_if_lost(self, error: Exception) -> None:
+    def _close_if_lost(self, error: BaseException) -> None:
         if isinstance(error, RankFailure):  # nothing works without that rank
             self.close()
 
-    def _check_open(self) -> None:
+    def _check_open(self, cause: Exception | None = None) -> None:
         if not self._finalizer.alive:
-            raise RuntimeError("the engine is closed; make a new InferenceEngine")
+            raise RuntimeError("the engine is closed; make a new InferenceEngine") from cause
+
+    def _explain_if_closed(self, error: BaseException) -> None:
+        """What fails because another thread, or the caller between two items, has closed the engine says just that."""
+        if isinstance(error, Exception):
+            self._check_open(cause=error)
 
     def close(self) -> None:
         """Ends the ranks, or takes leave of them; can be called twice."""
@@ -131,8 +172,19 @@ def _close(pid: int, executor: Executor | None, follower: Follower | None, own_g
         executor.close()
     if follower is not None:
         follower.close()
+    _destroy_group(own_group)
+
+
+def _destroy_group(own_group: bool) -> None:
     if own_group and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _for_followers(error: BaseException) -> Exception:
+    """What the other ranks raise for an error on rank 0; they are not interrupted themselves, nor to exit."""
+    if isinstance(error, Exception):
+        return error
+    return InterruptedError(f"rank 0 was interrupted: {type(error).__name__}")
 
 
 def for_other_processes(checkpoint: Checkpoint, files: ExitStack) -> Checkpoint:

@@ -14,9 +14,11 @@ import importlib
 import json
 import os
 import pickle
+import queue
 import secrets
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -90,7 +92,10 @@ def available_cores() -> int:
 
 
 def init_process_group(place: RankPlace, device: torch.device, timeout_s: float, store: dist.Store | None) -> None:
-    """Joins the world's process group: gloo, and NCCL beside it where the device is a GPU."""
+    """Joins the world's process group: gloo, and NCCL beside it where the device is a GPU.
+
+    timeout_s: for a collective, and for the ranks to meet as well: torch has one timeout for both.
+    """
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
@@ -182,10 +187,6 @@ class RankProcesses:
             words.append(text)
             print(f"[rank {rank}] {text}", file=sys.stderr, flush=True)
 
-    @property
-    def pids(self) -> list[int]:
-        return [process.pid for process in self._processes]
-
     def failure(self, rank: int, said: str = "") -> RankFailure:
         """What to raise for a rank that has gone, or has said that it failed (`said`: its traceback)."""
         process = self._processes[rank]
@@ -198,10 +199,6 @@ class RankProcesses:
         how = "is still running" if code is None else f"exit code {code}" + _signal_name(code)
         words = said.strip() or "\n".join(self._last_words[rank])
         return RankFailure(f"{self.name_rank(rank)} failed: {how}" + (f"; its last output:\n{words}" if words else ""))
-
-    def dead(self) -> int | None:
-        """A rank that has exited, or None."""
-        return next((rank for rank, process in enumerate(self._processes) if process.poll() is not None), None)
 
     def close(self, grace_s: float = 5.0) -> None:
         """Ends every rank and waits until it has ended; can be called twice. Does nothing in a fork of the driver."""
@@ -297,38 +294,102 @@ def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Connecti
     """Control connections between rank 0, which drives, and every rank; collective over the default process group.
 
     Returns (connections by rank on rank 0, empty elsewhere; this rank's own end). Rank 0 has a connection to itself.
+    Raises RankFailure if a rank does not come within `timeout_s`, or cannot reach rank 0.
     """
     one_host = place.local_world_size == place.world_size
     if place.rank != 0:
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0)
         address, key = box[0]
-        stream = socket.create_connection(tuple(address), timeout=timeout_s)
-        connection = _as_connection(stream)
-        answer_challenge(connection, key)
-        deliver_challenge(connection, key)
-        connection.send(place.rank)
-        return [], connection
+        return [], _reach_driver(place.rank, address, key, timeout_s)
 
     key = secrets.token_bytes(32)
     with socket.create_server((_LOOPBACK if one_host else "", 0), backlog=place.world_size) as server:
-        server.settimeout(timeout_s)
         host = _LOOPBACK if one_host else os.environ.get("MASTER_ADDR", socket.gethostname())
         dist.broadcast_object_list([((host, server.getsockname()[1]), key)], src=0)
-        ours, theirs = Pipe()
-        connections = {0: ours}
-        while len(connections) < place.world_size:
-            connection = _as_connection(server.accept()[0])
+        connections = _gather_ranks(server, key, place.world_size, timeout_s)
+    ours, theirs = Pipe()
+    return [ours, *(connections[rank] for rank in range(1, place.world_size))], theirs
+
+
+def _gather_ranks(server: socket.socket, key: bytes, world_size: int, timeout_s: float) -> dict[int, Connection]:
+    """Rank 0's side: a connection to each other rank. Whoever else connects, and says nothing, holds up nobody."""
+    found: queue.SimpleQueue[tuple[int, Connection]] = queue.SimpleQueue()
+    deadline = time.monotonic() + timeout_s
+
+    def greet(stream: socket.socket) -> None:
+        connection = _as_connection(stream, timeout_s)
+        try:
+            deliver_challenge(connection, key)
+            answer_challenge(connection, key)
+            rank = connection.recv()
+            _set_timeout(connection, 0)
+            found.put((rank, connection))
+        except (AuthenticationError, EOFError, OSError):
+            connection.close()  # a stranger
+
+    def accept() -> None:
+        while not done.is_set():
+            with suppress(OSError):  # its timeout
+                threading.Thread(target=greet, args=(server.accept()[0],), daemon=True).start()
+
+    server.settimeout(0.2)
+    done = threading.Event()
+    accepting = threading.Thread(target=accept, daemon=True)
+    accepting.start()
+    connections: dict[int, Connection] = {}
+    try:
+        while missing := sorted(set(range(1, world_size)) - set(connections)):
             try:
-                deliver_challenge(connection, key)
-                answer_challenge(connection, key)
-                connections[connection.recv()] = connection
-            except (AuthenticationError, EOFError, OSError):
-                connection.close()  # a stranger
-    return [connections[rank] for rank in range(place.world_size)], theirs
+                rank, connection = found.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                for connection in connections.values():
+                    connection.close()
+                raise RankFailure(
+                    f"ranks {missing} have not connected to rank 0 within start_timeout_s={timeout_s:g}"
+                ) from None
+            connections[rank] = connection
+    finally:
+        done.set()
+        with suppress(OSError):  # not every system can
+            server.shutdown(socket.SHUT_RDWR)  # wakes the thread
+        accepting.join()
+    return connections
 
 
-def _as_connection(stream: socket.socket) -> Connection:
+def _reach_driver(rank: int, address: tuple[str, int], key: bytes, timeout_s: float) -> Connection:
+    """Another rank's side."""
+    try:
+        connection = _as_connection(socket.create_connection(address, timeout=timeout_s), timeout_s)
+        try:
+            answer_challenge(connection, key)
+            deliver_challenge(connection, key)
+            connection.send(rank)
+            _set_timeout(connection, 0)
+        except BaseException:
+            connection.close()
+            raise
+    except (AuthenticationError, EOFError, OSError) as error:
+        reason = "no answer" if isinstance(error, BlockingIOError) else f"{error}" or type(error).__name__
+        raise RankFailure(
+            f"rank {rank} cannot reach rank 0, which drives, at {address[0]}:{address[1]} "
+            f"(start_timeout_s={timeout_s:g}): {reason}"
+        ) from error
+    return connection
+
+
+def _as_connection(stream: socket.socket, timeout_s: float) -> Connection:
+    """timeout_s: for each read and write, until `_set_timeout` lifts it."""
     stream.settimeout(None)
     stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return Connection(stream.detach())
+    connection = Connection(stream.detach())
+    _set_timeout(connection, timeout_s)
+    return connection
+
+
+def _set_timeout(connection: Connection, timeout_s: float) -> None:
+    """A time-out of the system's, since a `Connection` has none of its own; 0 for none."""
+    value = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6))
+    with socket.socket(fileno=os.dup(connection.fileno())) as stream:
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, value)
+        stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, value)

@@ -37,6 +37,10 @@ def counts(step: ScheduledStep) -> dict[str, int]:
     return {sequence.request_id: n for sequence, n in zip(step.sequences, lens, strict=True)}
 
 
+def has_work(scheduler: Scheduler) -> bool:
+    return bool(scheduler.waiting or scheduler.running or scheduler.ended_in_flight)
+
+
 def run_step(scheduler: Scheduler, token: int = 7) -> dict[str, int]:
     """Schedules a step, draws `token` for each of its samples; new tokens by name."""
     step = next_step(scheduler)
@@ -213,7 +217,7 @@ def test_length_stop_ids_and_min_tokens() -> None:
     assert grown == [length, late]
     assert (length.finish_reason, length.output_token_ids) == ("length", [7, 7, 7])
     assert (late.finish_reason, late.output_token_ids) == ("stop", [5, 5, 7])
-    assert not scheduler.has_work and scheduler.schedule() is None
+    assert not has_work(scheduler) and scheduler.schedule() is None
     assert scheduler.blocks.num_free_blocks == scheduler.blocks.num_blocks
 
 
@@ -231,7 +235,7 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     scheduler.finish(waiting, "abort")
     assert waiting.finish_reason == "abort" and not scheduler.waiting
     scheduler.finish(running, "abort")
-    assert running.status is SequenceStatus.FINISHED and not scheduler.has_work
+    assert running.status is SequenceStatus.FINISHED and not has_work(scheduler)
     assert scheduler.blocks.num_free_blocks == 64
     scheduler.finish(running, "length")
     assert running.finish_reason == "abort", "an ending is the last"
@@ -240,10 +244,10 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     step = next_step(scheduler)
     scheduler.finish(flying, "abort")
     scheduler.check()
-    assert scheduler.has_work and scheduler.blocks.num_free_blocks == 62, "the ranks still write to its blocks"
+    assert has_work(scheduler) and scheduler.blocks.num_free_blocks == 62, "the ranks still write to its blocks"
     assert scheduler.update(step, (7,)) == [], "the token that was drawn for it is dropped"
     assert flying.output_token_ids == [] and scheduler.blocks.num_free_blocks == 64
-    assert not scheduler.has_work
+    assert not has_work(scheduler)
     scheduler.check()
 
 
@@ -412,7 +416,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def schedule(self) -> None:
         step = self.scheduler.schedule()
         if step is None:
-            assert self.flight or not self.scheduler.has_work, "work to do, nothing in flight, and no step"
+            assert self.flight or not has_work(self.scheduler), "work to do, nothing in flight, and no step"
             return
         self.flight.append((step, self.execute(step)))
 
@@ -483,7 +487,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         turns = 0
-        while self.scheduler.has_work or self.flight:
+        while has_work(self.scheduler) or self.flight:
             turns += 1
             assert turns < 5000, "no progress"
             before = len(self.flight)

@@ -24,9 +24,12 @@ import torch
 import transformers
 
 from meshlm import InferenceConfig, InferenceEngine
+from meshlm.engine import plan
 from meshlm.engine.executor import MeshExecutor
 from meshlm.engine.step import StepInput
 from meshlm.mesh.launch import RankFailure
+from meshlm.shardformer import open_checkpoint
+from meshlm.shardformer.shard import Shards, split_layers, stage_num_elements
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -461,6 +464,26 @@ for moment in range(8):
         assert (report["unfinished"], report["left"], report["held"]) == (False, [], 0)
 
 
+# ---- an engine that is closed in the midst of work ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{}, pytest.param({"tp_size": 2}, marks=pytest.mark.slow)], ids=str)
+def test_close_while_working(sizes: dict[str, int], tiny: Path) -> None:
+    """By the caller between two items, and by another thread within a step."""
+    engine = InferenceEngine(tiny, InferenceConfig(**COMMON, **sizes))
+    late, stream = engine.stream([PROMPT], FOREVER), engine.stream([PROMPT], FOREVER)
+    next(stream)
+    engine.close()
+    for items in (stream, late):
+        with pytest.raises(RuntimeError, match=r"^the engine is closed; make a new InferenceEngine$"):
+            next(items)
+        assert next(items, None) is None
+
+    engine = InferenceEngine(tiny, InferenceConfig(**COMMON, **sizes))
+    with after(0.3, engine.close), pytest.raises(RuntimeError, match=r"^the engine is closed; make a new"):
+        engine.generate([PROMPT], FOREVER, progress=False)
+
+
 # ---- a rank that dies --------------------------------------------------------------------------------------------
 
 
@@ -635,6 +658,20 @@ def test_a_faulty_checkpoint_that_only_a_rank_can_see(tiny: Path, tmp_path: Path
 # ---- under torchrun ----------------------------------------------------------------------------------------------
 
 
+def test_the_fit_of_another_hosts_ranks(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two hosts would share the ranks: on each, its own stages have to fit, not the first ones."""
+    spec = open_checkpoint(tiny).spec
+    config = InferenceConfig(**COMMON, pp_size=4)
+    stages = split_layers(spec, 4)
+    sizes = [4 * stage_num_elements(spec, Shards(spec, 1), stage, 0) for stage in stages]
+    assert sizes[0] > sizes[1]
+    devices = [torch.device("cpu")]
+    monkeypatch.setattr(plan, "available_bytes", lambda _: sizes[1])
+    plan.check_fit(config, spec, devices, first_rank=1)
+    with pytest.raises(ValueError, match="the model does not fit"):
+        plan.check_fit(config, spec, devices, first_rank=0)
+
+
 @pytest.mark.slow
 def test_a_mesh_that_is_not_the_world(tmp_path: Path, tiny: Path, torchrun: Any) -> None:
     text = """
@@ -652,6 +689,86 @@ except ValueError as error:
             "InferenceConfig: dp_size=1 × pp_size=2 × tp_size=2 make a mesh of 4 ranks, but torchrun started 2; "
             "use --nproc-per-node 4, or sizes whose product is 2"
         )
+
+
+@pytest.mark.slow
+def test_in_a_process_group_of_the_callers(tmp_path: Path, tiny: Path, module: Any, torchrun: Any) -> None:
+    """A module as model; an interrupt on rank 0 is told to rank 1; close takes all groups but the caller's."""
+    text = """
+from pathlib import Path
+import torch, transformers
+import torch.distributed as dist
+
+rank = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+groups = dist.distributed_c10d._world.pg_map
+assert len(groups) == 1
+report = {}
+
+def interrupted(call):
+    "\""Calls with a Ctrl-C in rank 0's third step."\""
+    if rank == 0:
+        core, countdown = engine._core, iter([1, 0])
+        step = type(core).step
+        def interrupt():
+            if next(countdown, None) is None:
+                del core.step
+                raise KeyboardInterrupt
+            return step(core)
+        core.step = interrupt
+    try:
+        call()
+    except (KeyboardInterrupt, InterruptedError) as error:
+        return f"{type(error).__name__}: {error}"
+
+module = transformers.LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+with InferenceEngine(module, InferenceConfig(**COMMON, tp_size=2)) as engine:
+    report["module"] = answer(engine)
+    assert len(groups) > 1
+assert len(groups) == 1, groups
+
+engine = start(pp_size=2)
+report["path"] = answer(engine)
+many = {"temperature": 0.0, "max_tokens": 30, "ignore_eos": True}
+report["generate"] = interrupted(lambda: engine.generate([[5, 6, 7]], many, progress=False))
+report["stream"] = interrupted(lambda: list(engine.stream([[5, 6, 7]], many)))
+for item in engine.stream([[5, 6, 7]], many):
+    break
+report["streamed"] = len(list(engine.stream([[5, 6, 7]], many)))
+report["after"] = answer(engine)
+if rank == 1:
+    follower = engine._world._follower
+    assert not follower._left and not follower._kept, (follower._left, follower._kept)
+stream = engine.stream([[5, 6, 7]], many)
+next(stream)
+engine.close()
+try:
+    next(stream)
+except RuntimeError as error:
+    report["closed"] = str(error)
+assert len(groups) == 1, groups
+total = torch.ones(1)
+dist.all_reduce(total)
+report["total"] = total.item()
+(Path(__file__).parent / str(rank)).write_text(json.dumps(report))
+dist.destroy_process_group()
+""".replace("MODEL", repr(str(tiny))).replace("COMMON", repr(COMMON))
+    with torchrun(2, write_script(tmp_path, tiny, text)) as agent:
+        _, err = agent.communicate(timeout=120)
+    assert agent.returncode == 0, err
+    told = {0: "KeyboardInterrupt: ", 1: "InterruptedError: rank 0 was interrupted: KeyboardInterrupt"}
+    expected = by_transformers(module, PROMPT, 8)
+    for rank in (0, 1):
+        assert json.loads((tmp_path / str(rank)).read_text()) == {
+            "module": expected,
+            "path": expected,
+            "generate": told[rank],
+            "stream": told[rank],
+            "streamed": 30,
+            "after": expected,
+            "closed": "the engine is closed; make a new InferenceEngine",
+            "total": 2.0,
+        }
 
 
 @pytest.mark.slow
