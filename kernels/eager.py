@@ -20,9 +20,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     x: [..., hidden]; weight: [hidden]. Returns x's shape and dtype.
     """
-    normalised = x.float()
-    normalised = normalised * torch.rsqrt(normalised.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * normalised.to(x.dtype)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass, no float32 copy of x
+    scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
+    return (x * scale).to(x.dtype).mul_(weight)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 def silu_and_mul(gate_up: Tensor) -> Tensor:
     """``silu(gate) * up`` (SwiGLU, Shazeer 2020). gate_up: [num_tokens, 2 * n], gate first. Returns [num_tokens, n]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate).mul_(up)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -54,17 +54,24 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, 1, head_dim], sin with its first half negated, so that
     the rotation is ``x * cos + roll(x) * sin``.
     """
-    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+    half = x.shape[-1] // 2
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    return out
 
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    """Writes each token's key and value into its slot of the paged cache.
+    """Writes each token's key and value into its slot of the paged cache, NaN and infinities as zeros.
+
+    (Attention masks a slot that is not its sequence's by a weight of 0, which only a finite value survives: one
+    request's overflow must not reach another that gets its block later, or is padded with it.)
 
     key, value: [num_tokens, kv_heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim];
     slots: [num_tokens] int64, ``block * block_size + offset``.
     """
-    key_cache.flatten(0, 1).index_copy_(0, slots, key)
-    value_cache.flatten(0, 1).index_copy_(0, slots, value)
+    key_cache.flatten(0, 1).index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
+    value_cache.flatten(0, 1).index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))
 
 
 # --------------------------------------------------------------------------------------------------------------

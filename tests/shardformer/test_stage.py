@@ -235,3 +235,19 @@ def test_the_device_of_a_shardformer_that_is_given_none(
     assert InferenceShardformer(InferenceConfig(device=device), mesh).device == torch.device(expected)
     own = torch.device("cpu")
     assert InferenceShardformer(InferenceConfig(device=device), mesh, own).device == own
+
+
+def test_one_request_s_nan_does_not_reach_another() -> None:
+    """Blocks that held NaN are handed on, and pad the shorter sequences of a step."""
+    model = make_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.nan
+    prompts, poisoned = [[1, 2, 3], [4, 5, 6, 8, 9, 10, 11]], [[7] * 40] * 3
+    config = CONFIG.replace(enable_prefix_caching=False, block_size=4, num_kv_blocks=64, max_model_len=128)
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    with InferenceEngine(model, config) as engine:
+        before = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+        engine.generate(poisoned, params, progress=False)
+        after = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
+        beside = [output.token_ids for output in engine.generate(prompts + poisoned, params, progress=False)][:2]
+    assert before == after == beside
