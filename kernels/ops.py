@@ -15,6 +15,7 @@ class Ops:
 
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
+    bind_shared_linear: Callable[[Tensor], linear.Linear]  # the same for a weight that others read too
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
     rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -26,6 +27,7 @@ class Ops:
 EAGER = Ops(
     name="eager",
     bind_linear=linear.bind_plain,
+    bind_shared_linear=linear.bind_plain,
     add_rms_norm=eager.add_rms_norm,
     silu_and_mul=eager.silu_and_mul,
     rotary=eager.rotary,
@@ -38,5 +40,7 @@ EAGER = Ops(
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest ops that run on this device with this dtype."""
     if linear.packs(device, dtype):
-        return replace(EAGER, name="eager, packed linear", bind_linear=linear.bind_packed)
+        return replace(
+            EAGER, name="eager, packed linear", bind_linear=linear.bind_packed, bind_shared_linear=linear.bind_shared
+        )
     return EAGER

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from ..kernels import Ops
-from ..kernels.linear import bind_plain
 from ..policies import Dim, Module
 from .linear import ParallelLinear, Slices
 from .weights import LoadedModule
@@ -35,7 +34,7 @@ class VocabParallelHead(ParallelLinear):
         super().__init__([module], "", slices, ops)
         if tied is not None:
             self.weight = tied.weight
-            self._bind_linear = bind_plain
+            self._bind_linear = ops.bind_shared_linear
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, None).float()
