@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # now: imported later, as by transformers, its defaults hold the process group
 
 from .collectives import CollectiveError
 

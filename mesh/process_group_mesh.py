@@ -224,6 +224,7 @@ class _Groups:
                 if group is not None:
                     dist.destroy_process_group(group)
         self._by_key.clear()
+        self._world = None  # while anyone holds it, its threads go on, and can bring down an interpreter that exits
         self._destroyed = True
 
 
