@@ -25,12 +25,13 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Pipe, answer_challenge, deliver_challenge
+from types import FrameType
 from typing import Any
 
 import torch
@@ -92,6 +93,23 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Holds a Ctrl-C back until the block has ended; in the main thread, the only one that it reaches."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    held: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            handler(*held[0])
+
+
 def init_process_group(place: RankPlace, device: torch.device, timeout_s: float, store: dist.Store | None) -> None:
     """Joins the world's process group: gloo, and NCCL beside it where the device is a GPU.
 
@@ -135,14 +153,15 @@ class RankProcesses:
         )
         lifeline, self._lifeline = os.pipe()
         try:
-            for rank in range(world_size):
-                self._start(RankPlace(rank, world_size, rank, world_size), target, lifeline)
+            with uninterrupted():  # a Ctrl-C amid the start of a process would leave one that nobody knows
+                for rank in range(world_size):
+                    self._start(RankPlace(rank, world_size, rank, world_size), target, lifeline)
+                atexit.register(self.close)
         except BaseException:
             self.close(grace_s=0)
             raise
         finally:
             os.close(lifeline)
-        atexit.register(self.close)
 
     def _start(self, place: RankPlace, target: str, lifeline: int) -> None:
         assert self._store is not None
