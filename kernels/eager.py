@@ -51,13 +51,13 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding, NeoX halves (Su et al. 2021): pairs (i, i + head_dim / 2) are rotated.
 
-    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, 1, head_dim], sin with its first half negated, so that
-    the rotation is ``x * cos + roll(x) * sin``.
+    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, head_dim / 2], each token's own.
     """
     half = x.shape[-1] // 2
-    out = x * cos
-    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
-    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    torch.mul(x[..., :half], cos, out=out[..., :half]).addcmul_(x[..., half:], sin, value=-1)
+    torch.mul(x[..., half:], cos, out=out[..., half:]).addcmul_(x[..., :half], sin)
     return out
 
 
@@ -72,6 +72,27 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     """
     key_cache.flatten(0, 1).index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
     value_cache.flatten(0, 1).index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))
+
+
+def rotary_store_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Rotates a step's queries and keys and stores its keys and values: `rotary` of both, then `store_kv`.
+
+    query: [num_tokens, heads, head_dim], key, value: [num_tokens, kv_heads, head_dim], views of one product as a rule;
+    cos, sin: [max_positions, head_dim / 2]; positions: [num_tokens] int64. Returns the rotated query, contiguous.
+    """
+    cos, sin = cos[positions], sin[positions]
+    store_kv(rotary(key, cos, sin), value, key_cache, value_cache, slots)
+    return rotary(query, cos, sin)
 
 
 # --------------------------------------------------------------------------------------------------------------

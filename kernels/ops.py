@@ -18,8 +18,7 @@ class Ops:
     bind_shared_linear: Callable[[Tensor], linear.Linear]  # the same for a weight that others read too
     add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
     silu_and_mul: Callable[[Tensor], Tensor]
-    rotary: Callable[[Tensor, Tensor, Tensor], Tensor]
-    store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    rotary_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     embedding: Callable[[Tensor, Tensor, int], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
 
@@ -30,8 +29,7 @@ EAGER = Ops(
     bind_shared_linear=linear.bind_plain,
     add_rms_norm=eager.add_rms_norm,
     silu_and_mul=eager.silu_and_mul,
-    rotary=eager.rotary,
-    store_kv=eager.store_kv,
+    rotary_store_kv=eager.rotary_store_kv,
     embedding=eager.embedding,
     counter_noise=eager.counter_noise,
 )

@@ -12,12 +12,12 @@ _TABLE_ROWS = 4096  # built at a time: what is held in float32 beside the table
 
 
 class RotaryTable(nn.Module):
-    """cos and sin of every position up to `length`, for one of a head's two equal halves."""
+    """cos and sin of every position up to `length`: [length, head_dim / 2] each; one table for all layers."""
 
     def __init__(self, spec: ModelSpec, length: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         inv_freq = torch.tensor(spec.rotary.inv_freq, dtype=torch.float32, device=device)
-        self.cos: Tensor  # [length, head_dim / 2]
+        self.cos: Tensor
         self.sin: Tensor
         for name in ("cos", "sin"):
             self.register_buffer(name, torch.empty(length, len(inv_freq), dtype=dtype, device=device), persistent=False)
@@ -26,11 +26,6 @@ class RotaryTable(nn.Module):
             angles = torch.arange(start, stop, device=device).float()[:, None] * inv_freq
             self.cos[start:stop] = angles.cos() * spec.rotary.scaling
             self.sin[start:stop] = angles.sin() * spec.rotary.scaling
-
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """[num_tokens] -> cos, sin of [num_tokens, 1, head_dim], as `kernels.eager.rotary` takes them."""
-        cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
-        return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 class PagedAttention(nn.Module):
@@ -55,7 +50,7 @@ class PagedAttention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = stop - start, kv_stop - kv_start, spec.head_dim
         self.qkv = ColumnParallelLinear([layer.query, layer.key, layer.value], prefix, slices, ops)
         self.out = RowParallelLinear(layer.output, prefix, slices, ops)
-        self.rotary, self.store_kv = ops.rotary, ops.store_kv
+        self.rotary_store_kv = ops.rotary_store_kv
         self.backend = create_backend(
             backend,
             AttentionSpec(
@@ -73,11 +68,12 @@ class PagedAttention(nn.Module):
         """Takes this layer's cache: two of [num_blocks, block_size, local_kv_heads, head_dim]."""
         self.key_cache, self.value_cache = key_cache, value_cache
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, metadata: AttentionMetadata) -> Tensor:
-        heads, kv_heads = self.num_heads, self.num_kv_heads
-        qkv = self.qkv(x).view(-1, heads + 2 * kv_heads, self.head_dim)  # [num_tokens, q + k + v heads, head_dim]
-        rotated = self.rotary(qkv[:, : heads + kv_heads], cos, sin)
-        query, key, value = rotated[:, :heads], rotated[:, heads:], qkv[:, heads + kv_heads :]
-        self.store_kv(key, value, self.key_cache, self.value_cache, metadata.slots)
-        out = self.backend.forward(query, self.key_cache, self.value_cache, metadata.plans[self.backend.name])
-        return self.out(out.view(-1, heads * self.head_dim))
+    def forward(self, x: Tensor, rotary: RotaryTable, metadata: AttentionMetadata) -> Tensor:
+        qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
+        query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        key_cache, value_cache = self.key_cache, self.value_cache
+        query = self.rotary_store_kv(
+            query, key, value, rotary.cos, rotary.sin, metadata.positions, key_cache, value_cache, metadata.slots
+        )
+        out = self.backend.forward(query, key_cache, value_cache, metadata.plans[self.backend.name])
+        return self.out(out.view(-1, self.num_heads * self.head_dim))

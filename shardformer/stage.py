@@ -41,10 +41,10 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(spec, prefix, slices, ops)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, cos: Tensor, sin: Tensor, metadata: AttentionMetadata
+        self, x: Tensor, residual: Tensor | None, rotary: RotaryTable, metadata: AttentionMetadata
     ) -> tuple[Tensor, Tensor]:
         x, residual = self.input_norm(x, residual)
-        x = self.attention(x, cos, sin, metadata)
+        x = self.attention(x, rotary, metadata)
         x, residual = self.mlp_norm(x, residual)
         return self.mlp(x), residual
 
@@ -97,10 +97,9 @@ class PipelineStage(nn.Module):
         """
         if self.embedding is not None:
             x = self.embedding(x)
-        cos, sin = self.rotary(metadata.positions)
         residual: Tensor | None = None
         for layer in self.layers:
-            x, residual = layer(x, residual, cos, sin, metadata)
+            x, residual = layer(x, residual, self.rotary, metadata)
         return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ def assert_close(ours: Tensor, exact: Tensor) -> None:
 def test_every_op_is_bound() -> None:
     ops = select_ops(torch.device("cpu"), torch.float32)
     assert ops.name in ("eager", "eager, packed linear")
-    assert ops.rotary is eager.rotary and ops.store_kv is eager.store_kv and ops.embedding is eager.embedding
+    assert ops.rotary_store_kv is eager.rotary_store_kv and ops.embedding is eager.embedding
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,9 +90,7 @@ def test_rotary(head_dim: int, dtype: torch.dtype) -> None:
                 exact[t, h, i + half] = b * math.cos(angle) + a * math.sin(angle)
     table = torch.tensor(angles, dtype=torch.float64)
     cos, sin = table.cos(), table.sin()
-    ours = eager.rotary(
-        x, torch.cat((cos, cos), -1).unsqueeze(1).to(dtype), torch.cat((-sin, sin), -1).unsqueeze(1).to(dtype)
-    )
+    ours = eager.rotary(x, cos.to(dtype), sin.to(dtype))
     assert ours.dtype == dtype
     assert_close(ours, exact)
 
@@ -111,6 +109,19 @@ def test_store_kv_writes_its_slots_and_no_other(block_size: int) -> None:
         token = slots.tolist().index(slot) if slot in slots.tolist() else None
         assert torch.equal(key_cache[place], before_key[place] if token is None else key[token])
         assert torch.equal(value_cache[place], before_value[place] if token is None else value[token])
+
+
+def test_rotary_store_kv() -> None:
+    torch.manual_seed(0)
+    key_cache, value_cache = torch.zeros(2, 5, 2, 2, 4)
+    slots, positions = torch.tensor([3, 8, 0]), torch.tensor([6, 1, 0])
+    cos, sin = torch.randn(2, 7, 2)
+    query, key, value = torch.randn(3, 3 + 2 + 2, 4).split((3, 2, 2), dim=1)
+    rotated = eager.rotary_store_kv(query, key, value, cos, sin, positions, key_cache, value_cache, slots)
+    assert rotated.is_contiguous()
+    assert torch.equal(rotated, eager.rotary(query, cos[positions], sin[positions]))
+    assert torch.equal(key_cache.flatten(0, 1)[slots], eager.rotary(key, cos[positions], sin[positions]))
+    assert torch.equal(value_cache.flatten(0, 1)[slots], value)
 
 
 @pytest.mark.parametrize("shards", [[(0, 11)], [(0, 6), (6, 11)], [(0, 1), (1, 2), (2, 11)]])
