@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import eager, linear
+from .cpu import CpuOps, Unavailable
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,26 @@ EAGER = Ops(
 
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
-    """The fastest ops that run on this device with this dtype."""
-    if linear.packs(device, dtype):
-        return replace(
-            EAGER, name="eager, packed linear", bind_linear=linear.bind_packed, bind_shared_linear=linear.bind_shared
+    """The fastest ops that run on this device with this dtype; the name says which, and why no better ones."""
+    if device.type != "cpu":
+        return EAGER
+    ops = EAGER
+    try:
+        compiled = CpuOps(dtype)
+        ops = replace(
+            ops,
+            name="C++",
+            add_rms_norm=compiled.add_rms_norm,
+            silu_and_mul=compiled.silu_and_mul,
+            rotary_store_kv=compiled.rotary_store_kv,
         )
-    return EAGER
+    except Unavailable as reason:
+        ops = replace(ops, name=f"eager ({reason})")
+    if linear.packs(device, dtype):
+        ops = replace(
+            ops,
+            name=f"{ops.name}, packed linear",
+            bind_linear=linear.bind_packed,
+            bind_shared_linear=linear.bind_shared,
+        )
+    return ops

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import eager
+from ..kernels.batch import PagedBatch
+from ..kernels.cpu import CpuOps, Unavailable
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,39 @@ class EagerBackend(AttentionBackend):
         return eager.paged_attention(query, key_cache, value_cache, plan, self.spec.scale)
 
 
-BACKENDS: dict[str, type[AttentionBackend]] = {"eager": EagerBackend}  # the fastest first: `auto` takes the first fit
+class CpuBackend(AttentionBackend):
+    """C++ on the CPU, which reads the blocks where they lie: `kernels/cpu/paged_attention.cpp`."""
+
+    name = "cpu"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self._attend = CpuOps(spec.dtype).paged_attention
+
+    @staticmethod
+    def validate(spec: AttentionSpec) -> list[str]:
+        if spec.device.type != "cpu":
+            return [f"it runs on the CPU, not on {spec.device}"]
+        try:
+            multiple = CpuOps(spec.dtype).head_dim_multiple
+        except Unavailable as reason:
+            return [str(reason)]
+        fits = spec.head_dim % multiple == 0 and spec.head_dim <= 256
+        return [] if fits else [f"head_dim={spec.head_dim} is not a multiple of {multiple} up to 256"]
+
+    def prepare(self, sequences: Sequences) -> PagedBatch:
+        return PagedBatch.of(
+            sequences.query_lens, sequences.key_lens, sequences.block_tables, sequences.block_size, self.spec.device
+        )
+
+    def forward(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any) -> Tensor:
+        return self._attend(query, key_cache, value_cache, plan, self.spec.scale)
+
+
+BACKENDS: dict[str, type[AttentionBackend]] = {  # the fastest first: `auto` takes the first that validates
+    "cpu": CpuBackend,
+    "eager": EagerBackend,
+}
 
 
 def create_backend(name: str, spec: AttentionSpec) -> AttentionBackend:

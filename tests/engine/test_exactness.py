@@ -313,13 +313,27 @@ def test_same_seed_same_tokens(
     assert_at_rest(engine)
 
 
+@pytest.mark.slow
+def test_without_a_compiler(
+    demo_model: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The same in plain torch, which all ops fall back to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "false")
+    with running(demo_model, tp_size=2, pp_size=2) as engine:
+        assert "attention eager" in engine.describe() and "false failed" in engine.describe()
+        reference.check(generate(engine, reference.prompts))
+
+
 # ---- blocks, chunks, preemption, prefixes ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [1, 7])  # 16 on the meshes above
-def test_block_size(block_size: int, demo_model: Path, reference: Reference) -> None:
-    with running(demo_model, block_size=block_size, num_kv_blocks=3840 // block_size) as engine:
+@pytest.mark.parametrize(("block_size", "backend"), [(1, "auto"), (7, "auto"), (1, "eager"), (7, "eager")])
+def test_block_size(block_size: int, backend: str, demo_model: Path, reference: Reference) -> None:
+    """16 on the meshes above."""
+    fields = {"block_size": block_size, "num_kv_blocks": 3840 // block_size, "attention_backend": backend}
+    with running(demo_model, **fields) as engine:
         reference.check(generate(engine, reference.prompts))
 
 

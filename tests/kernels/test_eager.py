@@ -21,8 +21,8 @@ def assert_close(ours: Tensor, exact: Tensor) -> None:
 
 
 def test_every_op_is_bound() -> None:
-    ops = select_ops(torch.device("cpu"), torch.float32)
-    assert ops.name in ("eager", "eager, packed linear")
+    ops = select_ops(torch.device("meta"), torch.float32)
+    assert ops.name == "eager"
     assert ops.rotary_store_kv is eager.rotary_store_kv and ops.embedding is eager.embedding
 
 

@@ -1,0 +1,342 @@
+// paged_attention: `kernels/eager.py`, reading the blocks where they lie.
+//
+// The rows of a sequence and a KV head are its queries times the query heads of the group: row = query * group + head,
+// so that one pass over the keys serves them all. Softmax is taken along the way (Milakov & Gimelshein 2018; Dao et al.
+// 2022): a running maximum, what was summed so far being scaled when it grows. Two forms:
+//
+//   few rows (decode)    vectors lie along head_dim; long sequences are split over tasks, whose results are combined
+//   many rows (prefill)  vectors lie along the rows: queries are transposed once, keys and values are broadcast,
+//                        and nothing is ever summed across a vector
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "vector.h"
+
+namespace {
+
+constexpr int FEW = 8;             // rows of the decode form, at most
+constexpr int KEYS = 64;           // keys taken at a time
+constexpr int MAX_HEAD_DIM = 256;  // a multiple of W
+constexpr int NV = W == 16 ? 6 : 2;  // vectors of rows in the prefill form: with 4 keys beside, what registers hold
+constexpr int ROWS = NV * W;
+constexpr float LOWEST = -1e30f;  // a maximum before the first key: finite, so that differences are no NaN
+
+struct Arguments {
+  const void *query, *key_cache, *value_cache;
+  void* out;
+  const int32_t *block_tables, *query_starts, *key_lens;
+  long num_seqs, max_blocks, heads, kv_heads, head_dim, block_size;
+  float scale;
+  int threads;
+};
+
+// One sequence's keys and values of one KV head.
+template <class T> struct Cache {
+  const T *keys, *values;
+  const int32_t* table;
+  long block_size, row;
+
+  Cache(const Arguments& a, long sequence, long kv_head)
+      : keys((const T*)a.key_cache + kv_head * a.head_dim), values((const T*)a.value_cache + kv_head * a.head_dim),
+        table(a.block_tables + sequence * a.max_blocks), block_size(a.block_size), row(a.kv_heads * a.head_dim) {}
+
+  // Offsets of keys `first` to `first + count` within `keys` and `values`.
+  void offsets(long first, int count, long* out) const {
+    long block = first / block_size, within = first % block_size;
+    for (int n = 0; n < count; n++) {
+      out[n] = (table[block] * block_size + within) * row;
+      if (++within == block_size) within = 0, block++;
+    }
+  }
+};
+
+// Where row r of a sequence and KV head lies in query and output.
+struct Rows {
+  long start, group, heads, kv_head, head_dim;
+  Rows(const Arguments& a, long sequence, long kv_head)
+      : start(a.query_starts[sequence]), group(a.heads / a.kv_heads), heads(a.heads), kv_head(kv_head),
+        head_dim(a.head_dim) {}
+  long offset(long r) const { return ((start + r / group) * heads + kv_head * group + r % group) * head_dim; }
+};
+
+// ---- few rows ---------------------------------------------------------------------------------------------------
+
+struct Partial {  // the softmax over some of the keys, not yet divided
+  float maximum[FEW], total[FEW];
+  alignas(64) float out[FEW][MAX_HEAD_DIM];
+};
+
+// R rows over the keys [first, stop); row r sees the keys up to last[r].
+template <class T, int R>
+void attend_few(const Cache<T>& cache, long head_dim, const float (*query)[MAX_HEAD_DIM], const long* last, long first,
+                long stop, Partial& result) {
+  const int vectors = head_dim / W;
+  alignas(64) float scores[R][KEYS];
+  long at[KEYS];
+  for (int r = 0; r < R; r++) {
+    result.maximum[r] = LOWEST, result.total[r] = 0;
+    std::fill_n(result.out[r], head_dim, 0.0f);
+  }
+  for (long start = first; start < stop; start += KEYS) {
+    const int count = std::min<long>(KEYS, stop - start);
+    cache.offsets(start, count, at);
+    for (int n = 0; n < count; n++) {
+      const T* key = cache.keys + at[n];
+      vfloat dots[R] = {};
+      for (int i = 0; i < vectors; i++) {
+        vfloat k = load(key + i * W);
+        for (int r = 0; r < R; r++) dots[r] += k * load(query[r] + i * W);
+      }
+      for (int r = 0; r < R; r++) scores[r][n] = start + n <= last[r] ? sum(dots[r]) : -INFINITY;
+    }
+    for (int r = 0; r < R; r++) {
+      std::fill(scores[r] + count, scores[r] + KEYS, -INFINITY);
+      vfloat highest = splat(result.maximum[r]);
+      for (int n = 0; n < KEYS; n += W) highest = max(highest, load(scores[r] + n));
+      float maximum = highest[0];
+      for (int i = 1; i < W; i++) maximum = std::max(maximum, highest[i]);
+      vfloat total = {};
+      for (int n = 0; n < KEYS; n += W) {
+        vfloat weight = exp(load(scores[r] + n) - maximum);
+        store(scores[r] + n, weight);
+        total += weight;
+      }
+      float decay = std::exp(result.maximum[r] - maximum);
+      result.total[r] = result.total[r] * decay + sum(total);
+      result.maximum[r] = maximum;
+      for (int i = 0; i < vectors; i++) store(result.out[r] + i * W, load(result.out[r] + i * W) * decay);
+    }
+    for (int i = 0; i < vectors; i++) {
+      vfloat out[R];
+      for (int r = 0; r < R; r++) out[r] = load(result.out[r] + i * W);
+      for (int n = 0; n < count; n++) {
+        vfloat value = load(cache.values + at[n] + i * W);
+        for (int r = 0; r < R; r++) out[r] += value * scores[r][n];
+      }
+      for (int r = 0; r < R; r++) store(result.out[r] + i * W, out[r]);
+    }
+  }
+}
+
+struct FewTask { long sequence, kv_head; int rows, split, splits; long slot; };
+
+template <class T> void split_keys(const Arguments& a, const FewTask& task, Partial& result) {
+  const Rows rows(a, task.sequence, task.kv_head);
+  const long keys = a.key_lens[task.sequence], queries = a.query_starts[task.sequence + 1] - rows.start;
+  alignas(64) float query[FEW][MAX_HEAD_DIM];
+  long last[FEW];
+  for (int r = 0; r < task.rows; r++) {
+    const T* from = (const T*)a.query + rows.offset(r);
+    for (long i = 0; i < a.head_dim; i += W) store(query[r] + i, load(from + i) * a.scale);
+    last[r] = keys - queries + r / rows.group;
+  }
+  const long each = ((keys + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
+  const long first = std::min(keys, task.split * each), stop = std::min(keys, first + each);
+  const Cache<T> cache(a, task.sequence, task.kv_head);
+  switch (task.rows) {
+    case 1: return attend_few<T, 1>(cache, a.head_dim, query, last, first, stop, result);
+    case 2: return attend_few<T, 2>(cache, a.head_dim, query, last, first, stop, result);
+    case 3: return attend_few<T, 3>(cache, a.head_dim, query, last, first, stop, result);
+    case 4: return attend_few<T, 4>(cache, a.head_dim, query, last, first, stop, result);
+    case 5: return attend_few<T, 5>(cache, a.head_dim, query, last, first, stop, result);
+    case 6: return attend_few<T, 6>(cache, a.head_dim, query, last, first, stop, result);
+    case 7: return attend_few<T, 7>(cache, a.head_dim, query, last, first, stop, result);
+    default: return attend_few<T, 8>(cache, a.head_dim, query, last, first, stop, result);
+  }
+}
+
+// The splits of one sequence and KV head, put together and written out.
+template <class T> void combine(const Arguments& a, const FewTask& task, const Partial* parts) {
+  const Rows rows(a, task.sequence, task.kv_head);
+  for (int r = 0; r < task.rows; r++) {
+    float maximum = LOWEST, total = 0;
+    for (int s = 0; s < task.splits; s++) maximum = std::max(maximum, parts[s].maximum[r]);
+    vfloat out[MAX_HEAD_DIM / W] = {};
+    for (int s = 0; s < task.splits; s++) {
+      const float weight = std::exp(parts[s].maximum[r] - maximum);
+      total += parts[s].total[r] * weight;
+      for (long i = 0; i < a.head_dim / W; i++) out[i] += load(parts[s].out[r] + i * W) * weight;
+    }
+    const float inverse = total > 0 ? 1 / total : 0;
+    T* to = (T*)a.out + rows.offset(r);
+    for (long i = 0; i < a.head_dim / W; i++) store(to + i * W, out[i] * inverse);
+  }
+}
+
+// ---- many rows --------------------------------------------------------------------------------------------------
+
+struct Tile {  // of a task in the prefill form; row vectors [.][ROWS]
+  alignas(64) float query[MAX_HEAD_DIM * ROWS], out[MAX_HEAD_DIM * ROWS], weights[KEYS * ROWS];
+  alignas(64) float keys[KEYS * MAX_HEAD_DIM], values[KEYS * MAX_HEAD_DIM];
+};
+
+// c[i][row] += sum over k < depth of a[i * a_i + k * a_k] * b[k][row], four i at a time, V vectors of rows.
+template <int V> void accumulate(float* c, const float* a, const float* b, int count, int depth, long a_i, long a_k) {
+  int i = 0;
+  for (; i + 4 <= count; i += 4) {
+    vfloat sums[4][V];
+    for (int j = 0; j < 4; j++)
+      for (int v = 0; v < V; v++) sums[j][v] = load(c + (i + j) * ROWS + v * W);
+    const float* from = a + i * a_i;
+    for (int k = 0; k < depth; k++, from += a_k) {
+      vfloat row[V];
+      for (int v = 0; v < V; v++) row[v] = load(b + k * ROWS + v * W);
+      for (int j = 0; j < 4; j++) {
+        const vfloat x = splat(from[j * a_i]);
+        for (int v = 0; v < V; v++) sums[j][v] += x * row[v];
+      }
+    }
+    for (int j = 0; j < 4; j++)
+      for (int v = 0; v < V; v++) store(c + (i + j) * ROWS + v * W, sums[j][v]);
+  }
+  for (; i < count; i++)
+    for (int v = 0; v < V; v++) {
+      vfloat total = load(c + i * ROWS + v * W);
+      for (int k = 0; k < depth; k++) total += load(b + k * ROWS + v * W) * a[i * a_i + k * a_k];
+      store(c + i * ROWS + v * W, total);
+    }
+}
+
+struct ManyTask { long sequence, kv_head, row; int rows; };
+
+template <class T, int V> void attend_many(const Arguments& a, const ManyTask& task, Tile& tile) {
+  const Rows rows(a, task.sequence, task.kv_head);
+  const Cache<T> cache(a, task.sequence, task.kv_head);
+  const int head_dim = a.head_dim;
+  const long before = a.key_lens[task.sequence] - (a.query_starts[task.sequence + 1] - rows.start);
+  alignas(64) int32_t last[ROWS];  // the last key that each row sees
+  for (int r = 0; r < V * W; r++) {
+    if (r >= task.rows) {
+      for (int d = 0; d < head_dim; d++) tile.query[d * ROWS + r] = 0;
+      last[r] = last[task.rows - 1];
+      continue;
+    }
+    const T* from = (const T*)a.query + rows.offset(task.row + r);
+    for (int d = 0; d < head_dim; d++) tile.query[d * ROWS + r] = load_one(from + d) * a.scale;
+    last[r] = before + (task.row + r) / rows.group;
+  }
+  std::fill_n(tile.out, head_dim * ROWS, 0.0f);
+  vfloat maximum[V], total[V];
+  for (int v = 0; v < V; v++) maximum[v] = splat(LOWEST), total[v] = vfloat{};
+
+  const long stop = last[task.rows - 1] + 1;
+  long at[KEYS];
+  for (long start = 0; start < stop; start += KEYS) {
+    const int count = std::min<long>(KEYS, stop - start);
+    cache.offsets(start, count, at);
+    for (int n = 0; n < count; n++)
+      for (int i = 0; i < head_dim; i += W) {
+        store(tile.keys + n * head_dim + i, load(cache.keys + at[n] + i));
+        store(tile.values + n * head_dim + i, load(cache.values + at[n] + i));
+      }
+    std::fill_n(tile.weights, count * ROWS, 0.0f);
+    accumulate<V>(tile.weights, tile.keys, tile.query, count, head_dim, head_dim, 1);
+    if (start + count - 1 > last[0])
+      for (int n = 0; n < count; n++)
+        for (int v = 0; v < V; v++) {
+          float* w = tile.weights + n * ROWS + v * W;
+          const vint hidden = (vint{} + int32_t(start + n)) > load_as<vint>(last + v * W);
+          store(w, hidden ? splat(-INFINITY) : load(w));
+        }
+    for (int v = 0; v < V; v++) {
+      vfloat highest = maximum[v], sums = {};
+      for (int n = 0; n < count; n++) highest = max(highest, load(tile.weights + n * ROWS + v * W));
+      for (int n = 0; n < count; n++) {
+        float* w = tile.weights + n * ROWS + v * W;
+        const vfloat weight = exp(load(w) - highest);
+        store(w, weight);
+        sums += weight;
+      }
+      const vfloat decay = exp(maximum[v] - highest);
+      total[v] = total[v] * decay + sums;
+      maximum[v] = highest;
+      for (int d = 0; d < head_dim; d++) store(tile.out + d * ROWS + v * W, load(tile.out + d * ROWS + v * W) * decay);
+    }
+    accumulate<V>(tile.out, tile.values, tile.weights, head_dim, count, 1, head_dim);
+  }
+  alignas(64) float inverse[ROWS];
+  for (int v = 0; v < V; v++) store(inverse + v * W, 1.0f / total[v]);
+  for (int r = 0; r < task.rows; r++) {
+    T* to = (T*)a.out + rows.offset(task.row + r);
+    for (int d = 0; d < head_dim; d++) store_one(to + d, tile.out[d * ROWS + r] * inverse[r]);
+  }
+}
+
+template <class T> void attend_rows(const Arguments& a, const ManyTask& task, Tile& tile) {
+  static_assert(NV == 6 || NV == 2);
+  switch ((task.rows + W - 1) / W) {
+    case 1: return attend_many<T, 1>(a, task, tile);
+    case 2: return attend_many<T, 2>(a, task, tile);
+    case 3: return attend_many<T, std::min(NV, 3)>(a, task, tile);
+    case 4: return attend_many<T, std::min(NV, 4)>(a, task, tile);
+    case 5: return attend_many<T, std::min(NV, 5)>(a, task, tile);
+    default: return attend_many<T, NV>(a, task, tile);
+  }
+}
+
+// ---- a step -----------------------------------------------------------------------------------------------------
+
+template <class T> void attend(const Arguments& a) {
+  const long group = a.heads / a.kv_heads;
+  std::vector<ManyTask> many;
+  std::vector<FewTask> few, divided;
+  long few_keys = 0;
+  for (long s = 0; s < a.num_seqs; s++)
+    if ((a.query_starts[s + 1] - a.query_starts[s]) * group <= FEW) few_keys += a.key_lens[s] * a.kv_heads;
+  const long share = std::max<long>(4 * KEYS, few_keys / (4 * a.threads));  // keys of a task, so that all threads work
+  long slots = 0;
+  for (long s = 0; s < a.num_seqs; s++) {
+    const long rows = (a.query_starts[s + 1] - a.query_starts[s]) * group;
+    for (long h = 0; h < a.kv_heads && rows; h++) {
+      if (rows <= FEW) {
+        const int splits = std::max<long>(1, (a.key_lens[s] + share / 2) / share);
+        for (int split = 0; split < splits; split++) few.push_back({s, h, int(rows), split, splits, slots});
+        if (splits > 1) divided.push_back(few.back()), slots += splits;
+      } else {
+        for (long row = 0; row < rows; row += ROWS)
+          many.push_back({s, h, row, int(std::min<long>(ROWS, rows - row))});
+      }
+    }
+  }
+  std::reverse(many.begin(), many.end());  // a prompt's last rows see the most keys
+  const std::unique_ptr<Partial[]> parts(new Partial[slots]);
+  const bool alone = few.size() + many.size() == 1;
+#pragma omp parallel num_threads(a.threads) if (!alone)
+  {
+    static thread_local std::unique_ptr<Tile> tile;
+    if (!many.empty() && !tile) tile.reset(new Tile);
+#pragma omp for schedule(dynamic, 1) nowait
+    for (size_t i = 0; i < many.size(); i++) attend_rows<T>(a, many[i], *tile);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < few.size(); i++) {
+      if (few[i].splits > 1) {
+        split_keys<T>(a, few[i], parts[few[i].slot + few[i].split]);
+      } else {
+        Partial whole;
+        split_keys<T>(a, few[i], whole);
+        combine<T>(a, few[i], &whole);
+      }
+    }
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < divided.size(); i++) combine<T>(a, divided[i], &parts[divided[i].slot]);
+  }
+}
+
+}  // namespace
+
+// query, out: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]; block_tables:
+// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs]; all contiguous, head_dim a multiple of
+// `head_dim_multiple()` up to 256.
+extern "C" void paged_attention(int dtype, const void* query, const void* key_cache, const void* value_cache, void* out,
+                                const int32_t* block_tables, const int32_t* query_starts, const int32_t* key_lens,
+                                long num_seqs, long max_blocks, long heads, long kv_heads, long head_dim,
+                                long block_size, float scale, int threads) {
+  const Arguments a{query, key_cache, value_cache, out, block_tables, query_starts, key_lens, num_seqs, max_blocks,
+                    heads, kv_heads, head_dim, block_size, scale, threads};
+  by_dtype(dtype, [&](auto* type) { attend<std::remove_pointer_t<decltype(type)>>(a); });
+}
+
+extern "C" int head_dim_multiple() { return W; }

@@ -1,0 +1,123 @@
+// Vectors of floats in GCC's and Clang's vector extensions, which become the machine's widest: AVX512, AVX2, NEON.
+// Elements in memory are float, bfloat16 or float16; all arithmetic is in float.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vfloat __attribute__((vector_size(4 * W)));
+typedef int32_t vint __attribute__((vector_size(4 * W)));
+typedef uint32_t vuint __attribute__((vector_size(4 * W)));
+typedef uint16_t vushort __attribute__((vector_size(2 * W)));
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+typedef _Float16 vhalf __attribute__((vector_size(2 * W)));
+
+template <class V> static inline V load_as(const void* p) { V v; std::memcpy(&v, p, sizeof v); return v; }
+static inline vfloat splat(float x) { return x - vfloat{}; }
+
+static inline vfloat load(const float* p) { return load_as<vfloat>(p); }
+static inline vfloat load(const bfloat16* p) {
+  return (vfloat)(__builtin_convertvector(load_as<vushort>(p), vuint) << 16);
+}
+static inline vfloat load(const float16* p) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps(load_as<__m256i>(p));
+#else
+  return __builtin_convertvector(load_as<vhalf>(p), vfloat);
+#endif
+}
+
+static inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
+static inline void store(bfloat16* p, vfloat v) {  // to nearest even; NaN stays NaN
+  vuint bits = (vuint)v;
+  vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vuint nan = (vuint)(v != v);
+  vushort out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vushort);
+  std::memcpy(p, &out, sizeof out);
+}
+static inline void store(float16* p, vfloat v) {
+#if defined(__AVX512F__)
+  __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  vhalf out = __builtin_convertvector(v, vhalf);
+#endif
+  std::memcpy(p, &out, sizeof out);
+}
+
+// One element, for what is left of a row.
+static inline float load_one(const float* p) { return *p; }
+static inline float load_one(const bfloat16* p) {
+  uint32_t bits = uint32_t(p->bits) << 16; float x; std::memcpy(&x, &bits, 4); return x;
+}
+static inline float load_one(const float16* p) { _Float16 x; std::memcpy(&x, p, 2); return float(x); }
+static inline void store_one(float* p, float x) { *p = x; }
+static inline void store_one(bfloat16* p, float x) {
+  uint32_t bits; std::memcpy(&bits, &x, 4);
+  p->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+static inline void store_one(float16* p, float x) { _Float16 y = _Float16(x); std::memcpy(p, &y, 2); }
+
+// x as it comes back from memory.
+template <class T> static inline float rounded(float x) { T t; store_one(&t, x); return load_one(&t); }
+template <class T> static inline vfloat rounded(vfloat x) { T t[W]; store(t, x); return load(t); }
+template <> inline float rounded<float>(float x) { return x; }
+template <> inline vfloat rounded<float>(vfloat x) { return x; }
+
+static inline vfloat max(vfloat a, vfloat b) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+static inline float sum(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < W; i++) s += v[i];
+  return s;
+#endif
+}
+
+// e^x to about 2 units in the last place (Cephes' expf: x = n ln 2 + r, a polynomial in r); 0 below -87, finite above 88.
+static inline vfloat exp(vfloat x) {
+  vfloat low = splat(-87.3f), high = splat(88.3f);
+  vint tiny = x < low;
+  x = max(x, low);
+  x = x > high ? high : x;
+  vfloat shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the nearest integer
+  vfloat n = shifted - 12582912.0f;
+  vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vfloat p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vint scaled = (vint)p + (((vint)shifted - 0x4B400000) << 23);
+  return (vfloat)(scaled & ~tiny);
+}
+
+// Calls f with a null pointer of the element type that `dtype` (0 float, 1 bfloat16, 2 float16) names.
+template <class F> static inline void by_dtype(int dtype, F f) {
+  if (dtype == 0) f((float*)nullptr);
+  else if (dtype == 1) f((bfloat16*)nullptr);
+  else f((float16*)nullptr);
+}
+
+// Work below which a second thread costs more than it brings, in elements.
+constexpr long SERIAL = 1 << 15;

@@ -1,0 +1,181 @@
+"""The C++ ops against their eager definitions: odd shapes, strides, empty batches, every element written."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from meshlm.kernels import eager, select_ops
+from meshlm.kernels.batch import PagedBatch
+from meshlm.kernels.cpu import CpuOps, Unavailable, build
+
+CPU = torch.device("cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # a few roundings of each
+
+try:
+    build.load_library()
+except Unavailable as reason:  # no compiler, say: the engine falls back to eager, and there is nothing to test
+    pytest.skip(f"no C++ ops here: {reason}", allow_module_level=True)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def ops(request: pytest.FixtureRequest, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Iterator[CpuOps]:
+    """The ops on one and on two threads; what they write into is full of NaN before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    ops = CpuOps(dtype)
+
+    def poisoned(make: Any) -> Any:
+        return lambda *args, **kwargs: make(*args, **kwargs).fill_(float("nan"))
+
+    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", poisoned(Tensor.new_empty))
+    yield ops
+    torch.set_num_threads(before)
+
+
+def assert_close(ours: Tensor, exact: Tensor) -> None:
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours.float(), exact.float(), rtol=tolerance, atol=tolerance)
+
+
+def test_select_ops_takes_them(dtype: torch.dtype) -> None:
+    assert select_ops(CPU, dtype).name.startswith("C++")
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (5, 576), (300, 129)], ids=str)
+def test_add_rms_norm(shape: tuple[int, int], ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x, residual, weight = ((torch.randn(s) * 3).to(dtype) for s in (shape, shape, shape[1:]))
+    for stream in (residual, None):
+        before = x.clone()
+        for ours, exact in zip(
+            ops.add_rms_norm(x, stream, weight, 1e-5), eager.add_rms_norm(x, stream, weight, 1e-5), strict=True
+        ):
+            assert ours.shape == exact.shape and ours.dtype == dtype
+            assert_close(ours, exact)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (64, 1536)], ids=str)
+def test_silu_and_mul(shape: tuple[int, int], ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate_up = (torch.randn(shape[0], 2 * shape[1]) * 4).to(dtype)
+    gate_up[:, :1] = 200.0  # e^200 and e^-200 are no float32
+    gate_up[1:, :1] = -200.0
+    ours, exact = ops.silu_and_mul(gate_up), eager.silu_and_mul(gate_up)
+    assert ours.shape == exact.shape
+    assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("head_dim", [2, 20, 64, 80])
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 130])
+def test_rotary_store_kv(num_tokens: int, head_dim: int, ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(num_tokens, 5 + 2 + 2, head_dim).to(dtype)
+    query, key, value = qkv.split((5, 2, 2), dim=1)  # not contiguous, as in the model
+    if num_tokens:
+        value[0, 0, 0], value[-1, 1, -1] = float("nan"), float("-inf")
+        key[0, 1, 0] = float("inf")
+    cos, sin = torch.randn(2, 200, head_dim // 2).to(dtype)
+    positions = torch.randint(200, (num_tokens,))
+    slots = torch.randperm(60 * 3)[:num_tokens]
+    ours, exact = ((torch.full((60, 3, 2, head_dim), 7.0, dtype=dtype) for _ in range(2)) for _ in range(2))
+    ours, exact = tuple(ours), tuple(exact)
+    rotated = ops.rotary_store_kv(query, key, value, cos, sin, positions, *ours, slots)
+    assert_close(rotated, eager.rotary_store_kv(query, key, value, cos, sin, positions, *exact, slots))
+    for one, other in zip(ours, exact, strict=True):
+        assert torch.isfinite(one).all()
+        assert_close(one, other)
+
+
+BATCHES = {
+    "one decode": [(1, 1)],
+    "decodes": [(1, 5), (1, 64), (1, 65), (1, 17), (1, 1)],
+    "a long decode, split": [(1, 900), (1, 3)],
+    "speculation": [(2, 300), (2, 2), (3, 700)],
+    "a prompt": [(150, 150)],
+    "a chunk": [(33, 200)],
+    "all of it": [(1, 7), (70, 70), (2, 300), (40, 131), (1, 600), (5, 5)],
+}
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 1, 32), (5, 5, 80), (10, 2, 112), (33, 1, 16), (8, 2, 256)]
+)
+@pytest.mark.parametrize("batch", BATCHES, ids=str)
+def test_paged_attention(
+    batch: str, heads: int, kv_heads: int, head_dim: int, block_size: int, ops: CpuOps, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    query_lens, key_lens = zip(*BATCHES[batch], strict=True)
+    counts = [-(-length // block_size) for length in key_lens]
+    ids = random.Random(0).sample(range(sum(counts) + 2), sum(counts))
+    tables = [[ids.pop() for _ in range(count)] for count in counts]
+    caches = torch.randn(2, sum(counts) + 2, block_size, kv_heads, head_dim).to(dtype)
+    query = torch.randn(sum(query_lens), heads, head_dim).to(dtype)
+    ours = ops.paged_attention(query, *caches, PagedBatch.of(query_lens, key_lens, tables, block_size, CPU), 0.2)
+    plan = eager.plan_attention(query_lens, key_lens, tables, block_size, torch.float64, CPU)
+    exact = eager.paged_attention(query.double(), *caches.double(), plan, 0.2)
+    assert ours.shape == exact.shape and ours.dtype == dtype
+    assert_close(ours, exact)
+
+
+def test_paged_attention_of_nothing(ops: CpuOps, dtype: torch.dtype) -> None:
+    caches = torch.randn(2, 3, 4, 1, 16).to(dtype)
+    out = ops.paged_attention(torch.empty(0, 2, 16, dtype=dtype), *caches, PagedBatch.of([], [], [], 4, CPU), 1.0)
+    assert out.shape == (0, 2, 16)
+
+
+def test_large_scores_do_not_overflow(ops: CpuOps, dtype: torch.dtype) -> None:
+    """Attention to one key alone, by scores of thousands; both forms."""
+    caches = torch.zeros(2, 40, 1, 1, 16).to(dtype)
+    caches[0, 3] = 100.0
+    caches[1, 3] = 2.0
+    for count in (1, 30):
+        query = torch.full((count, 1, 16), 100.0, dtype=dtype)
+        batch = PagedBatch.of([count], [40], [list(range(40))], 1, CPU)
+        assert torch.equal(ops.paged_attention(query, *caches, batch, 1.0), torch.full_like(query, 2.0))
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """As in a new process of a user whose cache is empty."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setattr(build, "load_library", build.load_library.__wrapped__)
+    monkeypatch.setattr(build, "_try_load", build._try_load.__wrapped__)
+
+
+def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fresh(monkeypatch, tmp_path)
+    build.load_library()
+    (made,) = (tmp_path / "meshlm" / "kernels").iterdir()
+    monkeypatch.setenv("CXX", "/nonexistent/compiler")
+    build.load_library()
+    assert [made] == list((tmp_path / "meshlm" / "kernels").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [("/nonexistent/compiler", "No such file or directory: '/nonexistent/compiler'"), ("false", "false failed")],
+)
+def test_without_a_compiler_the_reason_is_told(
+    compiler: str, expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fresh(monkeypatch, tmp_path)
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(Unavailable, match=expected):
+        build.load_library()
+    assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+    monkeypatch.setattr("meshlm.kernels.cpu.ops.load_library", build.load_library)
+    assert expected in select_ops(CPU, torch.float32).name and select_ops(CPU, torch.float32).name.startswith("eager (")
