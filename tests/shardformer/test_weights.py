@@ -473,37 +473,80 @@ def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
     )
 
 
-def test_a_gguf_file_with_the_rope_factors_of_llama_3_1_is_refused(tmp_path: Path) -> None:
+def write_gguf(file: Path, *tensors: str, **metadata: str | float) -> Path:
+    """A Llama that lacks most of its tensors; `metadata` by the name after "llama.", dots written as "__"."""
     import numpy as np
     from gguf import GGUFWriter
 
-    def write(*more: str) -> Path:
-        file = tmp_path / f"model{len(more)}.gguf"
-        writer = GGUFWriter(file, "llama")
-        writer.add_context_length(64)
-        writer.add_block_count(1)
-        writer.add_embedding_length(8)
-        writer.add_feed_forward_length(16)
-        writer.add_head_count(2)
-        writer.add_head_count_kv(2)
-        writer.add_rope_dimension_count(4)
-        writer.add_rope_freq_base(10000.0)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_vocab_size(11)
-        for name in ("output_norm.weight", *more):
-            writer.add_tensor(name, np.ones(8, dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return file
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(4)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(11)
+    for name, value in metadata.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add("llama." + name.replace("__", "."), value)
+    for tensor in ("output_norm.weight", *tensors):
+        writer.add_tensor(tensor, np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
-    plain, scaled = write(), write("rope_freqs.weight")
+
+def test_a_gguf_file_with_the_rope_factors_of_llama_3_1_is_refused(tmp_path: Path) -> None:
+    plain, scaled = write_gguf(tmp_path / "plain.gguf"), write_gguf(tmp_path / "scaled.gguf", "rope_freqs.weight")
     assert fault(plain).startswith(f"{plain}: missing tensors: ")  # read, but for what it lacks
     assert fault(scaled) == (
         f"{scaled}: rope_freqs.weight (the RoPE factors of Llama 3.1 and later) is not supported: transformers reads "
         f"rope_theta alone from a GGUF file, and the tokens would be wrong; use the safetensors directory"
     )
+
+
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, None),
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 1.0}, None),
+        ({"rope__scaling__type": "linear"}, None),
+        ({"rope__scaling__factor": 0.0, "rope__scaling__attn_factor": 1.0}, None),
+        (
+            {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0},
+            "llama.rope.scaling.type='linear', llama.rope.scaling.factor=2.0",
+        ),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__original_context_length": 32.0,
+            },
+            "llama.rope.scaling.type='yarn', llama.rope.scaling.factor=4.0",
+        ),
+        ({"rope__scaling__type": "longrope"}, "llama.rope.scaling.type='longrope'"),
+        ({"rope__scaling__factor": 2.0}, "llama.rope.scaling.factor=2.0"),
+        ({"rope__scale_linear": 2.0}, "llama.rope.scale_linear=2.0"),
+        ({"rope__scaling__attn_factor": 0.5}, "llama.rope.scaling.attn_factor=0.5"),
+    ],
+    ids=str,
+)
+def test_a_gguf_file_with_scaled_rope_is_refused(
+    metadata: dict[str, str | float], named: str | None, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf", **metadata)
+    if named is None:
+        assert fault(file).startswith(f"{file}: missing tensors: ")
+    else:
+        assert fault(file) == (
+            f"{file}: {named} (scaled RoPE) is not supported: transformers reads rope_theta alone from a GGUF file, "
+            f"and the tokens would be wrong; use the safetensors directory"
+        )
 
 
 def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path) -> None:
