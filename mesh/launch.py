@@ -114,13 +114,20 @@ def init_process_group(place: RankPlace, device: torch.device, timeout_s: float,
     """Joins the world's process group: gloo, and NCCL beside it where the device is a GPU.
 
     timeout_s: for a collective, and for the ranks to meet as well: torch has one timeout for both.
+    store: where to meet; None for torchrun's.
     """
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        base, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a group, whose addresses would be taken for those of the next one.
+        number = base.add(f"meshlm/groups that rank {place.rank} joined", 1)
+        store = dist.PrefixStore(f"meshlm/group {number}", base)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
-        rank=place.rank if store is not None else -1,
-        world_size=place.world_size if store is not None else -1,
-        timeout=timedelta(seconds=timeout_s),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
     )
 
 
