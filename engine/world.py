@@ -17,11 +17,13 @@ import torch
 import torch.distributed as dist
 
 from ..config import InferenceConfig
+from ..mesh.collectives import Communicator
 from ..mesh.launch import RankFailure, RankPlace
 from ..shardformer import Checkpoint
 from ..shardformer.weights import ModuleSource, SafetensorsSource
 from .executor import Executor, Follower, LocalExecutor, MeshExecutor, join_torchrun, start_own_ranks
-from .worker import Published
+from .plan import check_alike, settings
+from .worker import Published, join_ranks
 
 T = TypeVar("T")
 
@@ -46,9 +48,11 @@ class World:
         elif place is None:
             self._executor = start_own_ranks(config, devices)
         else:
-            own_group = not dist.is_initialized()
+            own_group, device = not dist.is_initialized(), devices[place.local_rank]
             try:
-                self._executor, self._follower = join_torchrun(config, place, devices[place.local_rank], checkpoint)
+                join_ranks(config, place, None, device)
+                _compare_ranks(config, device, checkpoint)
+                self._executor, self._follower = join_torchrun(config, place, device, checkpoint)
             except BaseException:
                 _destroy_group(own_group)
                 raise
@@ -173,6 +177,12 @@ def _close(pid: int, executor: Executor | None, follower: Follower | None, own_g
     if follower is not None:
         follower.close()
     _destroy_group(own_group)
+
+
+def _compare_ranks(config: InferenceConfig, device: torch.device, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError on every rank unless all were given the same; collective."""
+    world = Communicator(dist.group.WORLD, "world", config.collective_timeout_s)
+    check_alike(world.all_gather_object(settings(config, device, checkpoint)))
 
 
 def _destroy_group(own_group: bool) -> None:

@@ -692,6 +692,48 @@ except ValueError as error:
 
 
 @pytest.mark.slow
+def test_ranks_that_were_given_different_things(tmp_path: Path, tiny: Path, torchrun: Any) -> None:
+    """Told on every rank in the same line, before anything is loaded; the ranks can then make an engine together."""
+    make_module(seed=1).save_pretrained(tmp_path / "other")
+    text = """
+from pathlib import Path
+first = os.environ["RANK"] == "0"
+
+def error_of(model, **fields):
+    try:
+        InferenceEngine(model, InferenceConfig(**COMMON | fields))
+    except ValueError as error:
+        return str(error)
+
+report = {
+    "mesh": error_of(TINY, tp_size=2) if first else error_of(TINY, pp_size=2),
+    "weights": error_of(TINY if first else OTHER, tp_size=2),
+    "timeout": error_of(TINY, tp_size=2, collective_timeout_s=100 if first else 200),
+}
+with start(tp_size=2) as engine:
+    report["token_ids"] = answer(engine)
+(Path(__file__).parent / os.environ["RANK"]).write_text(json.dumps(report))
+"""
+    for name, value in (("COMMON", COMMON), ("TINY", str(tiny)), ("OTHER", str(tmp_path / "other"))):
+        text = text.replace(name, repr(value))
+    with torchrun(2, write_script(tmp_path, tiny, text)) as agent:
+        _, err = agent.communicate(timeout=120)
+    assert agent.returncode == 0, err
+    reports = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    assert reports[0] == reports[1]
+    assert reports[0]["mesh"] == (
+        "InferenceConfig.tp_size: rank 0 has 2, rank 1 has 1; InferenceConfig.pp_size: rank 0 has 1, rank 1 has 2; "
+        "under torchrun every rank is to be given the same"
+    )
+    assert re.fullmatch(
+        r"model: checksum of model\.layers\.0\.self_attn\.q_proj\.weight\[0\]: rank 0 has \d+, rank 1 has \d+; "
+        r"under torchrun every rank is to be given the same",
+        reports[0]["weights"],
+    )
+    assert reports[0]["timeout"] is None  # each rank's own
+
+
+@pytest.mark.slow
 def test_in_a_process_group_of_the_callers(tmp_path: Path, tiny: Path, module: Any, torchrun: Any) -> None:
     """A module as model; an interrupt on rank 0 is told to rank 1; close takes all groups but the caller's."""
     text = """
