@@ -26,7 +26,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing import AuthenticationError
@@ -94,16 +94,31 @@ def available_cores() -> int:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds a Ctrl-C back until the block has ended; in the main thread, the only one that it reaches."""
+def uninterrupted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Holds a Ctrl-C back until the block has ended; in the main thread, the only one that it reaches.
+
+    Gives a context for a part of the block that is to be interrupted all the same.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
+        yield nullcontext
         return
     held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
+    hold = lambda *interrupt: held.append(interrupt)  # noqa: E731
+
+    @contextmanager
+    def interruptible() -> Iterator[None]:
+        signal.signal(signal.SIGINT, handler)
+        try:
+            if held:
+                handler(*held.pop())
+            yield
+        finally:
+            signal.signal(signal.SIGINT, hold)
+
+    signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        yield interruptible
     finally:
         signal.signal(signal.SIGINT, handler)
         if held:

@@ -4,6 +4,7 @@ A tiny random Llama, whose right answers transformers gives; what a user's own p
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,9 +26,12 @@ import torch
 import transformers
 
 from meshlm import InferenceConfig, InferenceEngine
-from meshlm.engine import plan
+from meshlm.engine import plan, world
 from meshlm.engine.executor import MeshExecutor
 from meshlm.engine.step import StepInput
+from meshlm.engine.worker import Published
+from meshlm.engine.world import World
+from meshlm.mesh import launch
 from meshlm.mesh.launch import RankFailure
 from meshlm.shardformer import open_checkpoint
 from meshlm.shardformer.shard import Shards, split_layers, stage_num_elements
@@ -815,6 +820,101 @@ report["left"] = [name for name in threads if "gloo" in name]  # would be in the
             "total": 2.0,
             "left": [],
         }
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["everywhere", "each_everywhere"])
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_an_interrupt_at_any_line_leaves_no_follower_waiting(streams: bool, fails: bool) -> None:
+    """A Ctrl-C at each line of the calls' way through `World`: what has begun is told to its end, once."""
+    files = {launch.__file__, world.__file__}
+    interrupted_at = 0
+
+    class Told(MeshExecutor):
+        def __init__(self) -> None:
+            self.messages: list[Published] = []
+
+        def publish(self, message: Published) -> None:
+            self.messages.append(message)
+
+    for moment in itertools.count(1):
+        driver, executor = World.__new__(World), Told()
+        driver._call, driver._executor, driver._follower, driver._joined = 0, executor, None, True
+        driver._finalizer = SimpleNamespace(alive=True)  # type: ignore[assignment]
+        begun, countdown = False, moment
+
+        def work() -> list[int]:
+            nonlocal begun
+            begun = True
+            if fails:
+                raise ValueError("no")
+            return [1, 2]
+
+        def on_line(frame: Any, event: str, _: object) -> Any:
+            nonlocal countdown
+            countdown -= event == "line" and frame.f_code.co_filename in files
+            if countdown == 0 and event == "line":
+                countdown = -1
+                signal.raise_signal(signal.SIGINT)
+            return on_line
+
+        before, interrupted, value = sys.gettrace(), False, None
+        sys.settrace(on_line)
+        try:
+            value = list(driver.each_everywhere(work)) if streams else driver.everywhere(work)
+        except KeyboardInterrupt:
+            interrupted = True
+        except ValueError:
+            assert fails
+        finally:
+            sys.settrace(before)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if countdown > 0:  # there are no more lines
+            break
+        assert interrupted
+        interrupted_at += 1
+        last = [message for message in executor.messages if message.is_last]
+        if begun or (driver._call and not streams):
+            assert len(last) == 1 and last[0] is executor.messages[-1], (moment, executor.messages)
+            assert last[0].call == driver._call == 1
+    assert value == (None if fails else [1, 2]) and interrupted_at > 20
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_rank_0_while_it_tells_a_calls_result(tmp_path: Path, tiny: Path, module: Any, torchrun: Any) -> None:
+    text = """
+from pathlib import Path
+rank = int(os.environ["RANK"])
+engine = start(tp_size=2)
+report = {"before": answer(engine)}
+
+def interrupted(call):
+    if rank == 0:
+        executor = engine._world.executor
+        def publish(message):
+            if message.is_last:
+                del executor.publish
+                os.kill(os.getpid(), signal.SIGINT)
+            type(executor).publish(executor, message)
+        executor.publish = publish
+    try:
+        return len(call())
+    except (KeyboardInterrupt, InterruptedError) as error:
+        return type(error).__name__
+
+many = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
+report["generate"] = interrupted(lambda: engine.generate([[5, 6, 7]], many, progress=False))
+report["stream"] = interrupted(lambda: list(engine.stream([[5, 6, 7]], many)))
+report["after"] = answer(engine)
+engine.close()
+(Path(__file__).parent / str(rank)).write_text(json.dumps(report))
+"""
+    with torchrun(2, write_script(tmp_path, tiny, text)) as agent:
+        _, err = agent.communicate(timeout=60)
+    assert agent.returncode == 0, err
+    expected = by_transformers(module, PROMPT, 8)
+    for rank, found in ((0, ["KeyboardInterrupt"] * 2), (1, [1, 4])):
+        report = json.loads((tmp_path / str(rank)).read_text())
+        assert report == {"before": expected, "generate": found[0], "stream": found[1], "after": expected}
 
 
 @pytest.mark.slow
