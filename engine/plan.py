@@ -98,7 +98,7 @@ def choose_devices(config: InferenceConfig, num_ranks: int) -> list[torch.device
     if num_ranks > count:
         raise ConfigError(
             f"InferenceConfig.device: 'cuda' has {count} devices for {num_ranks} ranks on this host; use smaller "
-            f"sizes of the mesh, or device='cuda:0' to share one"
+            f"sizes of the mesh, or device='cuda:0' to share one (over gloo and slowly: for tests)"
         )
     return [torch.device("cuda", i) for i in range(num_ranks)]
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..config import InferenceConfig
 from ..kernels import select_ops
 from ..mesh.collectives import Communicator
-from ..mesh.launch import Failure, RankPlace, divide_threads, init_process_group
+from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gpu_of, init_process_group
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
@@ -246,12 +246,14 @@ def make_worker(config: InferenceConfig, device: torch.device) -> Worker:
     """A worker with its mesh, for this process alone or for one of the ranks that have joined."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = None if config.world_size == 1 else choose_backend(gpu_of(device), config.collective_timeout_s)
     mesh = ProcessGroupMesh(
         dp=config.dp_size,
         pp=config.pp_size,
         tp=config.tp_size,
-        backend=None if config.world_size == 1 else "nccl" if device.type == "cuda" else "gloo",
+        backend=backend,
         timeout_s=config.collective_timeout_s,
+        staged=device.type == "cuda" and backend == "gloo",
     )
     for axis in ("tp", "pp"):
         Communicator.along(mesh, axis)  # creating groups is collective: all of them here, in one order

@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # now: imported later, as by transformers, its defaults hold the process group
 
-from .collectives import CollectiveError
+from .collectives import CollectiveError, Communicator
 
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 1.0  # how often a rank looks whether its parent is still the same
@@ -144,6 +144,23 @@ def init_process_group(place: RankPlace, device: torch.device, timeout_s: float,
         world_size=place.world_size,
         timeout=timeout,
     )
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """What tells a GPU from all others, however a process numbers those it sees; None for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def choose_backend(gpu: str | None, timeout_s: float) -> str:
+    """The backend for tensors of the ranks' devices: collective over the world's group.
+
+    gpu: this rank's, from `gpu_of`. NCCL, but gloo where any two ranks share a GPU, as tests do (device='cuda:0'), and
+    on CPUs. With gloo, tensors of a GPU want a `StagedCommunicator`.
+    """
+    if gpu is None:
+        return "gloo"
+    gpus = Communicator(dist.group.WORLD, "world", timeout_s).all_gather_object(gpu)
+    return "nccl" if len(set(gpus)) == len(gpus) else "gloo"
 
 
 # ---- own ranks: the driver's side -------------------------------------------------------------------------------

@@ -265,7 +265,7 @@ def test_fewer_cuda_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert message_of(lambda: plan.choose_devices(InferenceConfig(device="cuda"), 4)) == (
         "InferenceConfig.device: 'cuda' has 2 devices for 4 ranks on this host; use smaller sizes of the mesh, or "
-        "device='cuda:0' to share one"
+        "device='cuda:0' to share one (over gloo and slowly: for tests)"
     )
     assert plan.choose_devices(InferenceConfig(device="auto"), 4) == [torch.device("cpu")] * 4
     assert plan.choose_devices(InferenceConfig(device="auto"), 2) == [torch.device("cuda", i) for i in range(2)]
