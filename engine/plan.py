@@ -103,6 +103,18 @@ def choose_devices(config: InferenceConfig, num_ranks: int) -> list[torch.device
     return [torch.device("cuda", i) for i in range(num_ranks)]
 
 
+def why_cpu(config: InferenceConfig, num_ranks: int) -> str | None:
+    """What `choose_devices` made of CUDA devices that are too few for "auto", in one line; else None."""
+    count = torch.cuda.device_count()
+    if config.device != "auto" or not 0 < count < num_ranks:
+        return None
+    devices = "1 CUDA device" if count == 1 else f"{count} CUDA devices"
+    return (
+        f"device='auto' chose the CPU, since it takes CUDA only with a device for every rank: torch sees {devices} for "
+        f"{num_ranks} ranks on this host"
+    )
+
+
 def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device], first_rank: int = 0) -> None:
     """Proves that the model can be divided so and that its weights fit. Raises ValueError before anything starts.
 

@@ -271,6 +271,26 @@ def test_fewer_cuda_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.choose_devices(InferenceConfig(device="auto"), 2) == [torch.device("cuda", i) for i in range(2)]
 
 
+@pytest.mark.parametrize(("count", "seen"), [(1, "1 CUDA device"), (3, "3 CUDA devices")])
+def test_why_the_cpu_was_chosen(
+    count: int, seen: str, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    line = plan.why_cpu(InferenceConfig(device="auto"), 4)
+    assert line == (
+        f"device='auto' chose the CPU, since it takes CUDA only with a device for every rank: torch sees {seen} for 4 "
+        f"ranks on this host"
+    )
+    assert plan.why_cpu(InferenceConfig(device="cpu"), 4) is plan.why_cpu(InferenceConfig(device="auto"), count) is None
+    with InferenceEngine(model, CONFIG) as engine:
+        assert line not in engine.describe()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert plan.why_cpu(InferenceConfig(device="auto"), 4) is None
+    monkeypatch.setattr("meshlm.engine.engine.why_cpu", lambda *_: line)
+    with InferenceEngine(model, CONFIG) as engine:
+        assert engine.describe_mesh().splitlines()[-1] == line
+
+
 def test_a_dtype_that_the_device_does_not_have(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "runs_on", lambda dtype, device: dtype is torch.float32)
     assert message_of(lambda: InferenceEngine(model, CONFIG.replace(dtype="bfloat16")), ConfigError) == (
