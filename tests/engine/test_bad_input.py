@@ -12,35 +12,20 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from meshlm import CheckpointError, ConfigError, InferenceConfig, InferenceEngine, SamplingParams
 from meshlm.engine import plan
+from tiny import make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = InferenceConfig(device="cpu", num_kv_blocks=16, block_size=4, max_model_len=40)
 
 
-def make_model(**values: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 36,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 50,
-        "vocab_size": 101,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.4,
-        "eos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **values})).eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return make_model()
+    return make_llama()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +308,7 @@ def test_a_cache_too_small_for_one_request(model: LlamaForCausalLM) -> None:
 
 
 def test_kv_heads_that_do_not_divide_the_query_heads(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    uneven = make_model(num_attention_heads=4, num_key_value_heads=3, hidden_size=32)
+    uneven = make_llama(num_attention_heads=4, num_key_value_heads=3, hidden_size=32)
     monkeypatch.setattr("meshlm.engine.engine.World", None)
     assert message_of(lambda: InferenceEngine(uneven, CONFIG)) == (
         "num_attention_heads=4 is not a multiple of num_key_value_heads=3: each KV head must serve equally many query "

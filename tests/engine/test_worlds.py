@@ -35,6 +35,7 @@ from meshlm.mesh import launch
 from meshlm.mesh.launch import RankFailure
 from meshlm.shardformer import open_checkpoint
 from meshlm.shardformer.shard import Shards, split_layers, stage_num_elements
+from tiny import make_llama
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -49,21 +50,15 @@ SOON_S = 5.0  # in which a failure must be told
 
 
 def make_module(seed: int) -> transformers.LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    return make_llama(
+        seed,
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=32_768,
-        initializer_range=0.3,  # logits far from each other
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=0,
     )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
