@@ -91,10 +91,8 @@ class Replica:
         self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
 
     def work_with(self, token_ids: Seq[int]) -> int:
-        """This replica's load if it took such a prompt: tokens to compute, and sequences that will go on decoding."""
-        scheduler = self.scheduler
-        cached = len(scheduler.blocks.match(token_ids)) * scheduler.blocks.block_size
-        return scheduler.num_pending_tokens + len(scheduler.running) + len(scheduler.waiting) + len(token_ids) - cached
+        """Tokens that this replica would have to compute if it took such a prompt, but for those of its output."""
+        return self.scheduler.work + len(token_ids) - self.scheduler.num_cached(token_ids)
 
     def stats(self) -> ReplicaStats:
         scheduler = self.scheduler

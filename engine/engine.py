@@ -21,7 +21,7 @@ from .core import EngineCore, ReplicaStats
 from .detokenizer import Detokenizer
 from .executor import warn_if_tp_spans_hosts
 from .output import RequestOutput
-from .plan import check_fit, check_world, choose_devices, choose_num_blocks
+from .plan import check_fit, check_world, choose_devices, choose_num_blocks, why_cpu
 from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
 from .worker import RankInfo
 from .world import World
@@ -72,7 +72,8 @@ class InferenceEngine:
         elif place is not None:
             place = None  # torchrun with one rank: a world like any other process's
         checkpoint = open_checkpoint(model)
-        devices = choose_devices(config, config.world_size if place is None else place.local_world_size)
+        num_local = config.world_size if place is None else place.local_world_size
+        devices, self._why_cpu = choose_devices(config, num_local), why_cpu(config, num_local)
         first_rank = 0 if place is None else place.rank - place.local_rank
         check_fit(config, checkpoint.spec, devices, first_rank)
         self._world = World(config, devices, place, checkpoint)
@@ -264,7 +265,7 @@ class InferenceEngine:
         return "\n".join([self.describe_mesh(), "", self.config.describe()])
 
     def describe_mesh(self) -> str:
-        """The mesh and what each rank holds, as a table."""
+        """The mesh and what each rank holds, as a table; last, why the CPU was chosen where there is CUDA as well."""
         config = self.config
         head = (
             f"{self._architecture} on dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}, "
@@ -281,7 +282,8 @@ class InferenceEngine:
         columns = list(rows[0])
         widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
         lines = [{column: column for column in columns}, *rows]
-        return "\n".join([head, *("  ".join(row[c].ljust(widths[c]) for c in columns).rstrip() for row in lines)])
+        table = ["  ".join(row[c].ljust(widths[c]) for c in columns).rstrip() for row in lines]
+        return "\n".join([head, *table, *([self._why_cpu] if self._why_cpu else [])])
 
     def check(self) -> None:
         """Proves the bookkeeping of blocks and sequences whole. Raises AssertionError."""

@@ -59,7 +59,7 @@ class LocalExecutor(Executor):
     """A world of one rank, in this process."""
 
     def __init__(self, config: InferenceConfig, device: torch.device) -> None:
-        self.worker: Worker | None = make_worker(config, RankPlace(0, 1, 0, 1), None, device)
+        self.worker: Worker | None = make_worker(config, device)
         self._steps: deque[StepInput] = deque()
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
@@ -281,11 +281,11 @@ class Follower:
 def join_torchrun(
     config: InferenceConfig, place: RankPlace, device: torch.device, checkpoint: Checkpoint
 ) -> tuple[MeshExecutor | None, Follower | None]:
-    """Joins ranks that exist; collective. Gives rank 0 an executor, the others a follower.
+    """Makes an engine's ranks of those that have joined; collective. Gives rank 0 an executor, the others a follower.
 
     checkpoint: what this rank is to load, which its own caller has opened.
     """
-    worker = make_worker(config, place, None, device)
+    worker = make_worker(config, device)
     worker.checkpoint, mesh = checkpoint, worker.mesh
     try:
         connections, own = connect_to_driver(place, config.start_timeout_s)

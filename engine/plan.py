@@ -1,12 +1,17 @@
 """What is decided before anything runs: devices, whether the model can be divided and fits, the size of the cache."""
 
+import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
 
 import torch
 
 from ..config import ConfigError, InferenceConfig
 from ..policies import ModelSpec
+from ..shardformer import Checkpoint, CheckpointError
 from ..shardformer.backends import BACKENDS
 from ..shardformer.shard import Shards, split_layers, stage_num_elements
 from ..shardformer.shardformer import choose_dtype, max_model_len
@@ -16,6 +21,7 @@ from .worker import RankInfo
 
 CPU_KV_FRACTION = 0.25  # of available memory: the machine is somebody's laptop
 CUDA_KV_FRACTION = 0.9
+_MAX_FAULTS = 3  # told of those that differ between ranks: another model differs in everything
 
 
 def check_world(config: InferenceConfig, world_size: int) -> None:
@@ -26,6 +32,54 @@ def check_world(config: InferenceConfig, world_size: int) -> None:
             f"InferenceConfig: {sizes} make a mesh of {config.world_size} ranks, but torchrun started {world_size}; "
             f"use --nproc-per-node {config.world_size}, or sizes whose product is {world_size}"
         )
+
+
+def settings(config: InferenceConfig, device: torch.device, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What all ranks under torchrun must be given alike, by its name; plain values, for `check_alike`.
+
+    Each rank's timeouts are its own, and so is the number of its device. The weights are told apart by a checksum of
+    one row, which is left out where it cannot be read: loading will say why.
+    """
+    spec, own = checkpoint.spec, ("device", "start_timeout_s", "collective_timeout_s")
+    found = {f"InferenceConfig.{name}": value for name, value in config if name not in own}
+    found["InferenceConfig.device"] = device.type
+    found |= _flat("model", asdict(spec))
+    found["model.eos_token_id"] = list(checkpoint.eos_token_ids)
+    name, row = f"{spec.layer_prefix(0)}{spec.layer.query.name}.weight", torch.empty(1, spec.hidden_size)
+    with suppress(CheckpointError, OSError):
+        checkpoint.source.read(name, ((0, 1), (0, spec.hidden_size)), row)
+        found[f"model: checksum of {name}[0]"] = zlib.crc32(row.numpy().tobytes())
+    return found
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """The plain values in nested dicts and tuples, each by its path."""
+    if isinstance(value, dict):
+        items = [(f"{name}.{key}", item) for key, item in value.items()]
+    elif isinstance(value, tuple):
+        items = [(f"{name}[{index}]", item) for index, item in enumerate(value)]
+    else:
+        return {name: value}
+    return {path: plain for key, item in items for path, plain in _flat(key, item).items()}
+
+
+def check_alike(tables: Sequence[Mapping[str, Any]]) -> None:
+    """Raises ConfigError where the ranks' `settings` differ, naming the field, the values and who has which."""
+    faults = []
+    for name in tables[0]:
+        having: dict[str, list[str]] = {}
+        for rank, table in enumerate(tables):
+            if name in table:
+                having.setdefault(repr(table[name]), []).append(str(rank))
+        if len(having) > 1:
+            told = [
+                f"rank {ranks[0]} has {value}" if len(ranks) == 1 else f"ranks {', '.join(ranks)} have {value}"
+                for value, ranks in having.items()
+            ]
+            faults.append(f"{name}: {', '.join(told)}")
+    if faults:
+        more = f"; {len(faults) - _MAX_FAULTS} more fields differ" if len(faults) > _MAX_FAULTS else ""
+        raise ConfigError(f"{'; '.join(faults[:_MAX_FAULTS])}{more}; under torchrun every rank is to be given the same")
 
 
 def choose_devices(config: InferenceConfig, num_ranks: int) -> list[torch.device]:
@@ -44,9 +98,21 @@ def choose_devices(config: InferenceConfig, num_ranks: int) -> list[torch.device
     if num_ranks > count:
         raise ConfigError(
             f"InferenceConfig.device: 'cuda' has {count} devices for {num_ranks} ranks on this host; use smaller "
-            f"sizes of the mesh, or device='cuda:0' to share one"
+            f"sizes of the mesh, or device='cuda:0' to share one (over gloo and slowly: for tests)"
         )
     return [torch.device("cuda", i) for i in range(num_ranks)]
+
+
+def why_cpu(config: InferenceConfig, num_ranks: int) -> str | None:
+    """What `choose_devices` made of CUDA devices that are too few for "auto", in one line; else None."""
+    count = torch.cuda.device_count()
+    if config.device != "auto" or not 0 < count < num_ranks:
+        return None
+    devices = "1 CUDA device" if count == 1 else f"{count} CUDA devices"
+    return (
+        f"device='auto' chose the CPU, since it takes CUDA only with a device for every rank: torch sees {devices} for "
+        f"{num_ranks} ranks on this host"
+    )
 
 
 def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device], first_rank: int = 0) -> None:

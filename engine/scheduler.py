@@ -10,6 +10,7 @@ a `num_stages`-th of the pending tokens, in whole sequences.
 
 from array import array
 from collections import deque
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from .block_manager import BlockManager
@@ -40,12 +41,26 @@ class Scheduler:
         self.running: list[Sequence] = []  # in order of admission
         self.ended_in_flight: list[Sequence] = []  # finished from outside; their blocks are still being written
         self.num_preemptions = 0
-        self.num_pending_tokens = 0  # before every sequence has caught up; a measure of this replica's load
+        self.num_pending_tokens = 0  # before every sequence has caught up
+        self.num_matched_tokens = 0  # of these, found in the cache when a sequence that still waits was queued
+        self.num_expected_tokens = 0  # to come after these
         self._next_step = 0
+
+    @property
+    def work(self) -> int:
+        """Tokens that are to be computed, as far as can be told now."""
+        return self.num_pending_tokens - self.num_matched_tokens + self.num_expected_tokens
+
+    def num_cached(self, token_ids: Seq[int]) -> int:
+        """How many of a prompt's first tokens are in the cache now."""
+        return len(self.blocks.match(token_ids)) * self.blocks.block_size
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
+        sequence.num_matched_tokens = self.num_cached(sequence.token_ids)
         self.num_pending_tokens += sequence.num_pending_tokens
+        self.num_matched_tokens += sequence.num_matched_tokens
+        self.num_expected_tokens += sequence.num_expected_tokens
 
     # ---- a step's way out ---------------------------------------------------------------------------------------
 
@@ -78,6 +93,7 @@ class Scheduler:
             self.waiting.popleft()
             self.blocks.admit(sequence, prefix)
             self.num_pending_tokens -= sequence.num_computed_tokens
+            self._forget_match(sequence)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             sequence.move_to(SequenceStatus.RUNNING)
@@ -85,6 +101,10 @@ class Scheduler:
             budget -= self._take(sequence, min(sequence.num_pending_tokens, budget), chosen)
 
         return self._step(chosen) if chosen else None
+
+    def _forget_match(self, sequence: Sequence) -> None:
+        self.num_matched_tokens -= sequence.num_matched_tokens
+        sequence.num_matched_tokens = 0
 
     def _take(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> int:
         self.blocks.extend(sequence, sequence.num_computed_tokens + count)
@@ -153,7 +173,9 @@ class Scheduler:
             sequence = step.sequences[sample.sequence]
             if sequence.status is SequenceStatus.FINISHED:
                 continue
+            self.num_expected_tokens -= sequence.num_expected_tokens
             sequence.token_ids.append(token_id)
+            self.num_expected_tokens += sequence.num_expected_tokens
             self.num_pending_tokens += 1
             grown.append(sequence)
             reason = sequence.finish_reason_now()
@@ -167,6 +189,8 @@ class Scheduler:
             return
         (self.waiting if sequence.status is SequenceStatus.WAITING else self.running).remove(sequence)
         self.num_pending_tokens -= sequence.num_pending_tokens
+        self.num_expected_tokens -= sequence.num_expected_tokens
+        self._forget_match(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
         if sequence.num_in_flight:
@@ -179,7 +203,11 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
         assert all(s.status is SequenceStatus.FINISHED and s.num_in_flight for s in self.ended_in_flight)
-        assert self.num_pending_tokens == sum(s.num_pending_tokens for s in [*self.waiting, *self.running])
+        unended = [*self.waiting, *self.running]
+        assert self.num_pending_tokens == sum(s.num_pending_tokens for s in unended)
+        assert self.num_expected_tokens == sum(s.num_expected_tokens for s in unended)
+        assert self.num_matched_tokens == sum(s.num_matched_tokens for s in self.waiting)
+        assert not any(s.num_matched_tokens for s in [*self.running, *self.ended_in_flight])
         self.blocks.check([*self.waiting, *self.running, *self.ended_in_flight])
 
 

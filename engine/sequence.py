@@ -17,6 +17,9 @@ _LEGAL = {
 }
 
 
+EXPECTED_TOKENS = 128  # of an output that may be longer: many end by themselves before
+
+
 @dataclass(frozen=True)
 class SampleSpec:
     """How a sequence's tokens are drawn, and when it ends; numbers only, sent to the ranks."""
@@ -46,6 +49,7 @@ class Sequence:
     status: SequenceStatus = field(init=False, default=SequenceStatus.WAITING)
     num_computed_tokens: int = field(init=False, default=0)
     num_cached_tokens: int | None = field(init=False, default=None)  # found in the prefix cache at first admission
+    num_matched_tokens: int = field(init=False, default=0)  # found there when it was queued, while it waits
     num_in_flight: int = field(init=False, default=0)  # tokens in a step that has not come back
     num_preemptions: int = field(init=False, default=0)
     block_table: list[int] = field(init=False, default_factory=list)
@@ -71,6 +75,11 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """Tokens that it is expected to draw and compute after those pending; the last one drawn is never computed."""
+        return max(0, min(self.max_tokens, EXPECTED_TOKENS) - self.num_output_tokens - 1)
 
     def move_to(self, status: SequenceStatus) -> None:
         assert status in _LEGAL[self.status], f"{self.request_id}: {self.status} -> {status}"

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from ..config import InferenceConfig
 from ..kernels import select_ops
 from ..mesh.collectives import Communicator
-from ..mesh.launch import Failure, RankPlace, divide_threads, init_process_group
+from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gpu_of, init_process_group
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
@@ -229,24 +229,31 @@ def serve(connection: Connection, worker: Worker, publish: Callable[[Published],
             return False
 
 
-def make_worker(config: InferenceConfig, place: RankPlace, store: dist.Store | None, device: torch.device) -> Worker:
-    """A worker for one rank of a world: joins the process group if there is to be one, and builds the mesh.
+def join_ranks(config: InferenceConfig, place: RankPlace, store: dist.Store | None, device: torch.device) -> None:
+    """Makes this process one rank of several: its share of the cores, and the process group unless it stands.
 
-    store: where own ranks meet; None where the process group stands, or is not needed.
+    store: where own ranks meet; None under torchrun.
     """
-    if place.world_size > 1:
-        if device.type == "cpu":
-            divide_threads(place.local_world_size)
-        if not dist.is_initialized():
-            init_process_group(place, device, config.collective_timeout_s, store)
+    if device.type == "cpu":
+        divide_threads(place.local_world_size)
+    else:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        init_process_group(place, device, config.collective_timeout_s, store)
+
+
+def make_worker(config: InferenceConfig, device: torch.device) -> Worker:
+    """A worker with its mesh, for this process alone or for one of the ranks that have joined."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = None if config.world_size == 1 else choose_backend(gpu_of(device), config.collective_timeout_s)
     mesh = ProcessGroupMesh(
         dp=config.dp_size,
         pp=config.pp_size,
         tp=config.tp_size,
-        backend=None if place.world_size == 1 else "nccl" if device.type == "cuda" else "gloo",
+        backend=backend,
         timeout_s=config.collective_timeout_s,
+        staged=device.type == "cuda" and backend == "gloo",
     )
     for axis in ("tp", "pp"):
         Communicator.along(mesh, axis)  # creating groups is collective: all of them here, in one order
@@ -256,6 +263,7 @@ def make_worker(config: InferenceConfig, place: RankPlace, store: dist.Store | N
 def run_own_rank(connection: Connection, place: RankPlace, store: dist.Store) -> int:
     """A rank that the engine started: its first message says what to be. Returns the process's exit code."""
     config, device = connection.recv()
-    worker = make_worker(config, place, store, torch.device(device))
+    join_ranks(config, place, store, torch.device(device))
+    worker = make_worker(config, torch.device(device))
     connection.send(Reply(socket.gethostname()))
     return 0 if serve(connection, worker) else 1

@@ -11,17 +11,19 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from ..config import InferenceConfig
-from ..mesh.launch import RankFailure, RankPlace
+from ..mesh.collectives import Communicator
+from ..mesh.launch import RankFailure, RankPlace, uninterrupted
 from ..shardformer import Checkpoint
 from ..shardformer.weights import ModuleSource, SafetensorsSource
 from .executor import Executor, Follower, LocalExecutor, MeshExecutor, join_torchrun, start_own_ranks
-from .worker import Published
+from .plan import check_alike, settings
+from .worker import Published, join_ranks
 
 T = TypeVar("T")
 
@@ -46,9 +48,11 @@ class World:
         elif place is None:
             self._executor = start_own_ranks(config, devices)
         else:
-            own_group = not dist.is_initialized()
+            own_group, device = not dist.is_initialized(), devices[place.local_rank]
             try:
-                self._executor, self._follower = join_torchrun(config, place, devices[place.local_rank], checkpoint)
+                join_ranks(config, place, None, device)
+                _compare_ranks(config, device, checkpoint)
+                self._executor, self._follower = join_torchrun(config, place, device, checkpoint)
             except BaseException:
                 _destroy_group(own_group)
                 raise
@@ -76,26 +80,33 @@ class World:
     def everywhere(self, function: Callable[[], T]) -> T:
         """Runs `function` on the driver; every rank returns its value or raises its error."""
         self._check_open()
+        if self._follower is not None:
+            return cast(T, self._receive(self._follower))
+        # An interrupt finds the call not begun, or `function` at work, or all told: the others never wait in vain.
+        with uninterrupted() as interruptible:
+            self._call += 1
+            call = self._call
+            try:
+                with interruptible():
+                    value = function()
+            except BaseException as error:
+                self._publish(Published(call, error=_for_followers(error)))
+                self._explain_if_closed(error)
+                self._close_if_lost(error)
+                raise
+            self._publish(Published(call, value))
+        return value
+
+    def _receive(self, follower: Follower) -> Any:
         self._call += 1
         call = self._call
-        if self._follower is not None:
-            try:
-                message = self._follower.receive(call)
-            except BaseException:  # interrupted
-                self._follower.leave(call)
-                raise
-            self._raise_error_of(message)
-            value: T = message.value
-            return value
         try:
-            value = function()
-        except BaseException as error:
-            self._publish(Published(call, error=_for_followers(error)))
-            self._explain_if_closed(error)
-            self._close_if_lost(error)
+            message = follower.receive(call)
+        except BaseException:  # interrupted
+            follower.leave(call)
             raise
-        self._publish(Published(call, value))
-        return value
+        self._raise_error_of(message)
+        return message.value
 
     def each_everywhere(self, function: Callable[[], Iterable[T]]) -> Iterator[T]:
         """As `everywhere`, for what `function` yields, item by item."""
@@ -104,24 +115,35 @@ class World:
         return self._drive(function, self._call) if self._follower is None else self._follow(self._call)
 
     def _drive(self, function: Callable[[], Iterable[T]], call: int) -> Iterator[T]:
-        self._check_open()
-        last = Published(call)
+        told = False
+
+        def tell(message: Published) -> None:
+            nonlocal told
+            with uninterrupted():
+                if not told:
+                    self._publish(message)
+                    told = message.is_last
+
         try:
-            for item in function():
-                self._publish(Published(call, item, is_last=False))
-                yield item
-                if not self._finalizer.alive:
-                    break
-        except GeneratorExit:  # the caller has seen enough
+            try:
+                self._check_open()
+                for item in function():
+                    tell(Published(call, item, is_last=False))
+                    yield item
+                    if not self._finalizer.alive:
+                        break
+                tell(Published(call))
+            except GeneratorExit:  # the caller has seen enough
+                tell(Published(call))
+                raise
+            except BaseException as error:
+                tell(Published(call, error=_for_followers(error)))
+                self._explain_if_closed(error)
+                self._close_if_lost(error)
+                raise
+        except BaseException as error:  # told, unless an interrupt came just before
+            tell(Published(call, error=_for_followers(error)))
             raise
-        except BaseException as error:
-            last = Published(call, error=_for_followers(error))
-            self._explain_if_closed(error)
-            raise
-        finally:
-            self._publish(last)
-            if last.error is not None:
-                self._close_if_lost(last.error)
         self._check_open()
 
     def _follow(self, call: int) -> Iterator[Any]:
@@ -173,6 +195,12 @@ def _close(pid: int, executor: Executor | None, follower: Follower | None, own_g
     if follower is not None:
         follower.close()
     _destroy_group(own_group)
+
+
+def _compare_ranks(config: InferenceConfig, device: torch.device, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError on every rank unless all were given the same; collective."""
+    world = Communicator(dist.group.WORLD, "world", config.collective_timeout_s)
+    check_alike(world.all_gather_object(settings(config, device, checkpoint)))
 
 
 def _destroy_group(own_group: bool) -> None:

@@ -66,7 +66,8 @@ class Communicator:
         """The communicator of this rank along an axis or axes of the mesh; collective when the group is new."""
         line = mesh[axis]
         group = mesh.get_group(axis, backend) if line.size() > 1 else None
-        return cls(group, "×".join(line.axis_names), mesh.timeout_s)
+        kind = StagedCommunicator if mesh.staged else cls
+        return kind(group, "×".join(line.axis_names), mesh.timeout_s)
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         """Reduce a tensor over the group, in place, and return it."""
@@ -181,6 +182,47 @@ class Communicator:
         reason = f"{type(cause).__name__}: {cause}".partition("\n")[0]
         where = f"group {self.name!r} at rank {self.ranks[self.rank]}"
         return CollectiveError(f"{operation} failed on {where} ({', '.join(parts)}): {reason}")
+
+
+class StagedCommunicator(Communicator):
+    """Moves every tensor as a copy on the CPU: gloo for tensors of a GPU, which it takes in some operations only.
+
+    For tests with several ranks on one GPU, which NCCL refuses; slow, since each copy waits for the GPU.
+    """
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
+        return tensor if self.size == 1 else tensor.copy_(super().all_reduce(_staged(tensor), op))
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.size == 1:
+            return super().all_gather(tensor)
+        return super().all_gather(_staged(tensor)).to(tensor.device)
+
+    def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
+        return tensor if self.size == 1 else tensor.copy_(super().broadcast(_staged(tensor), src))
+
+    def isend(self, tensor: torch.Tensor, dst: int) -> Pending:
+        return super().isend(_staged(tensor), dst)
+
+    def irecv(self, tensor: torch.Tensor, src: int) -> Pending:
+        copy = torch.empty_like(tensor, device="cpu", memory_format=torch.contiguous_format)
+        return StagedReceive(super().irecv(copy, src), tensor)
+
+
+class StagedReceive(Pending):
+    """A receive into a copy on the CPU, under way."""
+
+    __slots__ = ("_copy", "_destination")
+
+    def __init__(self, copy: Pending, destination: torch.Tensor) -> None:
+        self._copy, self._destination = copy, destination
+
+    def wait(self) -> torch.Tensor:
+        return self._destination.copy_(self._copy.wait())
+
+
+def _staged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to("cpu", copy=True)
 
 
 def _reduce_options(op: Any) -> dist.AllreduceOptions:

@@ -26,7 +26,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from multiprocessing import AuthenticationError
@@ -38,7 +38,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # now: imported later, as by transformers, its defaults hold the process group
 
-from .collectives import CollectiveError
+from .collectives import CollectiveError, Communicator
 
 _LOOPBACK = "127.0.0.1"
 _POLL_S = 1.0  # how often a rank looks whether its parent is still the same
@@ -94,16 +94,31 @@ def available_cores() -> int:
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Holds a Ctrl-C back until the block has ended; in the main thread, the only one that it reaches."""
+def uninterrupted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Holds a Ctrl-C back until the block has ended; in the main thread, the only one that it reaches.
+
+    Gives a context for a part of the block that is to be interrupted all the same.
+    """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
+        yield nullcontext
         return
     held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
+    hold = lambda *interrupt: held.append(interrupt)  # noqa: E731
+
+    @contextmanager
+    def interruptible() -> Iterator[None]:
+        signal.signal(signal.SIGINT, handler)
+        try:
+            if held:
+                handler(*held.pop())
+            yield
+        finally:
+            signal.signal(signal.SIGINT, hold)
+
+    signal.signal(signal.SIGINT, hold)
     try:
-        yield
+        yield interruptible
     finally:
         signal.signal(signal.SIGINT, handler)
         if held:
@@ -114,14 +129,38 @@ def init_process_group(place: RankPlace, device: torch.device, timeout_s: float,
     """Joins the world's process group: gloo, and NCCL beside it where the device is a GPU.
 
     timeout_s: for a collective, and for the ranks to meet as well: torch has one timeout for both.
+    store: where to meet; None for torchrun's.
     """
+    timeout = timedelta(seconds=timeout_s)
+    if store is None:
+        base, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun's store outlives a group, whose addresses would be taken for those of the next one.
+        number = base.add(f"meshlm/groups that rank {place.rank} joined", 1)
+        store = dist.PrefixStore(f"meshlm/group {number}", base)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         store=store,
-        rank=place.rank if store is not None else -1,
-        world_size=place.world_size if store is not None else -1,
-        timeout=timedelta(seconds=timeout_s),
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
     )
+
+
+def gpu_of(device: torch.device) -> str | None:
+    """What tells a GPU from all others, however a process numbers those it sees; None for a CPU."""
+    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+
+
+def choose_backend(gpu: str | None, timeout_s: float) -> str:
+    """The backend for tensors of the ranks' devices: collective over the world's group.
+
+    gpu: this rank's, from `gpu_of`. NCCL, but gloo where any two ranks share a GPU, as tests do (device='cuda:0'), and
+    on CPUs. With gloo, tensors of a GPU want a `StagedCommunicator`.
+    """
+    if gpu is None:
+        return "gloo"
+    gpus = Communicator(dist.group.WORLD, "world", timeout_s).all_gather_object(gpu)
+    return "nccl" if len(set(gpus)) == len(gpus) else "gloo"
 
 
 # ---- own ranks: the driver's side -------------------------------------------------------------------------------

@@ -34,11 +34,18 @@ class ProcessGroupMesh:
     Asking for a group the first time creates it on all ranks, so every rank asks for the same groups in the same
     order. A position in a group grows with the rank, however the axes or indices were listed.
 
+    staged: communicators copy tensors to the CPU and back, see `StagedCommunicator`.
+
     Raises ValueError for a size that is not a positive int, or if the sizes do not multiply to the world size.
     """
 
     def __init__(
-        self, *sizes: int, backend: str | None = None, timeout_s: float | None = None, **named_sizes: int
+        self,
+        *sizes: int,
+        backend: str | None = None,
+        timeout_s: float | None = None,
+        staged: bool = False,
+        **named_sizes: int,
     ) -> None:
         if bool(sizes) == bool(named_sizes):
             raise ValueError("give a mesh its sizes by position or by name: ProcessGroupMesh(2, 2) or (pp=2, tp=2)")
@@ -48,6 +55,7 @@ class ProcessGroupMesh:
         self.shape = tuple(axes.values())
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.timeout_s = timeout_s
+        self.staged = staged
         self._strides = _strides(self.shape)
         self._first_rank = 0
         self._world_size = math.prod(self.shape)  # of the whole mesh, in a sub-mesh too

@@ -211,6 +211,7 @@ def _read_header(file: Path) -> dict[str, _Entry]:
 
 
 _LLAMA3_FACTORS = "rope_freqs.weight"
+_ROPE_SCALING = ("scaling.type", "scaling.factor", "scale_linear", "scaling.attn_factor")
 
 
 class GGUFSource(WeightSource):
@@ -226,6 +227,11 @@ class GGUFSource(WeightSource):
                 f"{path}: {_LLAMA3_FACTORS} (the RoPE factors of Llama 3.1 and later) is not supported: transformers "
                 f"reads rope_theta alone from a GGUF file, and the tokens would be wrong; use the safetensors directory"
             )
+        if scaling := self._rope_scaling():
+            raise CheckpointError(
+                f"{path}: {scaling} (scaled RoPE) is not supported: transformers reads rope_theta alone from a GGUF "
+                f"file, and the tokens would be wrong; use the safetensors directory"
+            )
         processor = TENSOR_PROCESSORS.get(hf_config.model_type, TensorProcessor)
         self._processor = processor(
             config={"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
@@ -239,6 +245,21 @@ class GGUFSource(WeightSource):
             name = names.get(tensor.name, tensor.name)
             self._names[name] = tensor.name
             self.shapes[name] = tuple(int(n) for n in reversed(tensor.shape))
+
+    def _rope_scaling(self) -> str:
+        """The metadata that scale RoPE, as llama.cpp takes them: a factor without a type is linear. Empty if none."""
+        from gguf import GGUFValueType
+
+        found: dict[str, Any] = {}
+        for key, field in self._reader.fields.items():
+            name, part = key.partition(".rope.")[2], field.parts[field.data[0]] if field.data else None
+            if name in _ROPE_SCALING and part is not None:
+                value = bytes(part).decode() if field.types == [GGUFValueType.STRING] else part[0].item()
+                found[name] = (key, value)
+        kind, factor, old_factor, attention = (found.get(name, ("", 0))[1] for name in _ROPE_SCALING)
+        factor = factor or old_factor or 1
+        scales = kind not in (0, "none", "linear") or (kind != "none" and factor != 1) or attention not in (0, 1)
+        return ", ".join(f"{key}={value!r}" for key, value in found.values()) if scales else ""
 
     @cached_property
     def _reader(self) -> Any:

@@ -12,35 +12,20 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import GenerationConfig, LlamaForCausalLM
 
 from meshlm import CheckpointError, ConfigError, InferenceConfig, InferenceEngine, SamplingParams
 from meshlm.engine import plan
+from tiny import make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = InferenceConfig(device="cpu", num_kv_blocks=16, block_size=4, max_model_len=40)
 
 
-def make_model(**values: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 36,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 50,
-        "vocab_size": 101,
-        "num_hidden_layers": 3,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.4,
-        "eos_token_id": None,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **values})).eval()
-
-
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    return make_model()
+    return make_llama()
 
 
 @pytest.fixture(scope="module")
@@ -265,10 +250,30 @@ def test_fewer_cuda_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert message_of(lambda: plan.choose_devices(InferenceConfig(device="cuda"), 4)) == (
         "InferenceConfig.device: 'cuda' has 2 devices for 4 ranks on this host; use smaller sizes of the mesh, or "
-        "device='cuda:0' to share one"
+        "device='cuda:0' to share one (over gloo and slowly: for tests)"
     )
     assert plan.choose_devices(InferenceConfig(device="auto"), 4) == [torch.device("cpu")] * 4
     assert plan.choose_devices(InferenceConfig(device="auto"), 2) == [torch.device("cuda", i) for i in range(2)]
+
+
+@pytest.mark.parametrize(("count", "seen"), [(1, "1 CUDA device"), (3, "3 CUDA devices")])
+def test_why_the_cpu_was_chosen(
+    count: int, seen: str, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    line = plan.why_cpu(InferenceConfig(device="auto"), 4)
+    assert line == (
+        f"device='auto' chose the CPU, since it takes CUDA only with a device for every rank: torch sees {seen} for 4 "
+        f"ranks on this host"
+    )
+    assert plan.why_cpu(InferenceConfig(device="cpu"), 4) is plan.why_cpu(InferenceConfig(device="auto"), count) is None
+    with InferenceEngine(model, CONFIG) as engine:
+        assert line not in engine.describe()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert plan.why_cpu(InferenceConfig(device="auto"), 4) is None
+    monkeypatch.setattr("meshlm.engine.engine.why_cpu", lambda *_: line)
+    with InferenceEngine(model, CONFIG) as engine:
+        assert engine.describe_mesh().splitlines()[-1] == line
 
 
 def test_a_dtype_that_the_device_does_not_have(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,7 +308,7 @@ def test_a_cache_too_small_for_one_request(model: LlamaForCausalLM) -> None:
 
 
 def test_kv_heads_that_do_not_divide_the_query_heads(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    uneven = make_model(num_attention_heads=4, num_key_value_heads=3, hidden_size=32)
+    uneven = make_llama(num_attention_heads=4, num_key_value_heads=3, hidden_size=32)
     monkeypatch.setattr("meshlm.engine.engine.World", None)
     assert message_of(lambda: InferenceEngine(uneven, CONFIG)) == (
         "num_attention_heads=4 is not a multiple of num_key_value_heads=3: each KV head must serve equally many query "

@@ -11,9 +11,10 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, RequestOutput, SamplingParams
+from tiny import make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,19 +25,7 @@ CHAT = [{"role": "user", "content": "Hello"}]
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=24,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        intermediate_size=40,
-        vocab_size=49152,
-        num_hidden_layers=2,
-        max_position_embeddings=128,
-        initializer_range=0.4,
-        eos_token_id=2,
-    )
-    return LlamaForCausalLM(config).eval()
+    return make_llama(vocab_size=49152, num_hidden_layers=2, max_position_embeddings=128, eos_token_id=2)
 
 
 @pytest.fixture(scope="module")
@@ -390,7 +379,7 @@ def test_stats_and_descriptions(model: LlamaForCausalLM, tokenizer: Any) -> None
         (busy,) = engine.busy()
         assert busy["steps"] == 12 and busy["busy_s"] > 0
         (rank,) = engine.ranks
-        assert (rank.layers, rank.query_heads, rank.kv_heads, rank.vocabulary) == ((0, 2), (0, 3), (0, 1), (0, 49152))
+        assert (rank.layers, rank.query_heads, rank.kv_heads, rank.vocabulary) == ((0, 2), (0, 9), (0, 3), (0, 49152))
 
 
 def test_preemption_is_counted_and_changes_nothing(model: LlamaForCausalLM) -> None:

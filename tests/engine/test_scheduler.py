@@ -1,16 +1,17 @@
 """The scheduler on exact steps, and as a whole against a simulated model and a simulated KV cache."""
 
+import itertools
 from collections import deque
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from meshlm.engine.block_manager import BlockManager
 from meshlm.engine.scheduler import ScheduledStep, Scheduler, noise_key
-from meshlm.engine.sequence import SampleSpec, Sequence, SequenceStatus
+from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
 
 
 def make(num_blocks: int = 64, block_size: int = 4, **values: Any) -> Scheduler:
@@ -288,6 +289,72 @@ def test_pending_tokens_are_counted_as_they_come_and_go() -> None:
     scheduler.num_pending_tokens += 1
     with pytest.raises(AssertionError):
         scheduler.check()
+
+
+@given(
+    known=st.lists(st.integers(1, 30), max_size=3),
+    queued=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(1, 9), st.integers(1, 8)), min_size=1),
+    num_stages=st.integers(1, 3),
+    budget=st.integers(1, 40),
+    max_num_seqs=st.integers(1, 5),
+    caching=st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_work_is_what_will_be_computed(
+    known: list[int],
+    queued: list[tuple[int, int, int, int]],
+    num_stages: int,
+    budget: int,
+    max_num_seqs: int,
+    caching: bool,
+) -> None:
+    """To the token, step by step, a prefix that the cache holds left out from the moment that a request is queued.
+
+    known: lengths of prompts that were served before; queued: requests, each with a beginning of one of these (which,
+    how long), tokens of its own and its output's length.
+    """
+    fresh = itertools.count(1)  # no two tokens alike, so that requests have only these beginnings in common
+    scheduler = make(
+        num_blocks=4096,
+        max_num_batched_tokens=budget,
+        max_num_seqs=max_num_seqs,
+        num_stages=num_stages,
+        enable_prefix_caching=caching,
+    )
+    prompts = [[next(fresh) for _ in range(length)] for length in known]
+    for i, prompt in enumerate(prompts):
+        add(scheduler, f"known {i}", prompt, max_tokens=1)
+    while has_work(scheduler):
+        run_step(scheduler, token=next(fresh))
+    for i, (which, num_known, num_own, max_tokens) in enumerate(queued):
+        prefix = prompts[which][:num_known] if which < len(prompts) else []
+        prompt = [*prefix, *(next(fresh) for _ in range(num_own))]
+        before, cached = scheduler.work, scheduler.num_cached(prompt)
+        assert cached == (len(prefix) // 4 * 4 if caching else 0)
+        add(scheduler, f"queued {i}", prompt, max_tokens=max_tokens)
+        assert scheduler.work - before == len(prompt) - cached + max_tokens - 1
+    flight: deque[ScheduledStep] = deque()
+    while has_work(scheduler):
+        before = scheduler.work
+        while len(flight) < num_stages and (step := scheduler.schedule()) is not None:
+            flight.append(step)
+        assert scheduler.work == before, "admitted as estimated"
+        step = flight.popleft()
+        scheduler.update(step, tuple(next(fresh) for _ in step.input.samples))
+        scheduler.check()
+        assert scheduler.work == before - step.input.num_tokens
+    assert scheduler.work == 0
+
+
+def test_work_expects_no_more_of_an_output_than_most_outputs_have() -> None:
+    scheduler = make()
+    sequence = add(scheduler, "a", range(10), max_tokens=10_000)
+    assert scheduler.work == 10 + EXPECTED_TOKENS - 1
+    for _ in range(EXPECTED_TOKENS + 3):
+        run_step(scheduler)
+    assert scheduler.work == sequence.num_pending_tokens == 1
+    scheduler.finish(sequence, "stop")
+    assert scheduler.work == 0
 
 
 # ---- a pipeline -----------------------------------------------------------------------------------------------------

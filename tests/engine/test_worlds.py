@@ -4,6 +4,7 @@ A tiny random Llama, whose right answers transformers gives; what a user's own p
 """
 
 import contextlib
+import itertools
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,12 +26,16 @@ import torch
 import transformers
 
 from meshlm import InferenceConfig, InferenceEngine
-from meshlm.engine import plan
+from meshlm.engine import plan, world
 from meshlm.engine.executor import MeshExecutor
 from meshlm.engine.step import StepInput
+from meshlm.engine.worker import Published
+from meshlm.engine.world import World
+from meshlm.mesh import launch
 from meshlm.mesh.launch import RankFailure
 from meshlm.shardformer import open_checkpoint
 from meshlm.shardformer.shard import Shards, split_layers, stage_num_elements
+from tiny import make_llama
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -44,21 +50,15 @@ SOON_S = 5.0  # in which a failure must be told
 
 
 def make_module(seed: int) -> transformers.LlamaForCausalLM:
-    torch.manual_seed(seed)
-    config = transformers.LlamaConfig(
+    return make_llama(
+        seed,
         vocab_size=VOCAB_SIZE,
-        hidden_size=64,
-        intermediate_size=96,
         num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=32_768,
-        initializer_range=0.3,  # logits far from each other
         bos_token_id=0,
         eos_token_id=1,
         pad_token_id=0,
     )
-    return transformers.LlamaForCausalLM(config).eval()
 
 
 @pytest.fixture(scope="module")
@@ -692,6 +692,48 @@ except ValueError as error:
 
 
 @pytest.mark.slow
+def test_ranks_that_were_given_different_things(tmp_path: Path, tiny: Path, torchrun: Any) -> None:
+    """Told on every rank in the same line, before anything is loaded; the ranks can then make an engine together."""
+    make_module(seed=1).save_pretrained(tmp_path / "other")
+    text = """
+from pathlib import Path
+first = os.environ["RANK"] == "0"
+
+def error_of(model, **fields):
+    try:
+        InferenceEngine(model, InferenceConfig(**COMMON | fields))
+    except ValueError as error:
+        return str(error)
+
+report = {
+    "mesh": error_of(TINY, tp_size=2) if first else error_of(TINY, pp_size=2),
+    "weights": error_of(TINY if first else OTHER, tp_size=2),
+    "timeout": error_of(TINY, tp_size=2, collective_timeout_s=100 if first else 200),
+}
+with start(tp_size=2) as engine:
+    report["token_ids"] = answer(engine)
+(Path(__file__).parent / os.environ["RANK"]).write_text(json.dumps(report))
+"""
+    for name, value in (("COMMON", COMMON), ("TINY", str(tiny)), ("OTHER", str(tmp_path / "other"))):
+        text = text.replace(name, repr(value))
+    with torchrun(2, write_script(tmp_path, tiny, text)) as agent:
+        _, err = agent.communicate(timeout=120)
+    assert agent.returncode == 0, err
+    reports = [json.loads((tmp_path / rank).read_text()) for rank in "01"]
+    assert reports[0] == reports[1]
+    assert reports[0]["mesh"] == (
+        "InferenceConfig.tp_size: rank 0 has 2, rank 1 has 1; InferenceConfig.pp_size: rank 0 has 1, rank 1 has 2; "
+        "under torchrun every rank is to be given the same"
+    )
+    assert re.fullmatch(
+        r"model: checksum of model\.layers\.0\.self_attn\.q_proj\.weight\[0\]: rank 0 has \d+, rank 1 has \d+; "
+        r"under torchrun every rank is to be given the same",
+        reports[0]["weights"],
+    )
+    assert reports[0]["timeout"] is None  # each rank's own
+
+
+@pytest.mark.slow
 def test_in_a_process_group_of_the_callers(tmp_path: Path, tiny: Path, module: Any, torchrun: Any) -> None:
     """A module as model; an interrupt on rank 0 is told to rank 1; close takes all groups but the caller's."""
     text = """
@@ -773,6 +815,101 @@ report["left"] = [name for name in threads if "gloo" in name]  # would be in the
             "total": 2.0,
             "left": [],
         }
+
+
+@pytest.mark.parametrize("streams", [False, True], ids=["everywhere", "each_everywhere"])
+@pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
+def test_an_interrupt_at_any_line_leaves_no_follower_waiting(streams: bool, fails: bool) -> None:
+    """A Ctrl-C at each line of the calls' way through `World`: what has begun is told to its end, once."""
+    files = {launch.__file__, world.__file__}
+    interrupted_at = 0
+
+    class Told(MeshExecutor):
+        def __init__(self) -> None:
+            self.messages: list[Published] = []
+
+        def publish(self, message: Published) -> None:
+            self.messages.append(message)
+
+    for moment in itertools.count(1):
+        driver, executor = World.__new__(World), Told()
+        driver._call, driver._executor, driver._follower, driver._joined = 0, executor, None, True
+        driver._finalizer = SimpleNamespace(alive=True)  # type: ignore[assignment]
+        begun, countdown = False, moment
+
+        def work() -> list[int]:
+            nonlocal begun
+            begun = True
+            if fails:
+                raise ValueError("no")
+            return [1, 2]
+
+        def on_line(frame: Any, event: str, _: object) -> Any:
+            nonlocal countdown
+            countdown -= event == "line" and frame.f_code.co_filename in files
+            if countdown == 0 and event == "line":
+                countdown = -1
+                signal.raise_signal(signal.SIGINT)
+            return on_line
+
+        before, interrupted, value = sys.gettrace(), False, None
+        sys.settrace(on_line)
+        try:
+            value = list(driver.each_everywhere(work)) if streams else driver.everywhere(work)
+        except KeyboardInterrupt:
+            interrupted = True
+        except ValueError:
+            assert fails
+        finally:
+            sys.settrace(before)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if countdown > 0:  # there are no more lines
+            break
+        assert interrupted
+        interrupted_at += 1
+        last = [message for message in executor.messages if message.is_last]
+        if begun or (driver._call and not streams):
+            assert len(last) == 1 and last[0] is executor.messages[-1], (moment, executor.messages)
+            assert last[0].call == driver._call == 1
+    assert value == (None if fails else [1, 2]) and interrupted_at > 20
+
+
+@pytest.mark.slow
+def test_ctrl_c_on_rank_0_while_it_tells_a_calls_result(tmp_path: Path, tiny: Path, module: Any, torchrun: Any) -> None:
+    text = """
+from pathlib import Path
+rank = int(os.environ["RANK"])
+engine = start(tp_size=2)
+report = {"before": answer(engine)}
+
+def interrupted(call):
+    if rank == 0:
+        executor = engine._world.executor
+        def publish(message):
+            if message.is_last:
+                del executor.publish
+                os.kill(os.getpid(), signal.SIGINT)
+            type(executor).publish(executor, message)
+        executor.publish = publish
+    try:
+        return len(call())
+    except (KeyboardInterrupt, InterruptedError) as error:
+        return type(error).__name__
+
+many = {"temperature": 0.0, "max_tokens": 4, "ignore_eos": True}
+report["generate"] = interrupted(lambda: engine.generate([[5, 6, 7]], many, progress=False))
+report["stream"] = interrupted(lambda: list(engine.stream([[5, 6, 7]], many)))
+report["after"] = answer(engine)
+engine.close()
+(Path(__file__).parent / str(rank)).write_text(json.dumps(report))
+"""
+    with torchrun(2, write_script(tmp_path, tiny, text)) as agent:
+        _, err = agent.communicate(timeout=60)
+    assert agent.returncode == 0, err
+    expected = by_transformers(module, PROMPT, 8)
+    for rank, found in ((0, ["KeyboardInterrupt"] * 2), (1, [1, 4])):
+        report = json.loads((tmp_path / str(rank)).read_text())
+        assert report == {"before": expected, "generate": found[0], "stream": found[1], "after": expected}
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
 """Communicator: every collective on four gloo ranks started once, and the no-op of a group of one."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
-from meshlm.mesh.collectives import CollectiveError, Communicator
+from meshlm.mesh import launch
+from meshlm.mesh.collectives import CollectiveError, Communicator, StagedCommunicator
 from meshlm.mesh.process_group_mesh import ProcessGroupMesh
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32)
@@ -26,6 +29,61 @@ def axes_of(mesh: ProcessGroupMesh) -> list[Communicator]:
 
 
 # On each of four ranks, every test in a process group of its own
+
+
+def copies_only(method: Any, ours: torch.Tensor) -> Any:
+    """A communicator's method that refuses `ours`, and all views of it."""
+
+    def refusing(self: Communicator, tensor: torch.Tensor, *rest: Any) -> Any:
+        assert tensor.untyped_storage().data_ptr() != ours.untyped_storage().data_ptr(), "not a copy"
+        return method(self, tensor, *rest)
+
+    return refusing
+
+
+@on_four_ranks
+def test_staged_tensors_travel_as_copies() -> None:
+    """As tensors of a GPU do by gloo: nothing but the copies comes to the group, and the results go back."""
+    mesh = ProcessGroupMesh(pp=2, tp=2, staged=True)
+    pp, whole = Communicator.along(mesh, "pp"), Communicator.along(mesh, ("pp", "tp"))
+    assert isinstance(pp, StagedCommunicator) and isinstance(whole, StagedCommunicator)
+    ours = torch.empty(3, 5, dtype=torch.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "broadcast", "isend", "irecv"):
+            patch.setattr(Communicator, name, copies_only(getattr(Communicator, name), ours))
+        inputs = np.stack([values(rank) for rank in whole.ranks])
+        for view in (lambda: ours, lambda: ours.T):
+            fill = lambda: ours.copy_(torch.from_numpy(inputs[whole.rank]))  # noqa: E731
+            turned = inputs if view() is ours else inputs.transpose(0, 2, 1)
+            fill()
+            tensor = view()
+            assert whole.all_reduce(tensor, "max") is tensor and same(tensor, turned.max(0))
+            fill()
+            assert same(whole.all_gather(view()), turned) and same(ours, inputs[whole.rank])
+            tensor = view()
+            assert whole.broadcast(tensor, 2) is tensor and same(tensor, turned[2])
+            fill()
+            if pp.rank == 0:
+                pp.isend(view(), 1).wait()
+                pp.send(view(), 1)
+            else:
+                tensor = view()
+                pending = pp.irecv(tensor, 0)
+                assert same(tensor, turned[whole.rank]), "not before wait"
+                assert pending.wait() is tensor and same(tensor, turned[pp.ranks[0]])
+                assert same(pp.recv(view(), 0), turned[pp.ranks[0]])
+    alone = Communicator.along(ProcessGroupMesh(dp=1, tp=4, staged=True), "dp")
+    assert alone.all_reduce(ours) is ours and alone.broadcast(ours, 0) is ours
+    assert alone.all_gather(ours).data_ptr() == ours.data_ptr()
+
+
+@on_four_ranks
+def test_ranks_that_share_a_gpu_use_gloo() -> None:
+    rank = dist.get_rank()
+    assert launch.choose_backend(None, 60) == "gloo"
+    assert launch.choose_backend(f"GPU-{rank}", 60) == "nccl"
+    assert launch.choose_backend(f"GPU-{rank // 2}", 60) == "gloo"
+    assert launch.choose_backend("GPU-0", 60) == "gloo"
 
 
 @on_four_ranks

@@ -9,16 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from meshlm.policies import Dim, ModelSpec, find_policy, supported_architectures
 from meshlm.policies.registry import POLICIES
 from meshlm.shardformer.shardformer import read_rotary
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 36,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 50,
-    "vocab_size": 101,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 64,
-}
+from tiny import llama_config
 
 
 def spec_of(config: LlamaConfig) -> ModelSpec:
@@ -38,7 +29,7 @@ def spec_of(config: LlamaConfig) -> ModelSpec:
     ids=str,
 )
 def test_a_spec_names_and_sizes_every_tensor(values: dict[str, Any]) -> None:
-    config = LlamaConfig(**{**SIZES, **values})
+    config = llama_config(**values)
     spec = spec_of(config)
     with torch.device("meta"):
         state = LlamaForCausalLM(config).state_dict()
@@ -52,8 +43,8 @@ def test_a_spec_names_and_sizes_every_tensor(values: dict[str, Any]) -> None:
 
 
 def test_a_spec_s_numbers() -> None:
-    spec = spec_of(LlamaConfig(**SIZES, rms_norm_eps=0.01, dtype=torch.bfloat16))
-    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 2, 9, 3)
+    spec = spec_of(llama_config(rms_norm_eps=0.01, dtype=torch.bfloat16))
+    assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 3, 9, 3)
     assert (spec.head_dim, spec.norm_eps, spec.activation, spec.dtype) == (4, 0.01, "silu", "bfloat16")
     assert (spec.max_position_embeddings, spec.tied_embeddings) == (64, False)
     assert [spec.size(dim) for dim in (Dim.QUERY, Dim.KEY_VALUE)] == [36, 12]
@@ -78,7 +69,7 @@ ROPES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("head_dim", [None, 10])
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
 def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int | None) -> None:
-    config = LlamaConfig(**SIZES, rope_parameters=dict(rope), **({"head_dim": head_dim} if head_dim else {}))
+    config = llama_config(rope_parameters=dict(rope), **({"head_dim": head_dim} if head_dim else {}))
     rotary = LlamaForCausalLM(config).model.rotary_emb
     spec = spec_of(config).rotary
     assert len(spec.inv_freq) == (head_dim or 4) // 2

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import LlamaConfig
 
 from meshlm.policies import Dim, ModelSpec, find_policy
 from meshlm.shardformer.shard import (
@@ -20,20 +19,12 @@ from meshlm.shardformer.shard import (
     stage_num_elements,
 )
 from meshlm.shardformer.shardformer import read_rotary
+from tiny import llama_config
 
 
 def make_spec(**values: Any) -> ModelSpec:
-    values = {
-        "hidden_size": 36,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 50,
-        "vocab_size": 101,
-        "num_hidden_layers": 5,
-        "tie_word_embeddings": False,
-        **values,
-    }
-    return find_policy(["LlamaForCausalLM"]).spec(LlamaConfig(**values), read_rotary)
+    config = llama_config(**{"num_hidden_layers": 5, **values})
+    return find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
 
 
 def assert_tiles(ranges: list[Range], size: int) -> None:

@@ -3,17 +3,19 @@
 In a world of one rank; `tests/engine/test_exactness.py` does it on meshes.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh, SamplingParams
 from meshlm.policies import find_policy
 from meshlm.shardformer import attention
 from meshlm.shardformer.shardformer import read_rotary
+from tiny import llama_config, make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,27 +25,14 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
 SIZES: dict[str, Any] = {
     "hidden_size": 48,
     "num_attention_heads": 6,
-    "num_key_value_heads": 3,
     "intermediate_size": 70,
     "vocab_size": 211,
-    "num_hidden_layers": 3,
     "max_position_embeddings": 128,
-    "initializer_range": 0.4,  # else every output repeats one token
-    "eos_token_id": None,
-    "bos_token_id": None,
 }
 PROMPTS = [[17, 3, 99, 41, 5], [8], [(37 * i + 11) % 211 for i in range(40)], [200, 17, 3, 99, 41, 5, 60]]
 
 
-def make_model(seed: int = 0, **values: Any) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, **values})).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # transformers begins with zeros, which would hide one that is left out
-            torch.nn.init.normal_(parameter, std=0.4)
-        elif "norm" in name:
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
+make_model = partial(make_llama, **SIZES)
 
 
 def reference(model: LlamaForCausalLM, prompt: list[int]) -> list[int]:
@@ -132,7 +121,7 @@ def test_the_rotary_table_is_the_whole_one_bit_for_bit(
 ) -> None:
     monkeypatch.setattr(attention, "_TABLE_ROWS", rows)
     length = 5000 if rows == 4096 else 128
-    config = LlamaConfig(**{**SIZES, "head_dim": 20, "rope_parameters": dict(ROPES[kind])})
+    config = llama_config(**SIZES, head_dim=20, rope_parameters=dict(ROPES[kind]))
     spec = find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
     table = attention.RotaryTable(spec, length, dtype, torch.device("cpu"))
     assert table.cos.shape == table.sin.shape == (length, 10)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceShardformer, ProcessGroupMesh
 from meshlm.kernels import select_ops
@@ -24,27 +23,13 @@ from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
 from meshlm.shardformer.stage import PipelineStage
 from meshlm.shardformer.weights import ModuleSource, Piece, SafetensorsSource, WeightSource
-
-SIZES: dict[str, Any] = {
-    "hidden_size": 36,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 50,
-    "vocab_size": 101,
-    "num_hidden_layers": 3,
-    "max_position_embeddings": 64,
-}
-
-
-def make_model(**values: Any) -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **values})).eval()
+from tiny import llama_config, make_llama
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(path)
+    make_llama().save_pretrained(path)
     return path
 
 
@@ -113,7 +98,7 @@ def test_sources_can_be_pickled_and_closed(tmp_path: Path) -> None:
 
 
 def test_a_sharded_directory_is_one_checkpoint(tmp_path: Path) -> None:
-    model = make_model()
+    model = make_llama()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
     source = open_checkpoint(tmp_path).source
@@ -125,7 +110,7 @@ def test_a_sharded_directory_is_one_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_module_source_saves_what_it_holds(tmp_path: Path) -> None:
-    model = make_model()
+    model = make_llama()
     source = ModuleSource(model)
     source.save(str(tmp_path / "model.safetensors"), ["model.norm.weight", "lm_head.weight"])
     stored = load_file(tmp_path / "model.safetensors")
@@ -165,7 +150,7 @@ def test_every_element_is_read_by_whoever_holds_it_and_filled_once(
 ) -> None:
     monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
     monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # the recorder adds 1 to what it fills
-    model = make_model(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
+    model = make_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     spec = open_checkpoint(model).spec
     shards = Shards(spec, tp_size)
     recorder = Recorder({name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()})
@@ -209,7 +194,7 @@ def test_a_whole_stage_holds_the_checkpoint(
     tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
-    model = make_model(tie_word_embeddings=tied, attention_bias=True)
+    model = make_llama(tie_word_embeddings=tied, attention_bias=True)
     model.save_pretrained(tmp_path)
     mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
     for given in (tmp_path, str(tmp_path), model):
@@ -361,7 +346,7 @@ def test_left_over_rotary_frequencies_are_knowingly_ignored(copy: Path) -> None:
 
 
 def test_a_tied_model_may_hold_its_head_and_an_untied_one_must(saved: Path, tmp_path: Path) -> None:
-    make_model(tie_word_embeddings=True).save_pretrained(tmp_path)
+    make_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     open_checkpoint(tmp_path)
     rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(101, 36)}))
@@ -424,7 +409,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_the_index_names_is_missing(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    make_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     gone = sorted(tmp_path.glob("*.safetensors"))[1]
     gone.unlink()
     assert fault(tmp_path) == f"{tmp_path}: missing {gone.name}, named in model.safetensors.index.json"
@@ -438,7 +423,7 @@ def test_an_index_that_is_none(copy: Path, index: str) -> None:
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    make_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
     name = next(iter(load_file(first)))
     save_file({**load_file(second), name: torch.zeros(3)}, second, {"format": "pt"})
@@ -448,7 +433,7 @@ def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_index_that_does_not_say_where_tensors_are_is_refused(tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path, max_shard_size="20KB")
+    make_llama().save_pretrained(tmp_path, max_shard_size="20KB")
     first, second = sorted(tmp_path.glob("*.safetensors"))[:2]
     file = tmp_path / "model.safetensors.index.json"
     index = json.loads(file.read_text())
@@ -473,32 +458,36 @@ def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
     )
 
 
-def test_a_gguf_file_with_the_rope_factors_of_llama_3_1_is_refused(tmp_path: Path) -> None:
+def write_gguf(file: Path, *tensors: str, **metadata: str | float) -> Path:
+    """A Llama that lacks most of its tensors; `metadata` by the name after "llama.", dots written as "__"."""
     import numpy as np
     from gguf import GGUFWriter
 
-    def write(*more: str) -> Path:
-        file = tmp_path / f"model{len(more)}.gguf"
-        writer = GGUFWriter(file, "llama")
-        writer.add_context_length(64)
-        writer.add_block_count(1)
-        writer.add_embedding_length(8)
-        writer.add_feed_forward_length(16)
-        writer.add_head_count(2)
-        writer.add_head_count_kv(2)
-        writer.add_rope_dimension_count(4)
-        writer.add_rope_freq_base(10000.0)
-        writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_vocab_size(11)
-        for name in ("output_norm.weight", *more):
-            writer.add_tensor(name, np.ones(8, dtype=np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        return file
+    writer = GGUFWriter(file, "llama")
+    writer.add_context_length(64)
+    writer.add_block_count(1)
+    writer.add_embedding_length(8)
+    writer.add_feed_forward_length(16)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(4)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(11)
+    for name, value in metadata.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add("llama." + name.replace("__", "."), value)
+    for tensor in ("output_norm.weight", *tensors):
+        writer.add_tensor(tensor, np.ones(8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return file
 
-    plain, scaled = write(), write("rope_freqs.weight")
+
+def test_a_gguf_file_with_the_rope_factors_of_llama_3_1_is_refused(tmp_path: Path) -> None:
+    plain, scaled = write_gguf(tmp_path / "plain.gguf"), write_gguf(tmp_path / "scaled.gguf", "rope_freqs.weight")
     assert fault(plain).startswith(f"{plain}: missing tensors: ")  # read, but for what it lacks
     assert fault(scaled) == (
         f"{scaled}: rope_freqs.weight (the RoPE factors of Llama 3.1 and later) is not supported: transformers reads "
@@ -506,8 +495,47 @@ def test_a_gguf_file_with_the_rope_factors_of_llama_3_1_is_refused(tmp_path: Pat
     )
 
 
+@pytest.mark.parametrize(
+    ("metadata", "named"),
+    [
+        ({"rope__scaling__type": "none", "rope__scaling__factor": 4.0}, None),
+        ({"rope__scaling__type": "linear", "rope__scaling__factor": 1.0}, None),
+        ({"rope__scaling__type": "linear"}, None),
+        ({"rope__scaling__factor": 0.0, "rope__scaling__attn_factor": 1.0}, None),
+        (
+            {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0},
+            "llama.rope.scaling.type='linear', llama.rope.scaling.factor=2.0",
+        ),
+        (
+            {
+                "rope__scaling__type": "yarn",
+                "rope__scaling__factor": 4.0,
+                "rope__scaling__original_context_length": 32.0,
+            },
+            "llama.rope.scaling.type='yarn', llama.rope.scaling.factor=4.0",
+        ),
+        ({"rope__scaling__type": "longrope"}, "llama.rope.scaling.type='longrope'"),
+        ({"rope__scaling__factor": 2.0}, "llama.rope.scaling.factor=2.0"),
+        ({"rope__scale_linear": 2.0}, "llama.rope.scale_linear=2.0"),
+        ({"rope__scaling__attn_factor": 0.5}, "llama.rope.scaling.attn_factor=0.5"),
+    ],
+    ids=str,
+)
+def test_a_gguf_file_with_scaled_rope_is_refused(
+    metadata: dict[str, str | float], named: str | None, tmp_path: Path
+) -> None:
+    file = write_gguf(tmp_path / "model.gguf", **metadata)
+    if named is None:
+        assert fault(file).startswith(f"{file}: missing tensors: ")
+    else:
+        assert fault(file) == (
+            f"{file}: {named} (scaled RoPE) is not supported: transformers reads rope_theta alone from a GGUF file, "
+            f"and the tokens would be wrong; use the safetensors directory"
+        )
+
+
 def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path) -> None:
-    model = make_model().double()
+    model = make_llama().double()
     model.save_pretrained(tmp_path)
     mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
     with pytest.raises(ValueError) as error:
@@ -534,7 +562,7 @@ def test_modules_that_are_not_for_us() -> None:
     from transformers import LlamaModel
 
     with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported; supported: "):
-        open_checkpoint(LlamaModel(LlamaConfig(**SIZES)))
+        open_checkpoint(LlamaModel(llama_config()))
 
 
 @pytest.mark.slow  # reads a GGUF file
