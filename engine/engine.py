@@ -7,15 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from torch import nn
-
 from ..config import ConfigError, InferenceConfig
 from ..mesh.launch import torchrun_place
-from ..shardformer import Checkpoint, open_checkpoint
+from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
 from .detokenizer import Detokenizer
@@ -49,7 +46,8 @@ class EngineStats:
 class InferenceEngine:
     """Generates with a transformers causal language model on a DP × PP × TP mesh.
 
-    model: a directory with config.json and safetensors, a GGUF file, or a transformers module.
+    model: a directory with config.json and safetensors, a GGUF file, a transformers module, or a transformers config,
+        which gets random weights (for benchmarks).
     config: sizes of the mesh and everything else that has a default.
     tokenizer: a transformers tokenizer; by default the one beside the model's weights.
 
@@ -62,9 +60,7 @@ class InferenceEngine:
     is also closed when the interpreter exits.
     """
 
-    def __init__(
-        self, model: str | Path | nn.Module, config: InferenceConfig | None = None, tokenizer: Any = None
-    ) -> None:
+    def __init__(self, model: Model, config: InferenceConfig | None = None, tokenizer: Any = None) -> None:
         self.config = config = config or InferenceConfig()
         place = torchrun_place()
         if place is not None and (place.world_size > 1 or config.world_size > 1):
@@ -84,7 +80,7 @@ class InferenceEngine:
             self.close()
             raise
 
-    def _start(self, checkpoint: Checkpoint, files: ExitStack, model: str | Path | nn.Module, tokenizer: Any) -> None:
+    def _start(self, checkpoint: Checkpoint, files: ExitStack, model: Model, tokenizer: Any) -> None:
         """Loads the weights on every rank, measures what memory is left, and allocates the cache."""
         loading = self._world.begin_load(checkpoint, files)
         self.tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer  # while the ranks load

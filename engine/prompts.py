@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..config import SamplingParams, as_sampling_params
+from ..shardformer import Model
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -125,9 +124,9 @@ def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
     return list(zip(each, params, strict=True))
 
 
-def find_tokenizer(model: str | Path | nn.Module) -> Any:
+def find_tokenizer(model: Model) -> Any:
     """The tokenizer beside a model's weights; None if there is none."""
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str | Path):
         return None
     from transformers import AutoTokenizer
 
@@ -139,12 +138,12 @@ def find_tokenizer(model: str | Path | nn.Module) -> Any:
     return AutoTokenizer.from_pretrained(path, local_files_only=True)
 
 
-def default_params(model: str | Path | nn.Module, eos_token_ids: Sequence[int], tokenizer: Any) -> SamplingParams:
+def default_params(model: Model, eos_token_ids: Sequence[int], tokenizer: Any) -> SamplingParams:
     """The model's generation config as SamplingParams; its end tokens else from its config or its tokenizer."""
     from transformers import GenerationConfig
 
     own: Any = None
-    if isinstance(model, nn.Module):
+    if not isinstance(model, str | Path):
         own = getattr(model, "generation_config", None)
     elif (Path(model).expanduser() / "generation_config.json").exists():
         own = GenerationConfig.from_pretrained(Path(model).expanduser(), local_files_only=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import nn
@@ -22,11 +22,17 @@ from .weights import (
     CheckpointError,
     GGUFSource,
     ModuleSource,
+    RandomSource,
     SafetensorsSource,
     WeightSource,
     check_checkpoint,
     load_weights,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+Model: TypeAlias = Union[str, Path, nn.Module, "PreTrainedConfig"]
 
 DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -45,17 +51,22 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]  # of the model's config; a generation config may know better
 
 
-def open_checkpoint(model: str | Path | nn.Module) -> Checkpoint:
+def open_checkpoint(model: Model) -> Checkpoint:
     """Reads a model's config and its tensors' names and shapes.
 
-    model: a directory of safetensors with a config.json, a GGUF file, or a transformers module. Raises ValueError
-    (CheckpointError for faulty weights) naming what is wrong; no weight is read.
+    model: a directory of safetensors with a config.json, a GGUF file, a transformers module, or a transformers config,
+    which gets random weights. Raises ValueError (CheckpointError for faulty weights) naming what is wrong; no weight is
+    read.
     """
-    if isinstance(model, nn.Module):
+    source: WeightSource
+    if not isinstance(model, str | Path | nn.Module):
+        config, name = _transformers_config(model), f"{type(model).__name__} with random weights"
+        spec = find_policy(config.architectures or [_architecture_of(config)]).spec(config, read_rotary)
+        source = RandomSource(spec)
+    elif isinstance(model, nn.Module):
         config = getattr(model, "config", None)
         if config is None:
             raise ValueError(f"model: a {type(model).__name__} has no transformers config")
-        source: WeightSource
         spec = find_policy([type(model).__name__]).spec(config, read_rotary)
         dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
         spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
@@ -109,11 +120,25 @@ def _read_config(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable GGUF file: {' '.join(str(error).split())}") from error
-    if not config.architectures:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)]
+    config.architectures = config.architectures or [_architecture_of(config)]
     return config
+
+
+def _transformers_config(model: object) -> "PreTrainedConfig":
+    from transformers import PreTrainedConfig
+
+    if not isinstance(model, PreTrainedConfig):
+        raise ValueError(
+            f"model: a {type(model).__name__} is not a model; expected a path, a transformers module or its config"
+        )
+    return model
+
+
+def _architecture_of(config: Any) -> str:
+    """The causal language model that transformers makes of a config that names none."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
 def read_rotary(config: Any) -> RotarySpec:
@@ -163,7 +188,7 @@ class InferenceShardformer:
         """How the model is split over this mesh's tp axis."""
         return Shards(spec, self.mesh.size("tp"))
 
-    def optimize(self, model: str | Path | nn.Module | Checkpoint) -> PipelineStage:
+    def optimize(self, model: Model | Checkpoint) -> PipelineStage:
         """This rank's stage: its layers, its slices of them, ops and attention backend bound.
 
         Raises ValueError where the model cannot be divided so, CheckpointError where weights are faulty.

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from meshlm import InferenceConfig, InferenceShardformer, ProcessGroupMesh
+from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh
 from meshlm.kernels import select_ops
 from meshlm.mesh import Communicator
 from meshlm.policies import Dim
@@ -556,7 +556,29 @@ def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
     assert fault(broken).startswith(f"{broken}: not a readable GGUF file: ")
 
 
+def test_a_config_gets_random_weights(tmp_path: Path) -> None:
+    """The same on every rank that holds a slice, whole norms, all of the given dtype; on any mesh."""
+    checkpoint = open_checkpoint(llama_config(dtype=torch.bfloat16))
+    assert checkpoint.name == "LlamaConfig with random weights" and checkpoint.spec.dtype == "bfloat16"
+    name, ranges = "model.layers.1.self_attn.q_proj.weight", ((0, 8), (4, 36))
+    draws = torch.zeros(3, 8, 32)
+    for draw in draws[:2]:
+        checkpoint.source.read(name, ranges, draw)
+    checkpoint.source.read(name.replace("1", "2"), ranges, draws[2])
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2]) and 0.01 < draws[0].std() < 0.03
+    norm = torch.zeros(36)
+    checkpoint.source.read("model.norm.weight", ((0, 36),), norm)
+    assert torch.equal(norm, torch.ones(36))
+    with InferenceEngine(llama_config(), InferenceConfig(device="cpu", num_kv_blocks=8)) as engine:
+        (output,) = engine.generate([[1, 2, 3]], {"max_tokens": 5, "temperature": 0}, progress=False)
+        assert len(output.token_ids) == 5
+
+
 def test_modules_that_are_not_for_us() -> None:
+    with pytest.raises(
+        ValueError, match=r"^model: a int is not a model; expected a path, a transformers module or its"
+    ):
+        open_checkpoint(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^model: a Linear has no transformers config$"):
         open_checkpoint(torch.nn.Linear(2, 2))
     from transformers import LlamaModel
