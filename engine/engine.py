@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from types import TracebackType
 from typing import Any
@@ -16,9 +16,9 @@ from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
 from .detokenizer import Detokenizer
-from .executor import warn_if_tp_spans_hosts
+from .executor import rank_name, warn_if_tp_spans_hosts
 from .output import RequestOutput
-from .plan import check_fit, check_world, choose_devices, choose_num_blocks, why_cpu
+from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, why_cpu
 from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
 from .worker import RankInfo
 from .world import World
@@ -255,6 +255,25 @@ class InferenceEngine:
             return self._world.executor.call("busy")
 
         return self._world.everywhere(ask)
+
+    def set_attention_backend(self, name: str) -> None:
+        """Binds another attention backend in every layer of every rank, between two steps; or in none.
+
+        name: as `InferenceConfig.attention_backend`. Requests in flight go on. Each rank first proves that the new one
+        gives what eager gives, on the shapes of its last step too. Raises ValueError with the reason of the first rank
+        that cannot take it; all keep what they have.
+        """
+
+        def rebind() -> list[tuple[str, ...]]:
+            check_backend_name(name)
+            self._unclaimed += [request.output() for request in self._core.drain()]
+            for rank, reason in enumerate(self._world.executor.call("try_backend", name)):
+                if reason is not None:
+                    raise ValueError(reason if len(self.ranks) == 1 else f"{rank_name(self.config, rank)}: {reason}")
+            return self._world.executor.call("bind_backend")
+
+        bound = self._world.everywhere(rebind)
+        self.ranks = [replace(rank, attention_backends=now) for rank, now in zip(self.ranks, bound, strict=True)]
 
     def describe(self) -> str:
         """The mesh, what each rank holds and what was bound there, the cache, and where each setting came from."""

@@ -34,6 +34,7 @@ class ModelRunner:
     def __init__(self, stage: PipelineStage, block_size: int, pp: Communicator, sampler: Sampler | None) -> None:
         self.stage, self.block_size, self.pp, self.sampler = stage, block_size, pp, sampler
         self.backends = stage.backends
+        self.last: Sequences | None = None  # of the last step
         self.busy = BusyTime()
         self._sent: Pending | None = None
 
@@ -93,7 +94,7 @@ class ModelRunner:
             block_tables=step.block_tables,
             block_size=size,
         )
-        device = self.stage.device
+        self.last, device = sequences, self.stage.device
         return AttentionMetadata(
             positions=torch.from_numpy(positions).to(device),
             slots=torch.from_numpy(slots).to(device),

@@ -125,11 +125,7 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
     if not runs_on(dtype, devices[0]):
         raise ConfigError(f"InferenceConfig.dtype: {dtype} is not supported on {devices[0]}; use 'float32'")
     max_model_len(config, spec)
-    if config.attention_backend not in ("auto", *BACKENDS):
-        raise ConfigError(
-            f"InferenceConfig.attention_backend: {config.attention_backend!r} is not known; "
-            f"known: auto, {', '.join(BACKENDS)}"
-        )
+    check_backend_name(config.attention_backend)
     needed: Counter[torch.device] = Counter()
     for rank, device in enumerate(devices, first_rank):
         _, rest = divmod(rank, config.pp_size * config.tp_size)
@@ -143,6 +139,14 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
                 f"{_gib(size - free)} is missing; use more ranks on other devices "
                 f"(tp_size={config.tp_size}, pp_size={config.pp_size} now) or a smaller dtype ({dtype} now)"
             )
+
+
+def check_backend_name(name: str) -> None:
+    """Raises ConfigError if no attention backend is called so."""
+    if name not in ("auto", *BACKENDS):
+        raise ConfigError(
+            f"InferenceConfig.attention_backend: {name!r} is not known; known: auto, {', '.join(BACKENDS)}"
+        )
 
 
 def runs_on(dtype: torch.dtype, device: torch.device) -> bool:

@@ -24,6 +24,8 @@ from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gp
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
+from ..shardformer.backends import AttentionBackend
+from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner
@@ -119,6 +121,7 @@ class Worker:
         self.config, self.mesh, self.device = config, mesh, device
         self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
         self.runner: ModelRunner | None = None
+        self._candidates: list[AttentionBackend] = []
 
     def load(self, checkpoint: Checkpoint | None = None) -> RankInfo:
         """Builds this rank's stage and reads its weights."""
@@ -184,6 +187,22 @@ class Worker:
     def allocate(self, num_blocks: int) -> None:
         """Allocates the KV cache; from here on `execute` works."""
         KVCache(self.stage, num_blocks, self.block_size)
+
+    def try_backend(self, name: str) -> str | None:
+        """Makes ready another attention backend for `bind_backend`; the reason if it cannot serve on this rank."""
+        assert self.runner is not None
+        try:
+            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last)
+        except ValueError as reason:
+            return str(reason)
+        return None
+
+    def bind_backend(self) -> tuple[str, ...]:
+        """Takes what `try_backend` made ready; the names of what is bound now."""
+        assert self.runner is not None
+        bind(self.stage, self._candidates)
+        self.runner.backends = self.stage.backends
+        return tuple(self.stage.backends)
 
     def execute(self, step: StepInput) -> StepOutput | None:
         assert self.runner is not None
