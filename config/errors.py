@@ -20,7 +20,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def refuse_bool(model: type[BaseModel], value: Any, field: str) -> Any:
     """True is an int to Python; to a user it is a slip."""
-    if isinstance(value, bool) and model.model_fields[field].annotation is not bool:
+    if isinstance(value, bool) and model.model_fields[field].annotation not in (bool, bool | None):
         raise ValueError("must not be true or false")
     return value
 

@@ -86,6 +86,11 @@ class InferenceConfig(BaseSettings):
     max_num_batched_tokens: int = Field(
         default=2048, ge=1, description="tokens computed in one step of a replica; longer prompts are split over steps"
     )
+    async_scheduling: bool | None = Field(
+        default=None,
+        description="schedule each step while the one before it runs, whose tokens are not known yet; needs pp_size=1; "
+        "None: where it pays, on a GPU",
+    )
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of requests that bring none of their own")
@@ -163,6 +168,14 @@ class InferenceConfig(BaseSettings):
         given = [f"{name}={getattr(self, name)}" for name in _KV_SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each fix the size of the KV cache: give at most one")
+        return self
+
+    @model_validator(mode="after")
+    def _one_kind_of_overlap(self) -> Self:
+        if self.async_scheduling and self.pp_size > 1:
+            raise ValueError(
+                f"async_scheduling=True needs pp_size=1, and pp_size={self.pp_size}: that many steps run at once"
+            )
         return self
 
     @property

@@ -80,12 +80,13 @@ class ReplicaStats:
 class Replica:
     """A scheduler, the steps that it has in flight, and its totals."""
 
-    def __init__(self, config: InferenceConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(self, config: InferenceConfig, num_blocks: int, block_size: int, look_ahead: bool) -> None:
         self.scheduler = Scheduler(
             BlockManager(num_blocks, block_size, config.enable_prefix_caching),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             num_stages=config.pp_size,
+            look_ahead=look_ahead,
         )
         self.in_flight: deque[ScheduledStep] = deque()
         self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
@@ -112,9 +113,11 @@ class Replica:
 class EngineCore:
     """Schedules requests over the replicas behind an executor. Not thread-safe."""
 
-    def __init__(self, executor: Executor, config: InferenceConfig, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self, executor: Executor, config: InferenceConfig, num_blocks: int, block_size: int, look_ahead: bool = False
+    ) -> None:
         self.executor, self.config = executor, config
-        self.replicas = [Replica(config, num_blocks, block_size) for _ in range(config.dp_size)]
+        self.replicas = [Replica(config, num_blocks, block_size, look_ahead) for _ in range(config.dp_size)]
         self._requests: dict[str, Request] = {}
         self._by_sequence: dict[Sequence, Request] = {}
         self._aborted: list[Request] = []
@@ -182,7 +185,7 @@ class EngineCore:
 
     def _fill(self) -> None:
         for index, replica in enumerate(self.replicas):
-            while len(replica.in_flight) < self.config.pp_size:
+            while len(replica.in_flight) < replica.scheduler.max_in_flight:
                 step = replica.scheduler.schedule()
                 if step is None:
                     break

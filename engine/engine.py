@@ -18,7 +18,7 @@ from .core import EngineCore, ReplicaStats
 from .detokenizer import Detokenizer
 from .executor import rank_name, warn_if_tp_spans_hosts
 from .output import RequestOutput
-from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, why_cpu
+from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, look_ahead, why_cpu
 from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
 from .worker import RankInfo
 from .world import World
@@ -93,7 +93,9 @@ class InferenceEngine:
             longest = max_model_len(self.config, checkpoint.spec)
             num_blocks = choose_num_blocks(self.config, ranks, longest)
             self._world.executor.call("allocate", num_blocks)
-            self._core = EngineCore(self._world.executor, self.config, num_blocks, ranks[0].block_size)
+            self._core = EngineCore(
+                self._world.executor, self.config, num_blocks, ranks[0].block_size, look_ahead(self.config, ranks)
+            )
             return ranks, num_blocks, min(longest, num_blocks * ranks[0].block_size)
 
         self.ranks, self.num_blocks, self.max_model_len = self._world.everywhere(settle)

@@ -25,6 +25,7 @@ from ..config import InferenceConfig
 from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connect_to_driver, portable
 from ..mesh.process_group_mesh import check_topology
 from ..shardformer import Checkpoint
+from .model_runner import RunningStep
 from .step import StepInput, StepOutput
 from .worker import Call, Published, Reply, Stop, Worker, make_worker, serve
 
@@ -60,26 +61,44 @@ class LocalExecutor(Executor):
 
     def __init__(self, config: InferenceConfig, device: torch.device) -> None:
         self.worker: Worker | None = make_worker(config, device)
+        self._launches = device.type == "cuda"
         self._steps: deque[StepInput] = deque()
+        self._running: deque[RunningStep] = deque()  # the first of these
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
         return lambda: [getattr(self.worker, method)(*arguments)]
 
     def submit(self, replica: int, step: StepInput) -> None:
         self._steps.append(step)
+        if self._launches:  # and computes it while the caller goes on
+            self._launch()
 
     def collect(self) -> tuple[int, StepOutput]:
-        assert self.worker is not None
+        if not self._running:
+            self._launch()
         try:
-            output = self.worker.execute(self._steps[0])
-        except Exception as error:  # as from any rank; its own traceback is the cause
-            raise RankFailure(f"rank 0 failed: {type(error).__name__}: {error}") from error
+            output = self._running[0].wait()
+        except Exception as error:
+            raise _failed(error) from error
         assert output is not None
+        self._running.popleft()
         self._steps.popleft()  # only now: a step that is interrupted is done again
         return 0, output
 
+    def _launch(self) -> None:
+        assert self.worker is not None
+        try:
+            self._running.append(self.worker.launch(self._steps[len(self._running)]))
+        except Exception as error:
+            raise _failed(error) from error
+
     def close(self) -> None:
         self.worker = None  # and with it the weights and the cache
+
+
+def _failed(error: Exception) -> RankFailure:
+    """As from any rank; the error's own traceback is the cause."""
+    return RankFailure(f"rank 0 failed: {type(error).__name__}: {error}")
 
 
 class MeshExecutor(Executor):

@@ -141,6 +141,17 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
             )
 
 
+def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
+    """Whether steps are scheduled before the tokens of the one before are known.
+
+    On a GPU the host's work hides behind the device's then. A CPU has nothing to hide it behind, and would compute one
+    token too many for each sequence that a stop token ends.
+    """
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return config.pp_size == 1 and ranks[0].device.startswith("cuda")
+
+
 def check_backend_name(name: str) -> None:
     """Raises ConfigError if no attention backend is called so."""
     if name not in ("auto", *BACKENDS):

@@ -36,8 +36,11 @@ class Sampler:
         self.noise = ops.counter_noise
         self.token_ids = torch.arange(self.start, self.stop, dtype=torch.int32, device=device)
 
-    def __call__(self, logits: Tensor, samples: Sequence[SampleRequest]) -> tuple[int, ...]:
-        """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten. Returns token ids."""
+    def __call__(self, logits: Tensor, samples: Sequence[SampleRequest]) -> Tensor:
+        """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten.
+
+        Returns token ids [num_rows], int64, the same on every rank of `tp`.
+        """
         for row, sample in enumerate(samples):
             banned = [i - self.start for i in sample.banned if self.start <= i < self.stop]
             if banned:
@@ -47,13 +50,12 @@ class Sampler:
         plain = sorted(set(sampled).difference(filtered))
         if plain:
             self._add_noise(logits, plain, samples)
-        drawn = self._best(logits).tolist()
+        drawn = self._best(logits)
         if filtered:
             rows = torch.tensor(filtered, device=self.device)
             chosen = self._draw_filtered(logits.index_select(0, rows), [samples[r] for r in filtered])
-            for row, token_id in zip(filtered, chosen.tolist(), strict=True):
-                drawn[row] = token_id
-        return tuple(drawn)
+            drawn.index_copy_(0, rows, chosen)
+        return drawn
 
     def _best(self, scores: Tensor) -> Tensor:
         """[num_rows, local_vocab] -> the token id of the best score over all shards [num_rows]; ties to the lowest."""

@@ -6,6 +6,13 @@ steps, a prefix hit starts further along, a preempted sequence starts over: one 
 
 With a pipeline, up to `num_stages` steps are in flight on disjoint sequences. So that no stage idles, one step takes
 a `num_stages`-th of the pending tokens, in whole sequences.
+
+With `look_ahead` (one stage only) two steps are in flight, on the same sequences: the second takes the tokens that the
+first one draws, which the ranks know by then and the scheduler does not.
+
+    step n       computes x1 x2 x3, draws x4
+    step n + 1   computes x4, given as "the first token that the step before drew", draws x5
+    update(n)    x4 turns out to end the sequence: it is finished now, x5 is dropped when n + 1 is back
 """
 
 from array import array
@@ -15,7 +22,7 @@ from dataclasses import dataclass
 
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceStatus
-from .step import SampleRequest, StepInput
+from .step import SampleRequest, StepInput, drawn_before
 
 _MASK64 = (1 << 64) - 1
 
@@ -32,11 +39,19 @@ class Scheduler:
     """Admits, preempts and finishes the sequences of one replica."""
 
     def __init__(
-        self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int, num_stages: int = 1
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        num_stages: int = 1,
+        look_ahead: bool = False,
     ) -> None:
+        assert num_stages == 1 or not look_ahead
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
-        self.num_stages = num_stages
+        self.num_stages, self.look_ahead = num_stages, look_ahead
+        self.max_in_flight = 2 if look_ahead else num_stages  # steps
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.ended_in_flight: list[Sequence] = []  # finished from outside; their blocks are still being written
@@ -45,6 +60,7 @@ class Scheduler:
         self.num_matched_tokens = 0  # of these, found in the cache when a sequence that still waits was queued
         self.num_expected_tokens = 0  # to come after these
         self._next_step = 0
+        self._drawing: dict[Sequence, int] = {}  # sequence -> which of the last step's samples is its own
 
     @property
     def work(self) -> int:
@@ -68,16 +84,19 @@ class Scheduler:
         """The next step, or None where there is nothing to do that is not in flight already."""
         chosen: dict[Sequence, int] = {}  # sequence -> new tokens
         budget = self.max_num_batched_tokens
-        share = -(-self.num_pending_tokens // self.num_stages)  # in flight counts as pending until it is back
+        # In flight counts as pending until it is back.
+        share = -(-self.num_pending_tokens // self.num_stages) if self.num_stages > 1 else budget
         short_of_blocks = False
 
         for sequence in list(self.running):
             if not budget or self.max_num_batched_tokens - budget >= share:
                 break
-            if sequence.num_in_flight or sequence.status is not SequenceStatus.RUNNING:
+            if sequence.status is not SequenceStatus.RUNNING:
                 continue
-            count = min(sequence.num_pending_tokens, budget)
-            if not self._make_room(sequence, sequence.num_computed_tokens + count, chosen):
+            count = min(self._num_schedulable(sequence), budget)
+            if not count:
+                continue
+            if not self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
                 short_of_blocks = True
                 continue
             budget -= self._take(sequence, count, chosen)
@@ -102,13 +121,24 @@ class Scheduler:
 
         return self._step(chosen) if chosen else None
 
+    def _num_schedulable(self, sequence: Sequence) -> int:
+        """Tokens that a step can compute now: those that are known and in no step, or the one that is being drawn."""
+        if not sequence.num_in_flight:
+            return sequence.num_pending_tokens
+        if not self.look_ahead:
+            return 0
+        if sequence.num_draws_in_flight:
+            goes_on = sequence.num_output_tokens + 1 < sequence.max_tokens
+            return int(goes_on and sequence.num_scheduled_tokens == sequence.num_tokens)
+        return sequence.num_tokens - sequence.num_scheduled_tokens
+
     def _forget_match(self, sequence: Sequence) -> None:
         self.num_matched_tokens -= sequence.num_matched_tokens
         sequence.num_matched_tokens = 0
 
     def _take(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> int:
-        self.blocks.extend(sequence, sequence.num_computed_tokens + count)
-        sequence.num_in_flight = count
+        self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
+        sequence.num_in_flight += count
         chosen[sequence] = count
         return count
 
@@ -135,19 +165,25 @@ class Scheduler:
 
     def _step(self, chosen: dict[Sequence, int]) -> ScheduledStep:
         token_ids: array[int] = array("q")
-        tables, samples = [], []
+        tables: list[array[int]] = []
+        samples: list[SampleRequest] = []
+        drawing: dict[Sequence, int] = {}
         for index, (sequence, count) in enumerate(chosen.items()):
-            stop = sequence.num_computed_tokens + count
-            token_ids.extend(sequence.token_ids[sequence.num_computed_tokens : stop])
+            stop = sequence.num_scheduled_tokens
+            known = sequence.token_ids[stop - count : stop]
+            token_ids.extend(known or [drawn_before(self._drawing[sequence])])
             tables.append(array("i", sequence.block_table))
-            if stop == sequence.num_tokens:
-                samples.append(_sample_request(index, sequence))
+            if stop >= sequence.num_tokens:
+                drawing[sequence] = len(samples)
+                samples.append(_sample_request(index, sequence, stop))
+                sequence.num_draws_in_flight += 1
+        self._drawing = drawing
         self._next_step += 1
         step = StepInput(
             step_id=self._next_step,
             token_ids=token_ids,
             query_lens=tuple(chosen.values()),
-            context_lens=tuple(sequence.num_computed_tokens for sequence in chosen),
+            context_lens=tuple(sequence.num_scheduled_tokens - count for sequence, count in chosen.items()),
             block_tables=tuple(tables),
             samples=tuple(samples),
         )
@@ -158,19 +194,20 @@ class Scheduler:
     def update(self, step: ScheduledStep, token_ids: tuple[int, ...]) -> list[Sequence]:
         """Takes a step's drawn tokens; gives the sequences that grew by one, some of them finished by it."""
         assert len(token_ids) == len(step.input.samples)
-        for sequence in step.sequences:
+        for sequence, count in zip(step.sequences, step.input.query_lens, strict=True):
+            sequence.num_in_flight -= count
             if sequence.status is SequenceStatus.FINISHED:
-                self.ended_in_flight.remove(sequence)
-                sequence.num_in_flight = 0
-                self.blocks.free(sequence)
+                if not sequence.num_in_flight:
+                    self.ended_in_flight.remove(sequence)
+                    self.blocks.free(sequence)
                 continue
-            sequence.num_computed_tokens += sequence.num_in_flight
-            self.num_pending_tokens -= sequence.num_in_flight
-            sequence.num_in_flight = 0
+            sequence.num_computed_tokens += count
+            self.num_pending_tokens -= count
             self.blocks.commit(sequence)
         grown = []
         for sample, token_id in zip(step.input.samples, token_ids, strict=True):
             sequence = step.sequences[sample.sequence]
+            sequence.num_draws_in_flight -= 1
             if sequence.status is SequenceStatus.FINISHED:
                 continue
             self.num_expected_tokens -= sequence.num_expected_tokens
@@ -211,7 +248,8 @@ class Scheduler:
         self.blocks.check([*self.waiting, *self.running, *self.ended_in_flight])
 
 
-def _sample_request(index: int, sequence: Sequence) -> SampleRequest:
+def _sample_request(index: int, sequence: Sequence, position: int) -> SampleRequest:
+    """The draw of the token at `position`, for the sequence at `index` in the step."""
     sample = sequence.sample
     return SampleRequest(
         sequence=index,
@@ -219,8 +257,8 @@ def _sample_request(index: int, sequence: Sequence) -> SampleRequest:
         top_k=sample.top_k,
         top_p=sample.top_p,
         min_p=sample.min_p,
-        key=noise_key(sample.seed, sequence.num_tokens) if sample.temperature else (0, 0),
-        banned=tuple(sequence.stop_token_ids) if sequence.num_output_tokens < sequence.min_tokens else (),
+        key=noise_key(sample.seed, position) if sample.temperature else (0, 0),
+        banned=tuple(sequence.stop_token_ids) if position - sequence.num_prompt_tokens < sequence.min_tokens else (),
     )
 
 

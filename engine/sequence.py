@@ -50,7 +50,8 @@ class Sequence:
     num_computed_tokens: int = field(init=False, default=0)
     num_cached_tokens: int | None = field(init=False, default=None)  # found in the prefix cache at first admission
     num_matched_tokens: int = field(init=False, default=0)  # found there when it was queued, while it waits
-    num_in_flight: int = field(init=False, default=0)  # tokens in a step that has not come back
+    num_in_flight: int = field(init=False, default=0)  # tokens in steps that have not come back
+    num_draws_in_flight: int = field(init=False, default=0)  # of these steps, those that draw its next token
     num_preemptions: int = field(init=False, default=0)
     block_table: list[int] = field(init=False, default_factory=list)
     block_nodes: list[int] = field(init=False, default_factory=list)  # see BlockManager.commit
@@ -75,6 +76,11 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens whose keys and values are not in the cache yet."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens computed, or in a step: with a draw in flight, up to one more than are known."""
+        return self.num_computed_tokens + self.num_in_flight
 
     @property
     def num_expected_tokens(self) -> int:

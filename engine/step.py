@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class StepInput:
     """One forward of one replica: new tokens of some sequences, flattened, never padded."""
 
     step_id: int
-    token_ids: "array[int]"  # int64 [num_tokens]
+    token_ids: "array[int]"  # int64 [num_tokens]; below 0: see `drawn_before`
     query_lens: tuple[int, ...]  # new tokens of each sequence, >= 1
     context_lens: tuple[int, ...]  # its tokens before those, in the cache already
     block_tables: tuple["array[int]", ...]  # int32: its blocks, enough for context and new tokens
@@ -31,6 +32,11 @@ class StepInput:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+def drawn_before(sample: Any) -> Any:
+    """Stands in `token_ids` for what the step before this one draws for its `sample`-th sample; its own inverse."""
+    return -1 - sample
 
 
 @dataclass(frozen=True)

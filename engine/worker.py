@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -28,9 +29,9 @@ from ..shardformer.backends import AttentionBackend
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
-from .model_runner import ModelRunner
+from .model_runner import ModelRunner, RunningStep
 from .sampler import Sampler
-from .step import SampleRequest, StepInput, StepOutput
+from .step import SampleRequest, StepInput
 
 
 @dataclass(frozen=True)
@@ -180,8 +181,7 @@ class Worker:
         before = torch.cuda.memory_allocated(self.device)
         sample = SampleRequest(sequence=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, key=(0, 0), banned=())
         table = array("i", range(num_blocks))
-        self.execute(StepInput(0, array("q", bytes(8 * count)), (count,), (0,), (table,), (sample,)))
-        torch.cuda.synchronize(self.device)
+        self.launch(StepInput(0, array("q", bytes(8 * count)), (count,), (0,), (table,), (sample,))).wait()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def allocate(self, num_blocks: int) -> None:
@@ -204,9 +204,10 @@ class Worker:
         self.runner.backends = self.stage.backends
         return tuple(self.stage.backends)
 
-    def execute(self, step: StepInput) -> StepOutput | None:
+    def launch(self, step: StepInput) -> RunningStep:
+        """Begins with a step; those that were begun are waited for in their order."""
         assert self.runner is not None
-        return self.runner.execute(step)
+        return self.runner.launch(step)
 
     def busy(self) -> dict[str, float]:
         """This rank's steps and seconds of computing so far, and when they began and ended."""
@@ -223,16 +224,21 @@ def serve(connection: Connection, worker: Worker, publish: Callable[[Published],
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)  # the current device is a thread's own
     answers = worker.mesh.coordinate("tp") == 0
+    running: deque[RunningStep] = deque()
     while True:
         try:
-            message = connection.recv()
+            # What has come is begun with before anything is waited for: so a GPU always has something to do.
+            ready = running and (running[0].has_ended() or not connection.poll())
+            message = None if ready else connection.recv()
         except (EOFError, OSError):
             return True
         try:
-            if isinstance(message, StepInput):
-                output = worker.execute(message)
+            if message is None:
+                output = running.popleft().wait()
                 if output is not None and answers:
                     connection.send(output)
+            elif isinstance(message, StepInput):
+                running.append(worker.launch(message))
             elif isinstance(message, Call):
                 connection.send(Reply(getattr(worker, message.method)(*message.arguments)))
             elif isinstance(message, Published):
@@ -244,7 +250,8 @@ def serve(connection: Connection, worker: Worker, publish: Callable[[Published],
         except Exception as error:
             with suppress(OSError):  # the driver is gone
                 # A request was checked before it came into a step: what fails in a step is no user's mistake.
-                connection.send(Failure.of(error, for_user=not isinstance(message, StepInput)))
+                in_step = message is None or isinstance(message, StepInput)
+                connection.send(Failure.of(error, for_user=not in_step))
             return False
 
 

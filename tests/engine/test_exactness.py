@@ -325,6 +325,30 @@ def test_without_a_compiler(
         reference.check(generate(engine, reference.prompts))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"block_size": 1, "num_kv_blocks": 2048, "max_num_batched_tokens": 32},
+        {"tp_size": 2, "dp_size": 2},
+    ],
+    ids=str,
+)
+def test_async_scheduling(fields: dict[str, int], demo_model: Path, reference: Reference) -> None:
+    """Steps whose tokens are not known when they are scheduled; some sequences are ended by what was not known."""
+    chats = range(15, 20)
+    heeded = GREEDY.model_copy(update={"ignore_eos": False})
+    with running(demo_model, async_scheduling=True, **fields) as engine:
+        params = [GREEDY] * 24 + [heeded] * len(chats)
+        prompts = [reference.prompts[index] for index in (*range(24), *chats)]
+        outputs = [list(token_ids) for token_ids in generate(engine, prompts, params)]
+        reference.check(outputs[:24])
+        assert outputs[24:] == [reference.until_eos(index, engine.tokenizer.eos_token_id) for index in chats]
+        num_steps = sum(replica.num_steps for replica in engine.stats().replicas)
+        assert num_steps >= NUM_TOKENS
+
+
 # ---- blocks, chunks, preemption, prefixes ------------------------------------------------------------------------
 
 

@@ -59,7 +59,7 @@ def draw(
         tp: Any = FakeTp(index, parts, barrier)
         start, stop = shards[index]
         try:
-            drawn[index] = Sampler(tp, shards, ops, CPU)(logits[:, start:stop].clone(), samples)
+            drawn[index] = Sampler(tp, shards, ops, CPU)(logits[:, start:stop].clone(), samples).tolist()
         except BaseException as error:
             drawn[index] = error
             barrier.abort()

@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from meshlm.engine.block_manager import BlockManager
 from meshlm.engine.scheduler import ScheduledStep, Scheduler, noise_key
 from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
+from meshlm.engine.step import drawn_before
 
 
 def make(num_blocks: int = 64, block_size: int = 4, **values: Any) -> Scheduler:
@@ -444,21 +445,34 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.integers(1, 4),
         num_tokens=st.integers(18, 30),  # the longest request has 12 + 6; the engine's max_model_len sees to that
         num_stages=st.integers(1, 3),
+        look_ahead=st.booleans(),
         budget=st.sampled_from([1, 2, 5, 16, 64]),
         max_num_seqs=st.integers(1, 6),
         caching=st.booleans(),
     )
     def start(
-        self, block_size: int, num_tokens: int, num_stages: int, budget: int, max_num_seqs: int, caching: bool
+        self,
+        block_size: int,
+        num_tokens: int,
+        num_stages: int,
+        look_ahead: bool,
+        budget: int,
+        max_num_seqs: int,
+        caching: bool,
     ) -> None:
         self.num_blocks = -(-num_tokens // block_size)
-        self.size, self.num_stages, self.budget, self.max_num_seqs = block_size, num_stages, budget, max_num_seqs
+        self.size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
         self.scheduler = Scheduler(
             BlockManager(self.num_blocks, block_size, caching),
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             num_stages=num_stages,
+            look_ahead=look_ahead and num_stages == 1,
         )
+        self.max_in_flight = self.scheduler.max_in_flight
+        self.drawn: tuple[int, ...] = ()  # by the last step
+        self.looked_ahead = False
+        self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
         self.sequences: list[Sequence] = []
         self.cut: dict[Sequence, int] = {}  # ended from outside -> its output then
         self.flight: deque[tuple[ScheduledStep, tuple[int, ...]]] = deque()
@@ -476,9 +490,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         name = f"s{len(self.sequences)}"
         sequence = Sequence(name, prompt, max_tokens, min(min_tokens, max_tokens), stops)
         self.sequences.append(sequence)
+        self.known[sequence] = list(prompt)
         self.scheduler.add(sequence)
 
-    @precondition(lambda self: len(self.flight) < self.num_stages)
+    @precondition(lambda self: len(self.flight) < self.max_in_flight)
     @rule()
     def schedule(self) -> None:
         step = self.scheduler.schedule()
@@ -495,22 +510,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence, count, context, table in zip(
             step.sequences, given.query_lens, given.context_lens, given.block_tables, strict=True
         ):
-            tokens = given.token_ids[start : start + count]
+            known = self.known[sequence]
+            self.looked_ahead |= given.token_ids[start] < 0
+            tokens = [self.drawn[drawn_before(t)] if t < 0 else t for t in given.token_ids[start : start + count]]
             start += count
-            assert list(tokens) == sequence.token_ids[context : context + count]
+            assert tokens == known[context : context + count]
             slots = [table[p // self.size] * self.size + p % self.size for p in range(context + count)]
             for position, token in zip(range(context, context + count), tokens, strict=True):
                 self.cache[slots[position]] = (token, position)
             read = [self.cache[slot] for slot in slots]
-            assert read == list(zip(sequence.token_ids, range(context + count), strict=False)), "another's keys"
+            assert read == list(zip(known, range(context + count), strict=False)), "another's keys"
             seen.append(tuple(token for token, _ in read))
         assert start == given.num_tokens
         drawn = []
         for sample in given.samples:
-            assert seen[sample.sequence] == tuple(step.sequences[sample.sequence].token_ids)
+            known = self.known[step.sequences[sample.sequence]]
+            assert seen[sample.sequence] == tuple(known)
             token = model(seen[sample.sequence])
             drawn.append(VOCABULARY if token in sample.banned else token)
-        return tuple(drawn)
+            known.append(drawn[-1])
+        self.drawn = tuple(drawn)
+        return self.drawn
 
     @precondition(lambda self: self.flight)
     @rule()
@@ -522,7 +542,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ):
             for p in range(context + count):
                 slot = table[p // self.size] * self.size + p % self.size
-                assert self.cache[slot] == (sequence.token_ids[p], p), "overwritten while in flight"
+                assert self.cache[slot] == (self.known[sequence][p], p), "overwritten while in flight"
         before = {s: s.num_output_tokens for s in step.sequences}
         grown = self.scheduler.update(step, drawn)
         assert all(s.num_output_tokens == before[s] + (s in grown) for s in step.sequences)
@@ -546,7 +566,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         scheduler.check()
         assert len(scheduler.running) <= self.max_num_seqs
         flying = [s for step, _ in self.flight for s in step.sequences]
-        assert len(set(flying)) == len(flying)
+        assert len(set(flying)) == len(flying) or scheduler.look_ahead
         assert {s for s in flying if s.num_in_flight} == set(flying)
         assert all((s.num_in_flight > 0) == (s in flying) for s in self.sequences)
 
@@ -558,7 +578,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             turns += 1
             assert turns < 5000, "no progress"
             before = len(self.flight)
-            while len(self.flight) < self.num_stages:
+            while len(self.flight) < self.max_in_flight:
                 self.schedule()
                 if len(self.flight) == before:
                     break
@@ -582,14 +602,23 @@ SchedulerMachine.TestCase.settings = settings(
 TestSchedulerAsAWhole = SchedulerMachine.TestCase
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
-def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int) -> None:
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
+def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahead: bool) -> None:
     """Guards the machine above: at its sizes, what it is to prove something about really happens."""
     machine = SchedulerMachine()
-    machine.start(block_size=2, num_tokens=18, num_stages=num_stages, budget=16, max_num_seqs=6, caching=True)
+    machine.start(
+        block_size=2,
+        num_tokens=18,
+        num_stages=num_stages,
+        look_ahead=look_ahead,
+        budget=16,
+        max_num_seqs=6,
+        caching=True,
+    )
     for i in range(12):
         machine.add(prefix=5, tail=[i % 3, i // 3 % 3], max_tokens=6, min_tokens=6, stops=frozenset())
     sequences = machine.sequences
     machine.teardown()
     assert machine.scheduler.num_preemptions > 0
+    assert machine.looked_ahead == look_ahead
     assert any(s.num_cached_tokens for s in sequences)
