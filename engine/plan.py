@@ -78,7 +78,7 @@ def check_alike(tables: Sequence[Mapping[str, Any]]) -> None:
             ]
             faults.append(f"{name}: {', '.join(told)}")
     if faults:
-        more = f"; {len(faults) - _MAX_FAULTS} more fields differ" if len(faults) > _MAX_FAULTS else ""
+        more = f"; more that differ: {len(faults) - _MAX_FAULTS}" if len(faults) > _MAX_FAULTS else ""
         raise ConfigError(f"{'; '.join(faults[:_MAX_FAULTS])}{more}; under torchrun every rank is to be given the same")
 
 

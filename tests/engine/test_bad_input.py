@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LlamaForCausalLM
 
 from meshlm import CheckpointError, ConfigError, InferenceConfig, InferenceEngine, SamplingParams
 from meshlm.engine import plan
+from meshlm.shardformer import open_checkpoint
 from tiny import make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -241,6 +242,22 @@ def test_what_cannot_be_is_said_before_anything_starts(
     before = process.children(recursive=True), process.num_fds()
     assert message_of(lambda: InferenceEngine(model, CONFIG.replace(**values))) == message
     assert (process.children(recursive=True), process.num_fds()) == before
+
+
+def test_ranks_that_were_given_different_models(model: LlamaForCausalLM, tmp_path: Path) -> None:
+    other = make_llama(seed=1, num_hidden_layers=2, intermediate_size=40, vocab_size=90)
+    cpu = torch.device("cpu")
+    ours, theirs = (plan.settings(CONFIG, cpu, open_checkpoint(given)) for given in (model, other))
+    plan.check_alike([ours, ours])
+    assert message_of(lambda: plan.check_alike([ours, theirs, ours, theirs])) == (
+        "model.num_layers: ranks 0, 2 have 3, ranks 1, 3 have 2; model.intermediate_size: ranks 0, 2 have 50, ranks 1, "
+        "3 have 40; model.vocab_size: ranks 0, 2 have 101, ranks 1, 3 have 90; more that differ: 1; under torchrun "
+        "every rank is to be given the same"
+    )
+    model.save_pretrained(tmp_path)
+    broken = open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    plan.check_alike([ours, plan.settings(CONFIG, cpu, broken)])  # loading says what is wrong with it
 
 
 def test_fewer_cuda_devices_than_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
