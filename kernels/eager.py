@@ -15,23 +15,36 @@ from torch import Tensor
 # norms
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * x / sqrt(mean(x²) + eps)``, the mean in float32 (Zhang & Sennrich 2019).
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+    """``weight * x / sqrt(mean(x²) + eps)``, the mean in float32 (Zhang & Sennrich 2019), rounded as in transformers.
 
-    x: [..., hidden]; weight: [hidden]. Returns x's shape and dtype.
+    x: [..., hidden]; weight: [hidden]. `offset` is added to the weight, and the product is then in float32 (Gemma's
+    ``1 + weight``). Returns x's shape and dtype.
     """
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)  # one pass, no float32 copy of x
-    scale = torch.rsqrt(norm.square_().div_(x.shape[-1]).add_(eps))
-    return (x * scale).to(x.dtype).mul_(weight)
+    wide = x.float()
+    scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    if offset:
+        return (wide * scale).mul_(weight.float() + offset).to(x.dtype)
+    return (wide * scale).to(x.dtype).mul_(weight)
 
 
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Adds x to the residual stream and normalises the sum: ``(rms_norm(x + residual), x + residual)``.
 
     x, residual: [num_tokens, hidden]; ``residual=None`` means that the stream starts with x.
     """
     total = x if residual is None else x + residual
-    return rms_norm(total, weight, eps), total
+    return rms_norm(total, weight, eps, offset), total
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """``weight * (x - mean(x)) / sqrt(var(x) + eps) + bias``, in float32 inside (Ba et al. 2016).
+
+    x: [..., hidden]; weight, bias: [hidden]; var: mean of squares about the mean. Returns x's shape and dtype.
+    """
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -44,20 +57,37 @@ def silu_and_mul(gate_up: Tensor) -> Tensor:
     return F.silu(gate).mul_(up)
 
 
+def gelu_and_mul(gate_up: Tensor, tanh: bool) -> Tensor:
+    """``gelu(gate) * up`` (GEGLU, Shazeer 2020). gate_up: [num_tokens, 2 * n], gate first. Returns [num_tokens, n].
+
+    gelu(x) is ``x * Phi(x)``, Phi from erf, or ``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x³)))`` for `tanh`
+    (Hendrycks & Gimpel 2016).
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh" if tanh else "none").mul_(up)
+
+
 # --------------------------------------------------------------------------------------------------------------
 # rotary embedding, KV store
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, NeoX halves (Su et al. 2021): pairs (i, i + head_dim / 2) are rotated.
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of the first ``2 * width`` elements of each head; the rest is kept.
 
-    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, head_dim / 2], each token's own.
+    x: [num_tokens, heads, head_dim]; cos, sin: [num_tokens, width], each token's own, width <= head_dim / 2. The pairs
+    are (i, i + width), NeoX's halves, or (2i, 2i + 1), GPT-J's neighbours, if `interleaved`.
     """
-    half = x.shape[-1] // 2
+    width = cos.shape[-1]
+    if interleaved:
+        first, second = slice(0, 2 * width, 2), slice(1, 2 * width, 2)
+    else:
+        first, second = slice(0, width), slice(width, 2 * width)
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    torch.mul(x[..., :half], cos, out=out[..., :half]).addcmul_(x[..., half:], sin, value=-1)
-    torch.mul(x[..., half:], cos, out=out[..., half:]).addcmul_(x[..., :half], sin)
+    torch.mul(x[..., first], cos, out=out[..., first]).addcmul_(x[..., second], sin, value=-1)
+    torch.mul(x[..., second], cos, out=out[..., second]).addcmul_(x[..., first], sin)
+    if 2 * width < x.shape[-1]:
+        out[..., 2 * width :] = x[..., 2 * width :]
     return out
 
 
@@ -68,10 +98,33 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     request's overflow must not reach another that gets its block later, or is padded with it.)
 
     key, value: [num_tokens, kv_heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim];
-    slots: [num_tokens] int64, ``block * block_size + offset``.
+    slots: [num_tokens] int64, ``block * block_size + offset``; a row whose slot is -1 is padding and not stored.
     """
-    key_cache.flatten(0, 1).index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
-    value_cache.flatten(0, 1).index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))
+    key_slots, value_slots = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    if not slots.is_cpu:
+        key, value, slots = _repeat_over_padding(key, value, key_slots, value_slots, slots)
+    elif slots.numel() and int(slots.min()) < 0:
+        stored = slots >= 0
+        key, value, slots = key[stored], value[stored], slots[stored]
+    key_slots.index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
+    value_slots.index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))
+
+
+def _repeat_over_padding(
+    key: Tensor, value: Tensor, key_slots: Tensor, value_slots: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Makes each row of padding store what another row stores, so that the host need not wait to know how many are.
+
+    Where all rows are padding, each stores what slot 0 holds.
+    """
+    if not slots.numel():
+        return key, value, slots
+    stored = slots >= 0
+    rows = torch.arange(len(slots), device=slots.device)
+    rows = torch.where(stored, rows, stored.int().argmax())
+    nothing = (slots[rows] < 0).view(-1, 1, 1)
+    key, value = torch.where(nothing, key_slots[:1], key[rows]), torch.where(nothing, value_slots[:1], value[rows])
+    return key, value, slots[rows].clamp(min=0)
 
 
 def rotary_store_kv(
@@ -84,15 +137,17 @@ def rotary_store_kv(
     key_cache: Tensor,
     value_cache: Tensor,
     slots: Tensor,
+    interleaved: bool = False,
 ) -> Tensor:
     """Rotates a step's queries and keys and stores its keys and values: `rotary` of both, then `store_kv`.
 
     query: [num_tokens, heads, head_dim], key, value: [num_tokens, kv_heads, head_dim], views of one product as a rule;
-    cos, sin: [max_positions, head_dim / 2]; positions: [num_tokens] int64. Returns the rotated query, contiguous.
+    cos, sin: [max_positions, width], width <= head_dim / 2; positions: [num_tokens] int64. Returns the rotated query,
+    contiguous.
     """
     cos, sin = cos[positions], sin[positions]
-    store_kv(rotary(key, cos, sin), value, key_cache, value_cache, slots)
-    return rotary(query, cos, sin)
+    store_kv(rotary(key, cos, sin, interleaved), value, key_cache, value_cache, slots)
+    return rotary(query, cos, sin, interleaved)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -247,6 +302,22 @@ def counter_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
     uniform = ((bits >> 1) & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)
     exponential = -torch.log1p(-uniform.clamp_(max=1 - 2.0**-24))
     return -exponential.log_()
+
+
+def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The best token of a vocabulary shard for each row, by ``logits / temperature + noise`` (`counter_noise`).
+
+    logits: float32 [num_rows, local_vocab], of tokens from `start` on; temperatures: float32 [num_rows], 0 for the
+    plain argmax; keys: int32 [num_rows, 2]. Returns the best score, float32 [num_rows], and its token id, int64
+    [num_rows]: the lowest of equals; NaN counts as the largest. The best of all shards is the row's draw.
+    """
+    drawn = temperatures.nonzero().squeeze(1)
+    if len(drawn):
+        token_ids = torch.arange(start, start + logits.shape[1], dtype=torch.int32, device=logits.device)
+        scores = logits[drawn].div_(temperatures[drawn].unsqueeze(1)).add_(counter_noise(keys[drawn], token_ids))
+        logits = logits.index_copy(0, drawn, scores)
+    best = logits.max(dim=-1)
+    return best.values, best.indices + start
 
 
 def _mix32(bits: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """``select_ops`` chooses, once, the implementation of every op for a device."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -17,41 +18,40 @@ class Ops:
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
     bind_shared_linear: Callable[[Tensor], linear.Linear]  # the same for a weight that others read too
-    add_rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    rms_norm: Callable[..., Tensor]  # ...: the last argument has a default
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
     silu_and_mul: Callable[[Tensor], Tensor]
-    rotary_store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    gelu_and_mul: Callable[[Tensor, bool], Tensor]
+    rotary_store_kv: Callable[..., Tensor]
     embedding: Callable[[Tensor, Tensor, int], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
+    sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 EAGER = Ops(
     name="eager",
     bind_linear=linear.bind_plain,
     bind_shared_linear=linear.bind_plain,
+    rms_norm=eager.rms_norm,
     add_rms_norm=eager.add_rms_norm,
+    layer_norm=eager.layer_norm,
     silu_and_mul=eager.silu_and_mul,
+    gelu_and_mul=eager.gelu_and_mul,
     rotary_store_kv=eager.rotary_store_kv,
     embedding=eager.embedding,
     counter_noise=eager.counter_noise,
+    sample_shard=eager.sample_shard,
 )
 
 
 def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     """The fastest ops that run on this device with this dtype; the name says which, and why no better ones."""
+    if device.type == "cuda":
+        return _triton(device, dtype)
     if device.type != "cpu":
         return EAGER
-    ops = EAGER
-    try:
-        compiled = CpuOps(dtype)
-        ops = replace(
-            ops,
-            name="C++",
-            add_rms_norm=compiled.add_rms_norm,
-            silu_and_mul=compiled.silu_and_mul,
-            rotary_store_kv=compiled.rotary_store_kv,
-        )
-    except Unavailable as reason:
-        ops = replace(ops, name=f"eager ({reason})")
+    ops = _compiled(dtype)
     if linear.packs(device, dtype):
         ops = replace(
             ops,
@@ -60,3 +60,33 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
             bind_shared_linear=linear.bind_shared,
         )
     return ops
+
+
+def _compiled(dtype: torch.dtype) -> Ops:
+    """Those of C++, the rest eager."""
+    try:
+        compiled = CpuOps(dtype)
+    except Unavailable as reason:
+        return replace(EAGER, name=f"eager ({reason})")
+    return replace(
+        EAGER,
+        name="C++",
+        rms_norm=compiled.rms_norm,
+        add_rms_norm=compiled.add_rms_norm,
+        silu_and_mul=compiled.silu_and_mul,
+        rotary_store_kv=compiled.rotary_store_kv,
+    )
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> Ops:
+    """The Triton kernels where they run, which needs the package, a compiler and a device that knows the dtype: tried
+    on the smallest of them."""
+    try:
+        from .triton_ops import TRITON
+
+        TRITON.silu_and_mul(torch.ones(1, 2, dtype=dtype, device=device))
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"Triton's kernels do not run on {device}, plain torch does their work: {reason}", stacklevel=3)
+        return replace(EAGER, name=f"eager ({reason})")
+    return TRITON

@@ -26,13 +26,18 @@ class CpuOps:
         self._dtype = DTYPES[dtype]
         self._threads = torch.get_num_threads()
         library = load_library()
-        self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "llfi")
+        self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "llffi")
         self._silu_and_mul = _function(library, "silu_and_mul", "ipplli")
-        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 7 + "i")
+        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 8 + "ii")
         self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fi")
         self.head_dim_multiple: int = library.head_dim_multiple()
 
-    def add_rms_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
+        return self.add_rms_norm(x, None, weight, eps, offset)[0]
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
         assert x.is_contiguous() and (residual is None or residual.is_contiguous())
         out = torch.empty_like(x)
         total = x if residual is None else torch.empty_like(x)
@@ -47,6 +52,7 @@ class CpuOps:
             x.numel() // hidden,
             hidden,
             eps,
+            offset,
             self._threads,
         )
         return out, total
@@ -54,7 +60,7 @@ class CpuOps:
     def silu_and_mul(self, gate_up: Tensor) -> Tensor:
         assert gate_up.is_contiguous()
         rows, n = gate_up.shape[0], gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, n)
+        out = torch.empty(rows, n, dtype=gate_up.dtype)
         self._silu_and_mul(self._dtype, gate_up.data_ptr(), out.data_ptr(), rows, n, self._threads)
         return out
 
@@ -69,12 +75,13 @@ class CpuOps:
         key_cache: Tensor,
         value_cache: Tensor,
         slots: Tensor,
+        interleaved: bool = False,
     ) -> Tensor:
         num_tokens, heads, head_dim = query.shape
         kv_heads = key.shape[1]
         assert query.stride()[1:] == key.stride()[1:] == value.stride()[1:] == (head_dim, 1)
         assert key_cache.is_contiguous() and value_cache.is_contiguous()
-        out = query.new_empty(num_tokens, heads, head_dim)
+        out = torch.empty(num_tokens, heads, head_dim, dtype=query.dtype)
         self._rotary_store_kv(
             self._dtype,
             query.data_ptr(),
@@ -91,9 +98,11 @@ class CpuOps:
             heads,
             kv_heads,
             head_dim,
+            cos.shape[1],
             query.stride(0),
             key.stride(0),
             value.stride(0),
+            interleaved,
             self._threads,
         )
         return out

@@ -5,7 +5,8 @@
 #include "vector.h"
 
 template <class T>
-static void row(const T* x, const T* residual, const T* weight, T* out, T* total, long hidden, float eps) {
+static void row(const T* x, const T* residual, const T* weight, T* out, T* total, long hidden, float eps,
+                float offset) {
   vfloat squares = {};
   float tail = 0;
   long i = 0;
@@ -28,18 +29,24 @@ static void row(const T* x, const T* residual, const T* weight, T* out, T* total
     tail += v * v;
   }
   float scale = 1.0f / std::sqrt((sum(squares) + tail) / float(hidden) + eps);
-  for (i = 0; i + W <= hidden; i += W) store(out + i, rounded<T>(load(source + i) * scale) * load(weight + i));
-  for (; i < hidden; i++) store_one(out + i, rounded<T>(load_one(source + i) * scale) * load_one(weight + i));
+  for (i = 0; i + W <= hidden; i += W) {
+    vfloat v = load(source + i) * scale, w = load(weight + i);
+    store(out + i, offset ? v * (w + offset) : rounded<T>(v) * w);
+  }
+  for (; i < hidden; i++) {
+    float v = load_one(source + i) * scale, w = load_one(weight + i);
+    store_one(out + i, offset ? v * (w + offset) : rounded<T>(v) * w);
+  }
 }
 
 // x, residual (or null), out, total: [rows, hidden], contiguous; weight: [hidden].
 extern "C" void add_rms_norm(int dtype, const void* x, const void* residual, const void* weight, void* out, void* total,
-                             long rows, long hidden, float eps, int threads) {
+                             long rows, long hidden, float eps, float offset, int threads) {
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
 #pragma omp parallel for num_threads(threads) if (rows * hidden > SERIAL)
     for (long r = 0; r < rows; r++)
       row((const T*)x + r * hidden, residual ? (const T*)residual + r * hidden : nullptr, (const T*)weight,
-          (T*)out + r * hidden, (T*)total + r * hidden, hidden, eps);
+          (T*)out + r * hidden, (T*)total + r * hidden, hidden, eps, offset);
   });
 }

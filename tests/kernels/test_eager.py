@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from meshlm.kernels import eager, select_ops
 
@@ -38,6 +40,21 @@ def test_rms_norm(shape: tuple[int, int], dtype: torch.dtype) -> None:
     ours = eager.rms_norm(x, weight, eps)
     assert ours.dtype == dtype and ours.shape == x.shape
     assert_close(ours, torch.tensor(rows))
+    with_offset = eager.rms_norm(x, weight, eps, 1.0)
+    assert with_offset.dtype == dtype
+    unit = eager.rms_norm(x.double().float(), torch.ones(shape[1]), eps)
+    assert_close(with_offset, unit.double() * (1 + weight.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 7), (3, 576), (2, 3, 33)], ids=str)
+def test_rms_norm_is_that_of_transformers_bit_for_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * 3).to(dtype)
+    for theirs, offset in ((LlamaRMSNorm(shape[-1], 1e-5), 0.0), (GemmaRMSNorm(shape[-1], 1e-5), 1.0)):
+        theirs = theirs.to(dtype).requires_grad_(False)
+        theirs.weight.normal_()
+        assert torch.equal(eager.rms_norm(x, theirs.weight, 1e-5, offset), theirs(x))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -48,6 +65,7 @@ def test_add_rms_norm(dtype: torch.dtype) -> None:
     normalised, total = eager.add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(total, x + residual)
     assert torch.equal(normalised, eager.rms_norm(x + residual, weight, 1e-5))
+    assert torch.equal(eager.add_rms_norm(x, residual, weight, 1e-5, 1.0)[0], eager.rms_norm(total, weight, 1e-5, 1.0))
     normalised, total = eager.add_rms_norm(x, None, weight, 1e-5)
     assert torch.equal(total, x) and torch.equal(normalised, eager.rms_norm(x, weight, 1e-5))
     assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
@@ -58,6 +76,24 @@ def test_a_large_bfloat16_row_does_not_overflow() -> None:
     assert_close(eager.rms_norm(x * 0 + 1e4, torch.ones(64, dtype=torch.bfloat16), 1e-5), torch.ones(1, 64))
     half = torch.full((1, 64), 6e4, dtype=torch.float16)  # its square is no float16
     assert_close(eager.rms_norm(half, torch.ones(64, dtype=torch.float16), 1e-5), torch.ones(1, 64))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 576)], ids=str)
+def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    x, eps = (torch.randn(shape) * 3 + 1).to(dtype), 1e-3
+    weight, added = torch.randn(2, shape[1]).to(dtype)
+    rows = []
+    for row in x.double().tolist():
+        mean = sum(row) / len(row)
+        root = math.sqrt(sum((v - mean) ** 2 for v in row) / len(row) + eps)
+        rows.append([(v - mean) / root for v in row])
+    exact = torch.tensor(rows, dtype=torch.float64) * weight.double() + (added.double() if bias else 0)
+    ours = eager.layer_norm(x, weight, added if bias else None, eps)
+    assert ours.dtype == dtype and ours.shape == x.shape
+    assert_close(ours, exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -74,23 +110,44 @@ def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
     torch.testing.assert_close(ours.double(), exact.double(), rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("tanh", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [2, 6, 64])
-def test_rotary(head_dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 768)], ids=str)
+def test_gelu_and_mul(shape: tuple[int, int], dtype: torch.dtype, tanh: bool) -> None:
     torch.manual_seed(0)
-    positions, heads, half = [0, 1, 7, 500], 3, head_dim // 2
+    num_tokens, n = shape
+    gate_up = (torch.randn(num_tokens, 2 * n) * 2).to(dtype)
+
+    def gelu(x: float) -> float:
+        if tanh:
+            return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return x / 2 * (1 + math.erf(x / math.sqrt(2)))
+
+    exact = torch.tensor([[gelu(row[i]) * row[n + i] for i in range(n)] for row in gate_up.double().tolist()])
+    ours = eager.gelu_and_mul(gate_up, tanh)
+    assert ours.dtype == dtype and ours.shape == (num_tokens, n)
+    torch.testing.assert_close(ours.double(), exact.double(), rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [(2, 1), (6, 3), (64, 32), (6, 2), (64, 5), (5, 2), (4, 0)])
+def test_rotary(dims: tuple[int, int], dtype: torch.dtype, interleaved: bool) -> None:
+    torch.manual_seed(0)
+    positions, heads, (head_dim, width) = [0, 1, 7, 500], 3, dims
     x = torch.randn(len(positions), heads, head_dim).to(dtype)
-    angles = [[p / 100 ** (i / half) for i in range(half)] for p in positions]
-    exact = torch.empty(x.shape, dtype=torch.float64)
+    angles = [[p / 100 ** (i / width) for i in range(width)] for p in positions]
+    exact = x.double()  # what no pair takes is kept
     for t, of_token in enumerate(angles):
         for h in range(heads):
-            for i, angle in enumerate(of_token):  # the pair (i, i + half) turns by the angle
-                a, b = float(x[t, h, i]), float(x[t, h, i + half])
-                exact[t, h, i] = a * math.cos(angle) - b * math.sin(angle)
-                exact[t, h, i + half] = b * math.cos(angle) + a * math.sin(angle)
+            for i, angle in enumerate(of_token):
+                first, second = (2 * i, 2 * i + 1) if interleaved else (i, i + width)
+                a, b = float(x[t, h, first]), float(x[t, h, second])
+                exact[t, h, first] = a * math.cos(angle) - b * math.sin(angle)
+                exact[t, h, second] = b * math.cos(angle) + a * math.sin(angle)
     table = torch.tensor(angles, dtype=torch.float64)
     cos, sin = table.cos(), table.sin()
-    ours = eager.rotary(x, cos.to(dtype), sin.to(dtype))
+    ours = eager.rotary(x, cos.to(dtype), sin.to(dtype), interleaved)
     assert ours.dtype == dtype
     assert_close(ours, exact)
 
@@ -111,16 +168,40 @@ def test_store_kv_writes_its_slots_and_no_other(block_size: int) -> None:
         assert torch.equal(value_cache[place], before_value[place] if token is None else value[token])
 
 
-def test_rotary_store_kv() -> None:
+@pytest.mark.parametrize("padding", [[1], [0, 3], [0, 1, 2, 3]])
+def test_padding_is_not_stored(padding: list[int]) -> None:
+    torch.manual_seed(0)
+    caches = torch.randn(2, 5, 2, 2, 4)
+    slots, (key, value) = torch.tensor([7, 0, 3, 9]), torch.randn(2, 4, 2, 4)
+    slots[padding] = -1
+    rows = [row for row in range(4) if row not in padding]
+    expected = caches.clone()
+    for cache, of_tokens in zip(expected, (key, value), strict=True):
+        cache.flatten(0, 1)[slots[rows]] = of_tokens[rows]
+    masked = caches.clone()
+    eager.store_kv(key, value, masked[0], masked[1], slots)
+    assert torch.equal(masked, expected)
+    # The form for devices that the host should not wait for.
+    repeated, flat = caches.clone(), caches.flatten(1, 2)
+    key, value, slots = eager._repeat_over_padding(key, value, flat[0], flat[1], slots)
+    eager.store_kv(key, value, repeated[0], repeated[1], slots)
+    assert torch.equal(repeated, expected)
+    nothing = eager._repeat_over_padding(key[:0], value[:0], flat[0], flat[1], slots[:0])
+    assert [len(of) for of in nothing] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotary_store_kv(interleaved: bool) -> None:
     torch.manual_seed(0)
     key_cache, value_cache = torch.zeros(2, 5, 2, 2, 4)
     slots, positions = torch.tensor([3, 8, 0]), torch.tensor([6, 1, 0])
     cos, sin = torch.randn(2, 7, 2)
     query, key, value = torch.randn(3, 3 + 2 + 2, 4).split((3, 2, 2), dim=1)
-    rotated = eager.rotary_store_kv(query, key, value, cos, sin, positions, key_cache, value_cache, slots)
+    tables = cos, sin, positions
+    rotated = eager.rotary_store_kv(query, key, value, *tables, key_cache, value_cache, slots, interleaved)
     assert rotated.is_contiguous()
-    assert torch.equal(rotated, eager.rotary(query, cos[positions], sin[positions]))
-    assert torch.equal(key_cache.flatten(0, 1)[slots], eager.rotary(key, cos[positions], sin[positions]))
+    assert torch.equal(rotated, eager.rotary(query, cos[positions], sin[positions], interleaved))
+    assert torch.equal(key_cache.flatten(0, 1)[slots], eager.rotary(key, cos[positions], sin[positions], interleaved))
     assert torch.equal(value_cache.flatten(0, 1)[slots], value)
 
 
@@ -322,3 +403,29 @@ def test_argmax_of_noisy_logits_draws_from_the_softmax() -> None:
     held = expected > 0
     chi_square = ((seen - expected)[held] ** 2 / expected[held]).sum().item()
     assert chi_square < 25.7  # p = 1e-4 for 5 degrees of freedom
+
+
+@pytest.mark.parametrize("rows", [0, 1, 6])
+def test_sample_shard(rows: int) -> None:
+    torch.manual_seed(0)
+    logits, keys, start = torch.randn(rows, 50), keys_of(rows), 200
+    logits[:, 7] = logits[:, 30] = 4.0  # equals
+    before = logits.clone()
+    temperatures = torch.tensor([0.0, 1.0, 0.2, 3.0, 0.0, 1e-6])[:rows]
+    noise = eager.counter_noise(keys, torch.arange(start, start + 50, dtype=torch.int32))
+    value, token_ids = eager.sample_shard(logits, temperatures, keys, start)
+    assert value.dtype == torch.float32 and token_ids.dtype == torch.int64 and torch.equal(logits, before)
+    for row, temperature in enumerate(temperatures):
+        scores = logits[row] / temperature + noise[row] if temperature else logits[row]
+        best = max(range(50), key=lambda i: (float(scores[i]), -i))
+        assert (value[row], token_ids[row]) == (scores[best], start + best)
+    assert not rows or token_ids[0] == 207
+
+
+def test_shards_draw_what_the_whole_draws() -> None:
+    torch.manual_seed(0)
+    logits, keys, temperatures = torch.randn(40, 90), keys_of(40), torch.tensor([0.0, 0.7] * 20)
+    _, token_ids = eager.sample_shard(logits, temperatures, keys, 0)
+    parts = [eager.sample_shard(logits[:, a:b], temperatures, keys, a) for a, b in ((0, 30), (30, 31), (31, 90))]
+    winner = torch.stack([value for value, _ in parts]).argmax(dim=0)
+    assert torch.equal(torch.stack([ids for _, ids in parts]).gather(0, winner[None])[0], token_ids)

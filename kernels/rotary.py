@@ -1,0 +1,209 @@
+"""Rotary position embedding (Su et al. 2021) of queries and keys, and the keys' and values' store into the paged cache.
+
+    (a, b) -> (a cos - b sin, b cos + a sin)    for the pairs (i, i + width), or (2i, 2i + 1) if interleaved
+
+One launch a layer: a program takes a token and some of its query heads, or of its KV heads. Definition:
+`eager.rotary_store_kv`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .rows import power_of_two
+
+_TILE = 2048  # elements of a program's heads: 128 threads, 16 each
+
+
+@triton.jit
+def _store(to: tl.tensor, x: tl.tensor, mask: tl.tensor, FINITE: tl.constexpr) -> None:
+    """Rounds to the target's dtype; what is NaN or infinite then is stored as 0 if FINITE."""
+    x = x.to(to.dtype.element_ty)
+    if FINITE:
+        x = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
+    tl.store(to, x, mask=mask)
+
+
+@triton.jit
+def _rotate(
+    x: tl.tensor,  # the token's first head
+    to: tl.tensor,
+    x_stride: tl.tensor,  # from head to head
+    to_stride: tl.tensor,
+    cos: tl.tensor,  # the token's row
+    sin: tl.tensor,
+    heads: tl.tensor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    FINITE: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+) -> None:
+    i = tl.arange(0, BLOCK_WIDTH)[None, :]
+    heads = heads[:, None]
+    if INTERLEAVED:
+        first = 2 * i
+        second = 2 * i + 1
+    else:
+        first = i
+        second = i + WIDTH
+    mask = (heads < HEADS) & (i < WIDTH)
+    cosine = tl.load(cos + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    sine = tl.load(sin + i, mask=i < WIDTH, other=0.0).to(tl.float32)
+    a = tl.load(x + heads * x_stride + first, mask=mask, other=0.0).to(tl.float32)
+    b = tl.load(x + heads * x_stride + second, mask=mask, other=0.0).to(tl.float32)
+    _store(to + heads * to_stride + first, a * cosine - b * sine, mask, FINITE)
+    _store(to + heads * to_stride + second, b * cosine + a * sine, mask, FINITE)
+    if 2 * WIDTH < HEAD_DIM:
+        rest = 2 * WIDTH + tl.arange(0, BLOCK_REST)[None, :]
+        mask = (heads < HEADS) & (rest < HEAD_DIM)
+        kept = tl.load(x + heads * x_stride + rest, mask=mask, other=0.0)
+        _store(to + heads * to_stride + rest, kept, mask, FINITE)
+
+
+@triton.jit
+def _rotary_store_kv_kernel(
+    query: tl.tensor,
+    key: tl.tensor,
+    value: tl.tensor,
+    cos: tl.tensor,
+    sin: tl.tensor,
+    positions: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    slots: tl.tensor,
+    out: tl.tensor,
+    query_token: tl.tensor,  # strides
+    query_head: tl.tensor,
+    key_token: tl.tensor,
+    key_head: tl.tensor,
+    value_token: tl.tensor,
+    value_head: tl.tensor,
+    table_row: tl.tensor,
+    key_slot: tl.tensor,
+    key_slot_head: tl.tensor,
+    value_slot: tl.tensor,
+    value_slot_head: tl.tensor,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    group = tl.program_id(1)  # of heads; the query's come first
+    QUERY_GROUPS: tl.constexpr = (HEADS + BLOCK_HEADS - 1) // BLOCK_HEADS
+    position = tl.load(positions + token).to(tl.int64)
+    cos += position * table_row
+    sin += position * table_row
+    if group < QUERY_GROUPS:
+        heads = group * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+        _rotate(
+            query + token * query_token,
+            out + token * (HEADS * HEAD_DIM),
+            query_head,
+            HEAD_DIM,
+            cos,
+            sin,
+            heads,
+            HEADS,
+            HEAD_DIM,
+            WIDTH,
+            INTERLEAVED,
+            False,
+            BLOCK_WIDTH,
+            BLOCK_REST,
+        )
+    else:
+        slot = tl.load(slots + token).to(tl.int64)
+        if slot >= 0:
+            heads = (group - QUERY_GROUPS) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+            _rotate(
+                key + token * key_token,
+                key_cache + slot * key_slot,
+                key_head,
+                key_slot_head,
+                cos,
+                sin,
+                heads,
+                KV_HEADS,
+                HEAD_DIM,
+                WIDTH,
+                INTERLEAVED,
+                True,
+                BLOCK_WIDTH,
+                BLOCK_REST,
+            )
+            dims = tl.arange(0, BLOCK_DIM)[None, :]
+            mask = (heads[:, None] < KV_HEADS) & (dims < HEAD_DIM)
+            values = tl.load(value + token * value_token + heads[:, None] * value_head + dims, mask=mask, other=0.0)
+            to = value_cache + slot * value_slot + heads[:, None] * value_slot_head + dims
+            _store(to, values, mask, True)
+
+
+def rotary_store_kv(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slots: Tensor,
+    interleaved: bool = False,
+) -> Tensor:
+    """`eager.rotary_store_kv`. The elements of a head lie side by side everywhere, the slots of a cache evenly."""
+    num_tokens, num_heads, head_dim = query.shape
+    num_kv_heads, width = key.shape[1], cos.shape[1]
+    assert key.shape == value.shape == (num_tokens, num_kv_heads, head_dim) and query.dtype == key.dtype == value.dtype
+    assert key_cache.shape == value_cache.shape and key_cache.shape[2:] == (num_kv_heads, head_dim)
+    assert key_cache.dtype == value_cache.dtype == key.dtype
+    assert 2 * width <= head_dim and cos.shape == sin.shape and cos.is_contiguous() and sin.is_contiguous()
+    assert positions.shape == slots.shape == (num_tokens,) and positions.is_contiguous() and slots.is_contiguous()
+    for heads in (query, key, value, key_cache, value_cache):
+        assert heads.stride(-1) == 1 or head_dim == 1
+    for cache in (key_cache, value_cache):
+        assert cache.stride(0) == cache.shape[1] * cache.stride(1) or len(cache) <= 1
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if not num_tokens:
+        return out
+    block_dim = power_of_two(head_dim)
+    block_heads = min(max(1, _TILE // block_dim), power_of_two(max(num_heads, num_kv_heads)))
+    groups = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
+    _rotary_store_kv_kernel[(num_tokens, groups)](
+        query,
+        key,
+        value,
+        cos,
+        sin,
+        positions,
+        key_cache,
+        value_cache,
+        slots,
+        out,
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        cos.stride(0),
+        *key_cache.stride()[1:3],
+        *value_cache.stride()[1:3],
+        HEADS=num_heads,
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        WIDTH=width,
+        INTERLEAVED=interleaved,
+        BLOCK_HEADS=block_heads,
+        BLOCK_DIM=block_dim,
+        BLOCK_WIDTH=power_of_two(width),
+        BLOCK_REST=power_of_two(head_dim - 2 * width),
+        num_warps=max(1, min(4, block_heads * block_dim // 512)),
+    )
+    return out

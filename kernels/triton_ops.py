@@ -1,0 +1,28 @@
+"""Every op as a Triton kernel, for GPUs; matrix products stay torch's.
+
+This imports triton, which not every machine has and no CPU needs: `ops.select_ops` imports it late.
+"""
+
+from . import linear
+from .activation import gelu_and_mul, silu_and_mul
+from .embedding import embedding
+from .layer_norm import layer_norm
+from .ops import Ops
+from .rms_norm import add_rms_norm, rms_norm
+from .rotary import rotary_store_kv
+from .sample import counter_noise, sample_shard
+
+TRITON = Ops(
+    name="triton",
+    bind_linear=linear.bind_plain,
+    bind_shared_linear=linear.bind_plain,
+    rms_norm=rms_norm,
+    add_rms_norm=add_rms_norm,
+    layer_norm=layer_norm,
+    silu_and_mul=silu_and_mul,
+    gelu_and_mul=gelu_and_mul,
+    rotary_store_kv=rotary_store_kv,
+    embedding=embedding,
+    counter_noise=counter_noise,
+    sample_shard=sample_shard,
+)

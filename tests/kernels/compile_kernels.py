@@ -1,0 +1,128 @@
+"""Run by test_ops.py: compiles every kernel, from its launcher's own arguments, for a GPU that need not be there.
+
+compile_kernels.py CAPABILITY CACHE: for sm_<CAPABILITY>; triton's cache goes to the folder CACHE.
+"""
+
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_CACHE_DIR"] = sys.argv[2]
+
+import torch
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from meshlm.kernels.triton_ops import TRITON as ops
+
+CAPABILITY = int(sys.argv[1])
+
+
+class Driver:
+    """What the compiler asks of a machine with one GPU."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def compile_only() -> dict[str, set[int]]:
+    """From now on a launch compiles and does not run. Returns each kernel's compiled variants, filled as they come."""
+    driver.set_active(Driver())
+    launch, compiled = JITFunction.run, defaultdict(set)
+
+    def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        assert all(0 < size < 2**31 for size in grid[:1]) and all(0 < size < 2**16 for size in grid[1:])
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        compiled[self.__name__].add(id(kernel))
+        return kernel
+
+    JITFunction.run = run
+    return compiled
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(shape).to(torch.bfloat16)
+
+
+def norms(num_tokens: int) -> None:
+    x, residual, weight = randn(num_tokens, 4096), randn(num_tokens, 4096), randn(4096)
+    ops.add_rms_norm(x, residual, weight, 1e-5)
+    ops.layer_norm(x, weight, weight, 1e-5)
+
+
+def long_norms(num_tokens: int) -> None:
+    x, weight = randn(num_tokens, 20000), randn(20000)
+    ops.rms_norm(x, weight, 1e-5, 1.0)
+    ops.layer_norm(x, weight, None, 1e-5)
+
+
+def head_norm(num_tokens: int) -> None:
+    ops.rms_norm(randn(num_tokens, 48, 128)[:, :32], randn(128), 1e-5)
+
+
+def silu(num_tokens: int) -> None:
+    ops.silu_and_mul(randn(num_tokens, 2 * 14336))
+
+
+def gelu(num_tokens: int) -> None:
+    ops.gelu_and_mul(randn(num_tokens, 2 * 14336), False)
+
+
+def gelu_tanh(num_tokens: int) -> None:
+    ops.gelu_and_mul(randn(num_tokens, 2 * 14336), True)
+
+
+def rotary(num_tokens: int, head_dim: int = 128, width: int = 64, interleaved: bool = False) -> None:
+    query, key, value = randn(num_tokens, 48, head_dim).split((32, 8, 8), dim=1)
+    cos, sin, places = randn(9, width), randn(9, width), torch.zeros(num_tokens, dtype=torch.int64)
+    key_cache, value_cache = randn(2, 5, 16, 8, head_dim)
+    ops.rotary_store_kv(query, key, value, cos, sin, places, key_cache, value_cache, places, interleaved)
+
+
+def partial_rotary(num_tokens: int) -> None:
+    rotary(num_tokens, 80, 16, True)
+
+
+def embedding(num_tokens: int) -> None:
+    ops.embedding(torch.zeros(num_tokens, dtype=torch.int64), randn(100, 4096), 50)
+
+
+def sampling(num_tokens: int) -> None:
+    keys = torch.zeros(num_tokens, 2, dtype=torch.int32)
+    ops.counter_noise(keys, torch.arange(512, dtype=torch.int32))
+    ops.sample_shard(torch.randn(num_tokens, 32064), torch.ones(num_tokens), keys, 32064)
+
+
+STEPS: list[Callable[[int], None]] = [
+    norms,
+    long_norms,
+    head_norm,
+    silu,
+    gelu,
+    gelu_tanh,
+    rotary,
+    partial_rotary,
+    embedding,
+    sampling,
+]
+
+if __name__ == "__main__":
+    compiled = compile_only()
+    for step in STEPS:
+        compiled.clear()
+        for num_tokens in (1, 2, 3, 16, 40):
+            step(num_tokens)
+        again = {name: len(variants) for name, variants in compiled.items() if len(variants) > 1}
+        assert compiled and not again, f"{step.__name__}: compiled more than once: {again}"

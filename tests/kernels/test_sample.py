@@ -1,0 +1,133 @@
+"""`kernels/sample.py` against its definitions."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from meshlm.kernels import eager
+
+kernel = pytest.importorskip("meshlm.kernels.sample")
+
+NAN, INF = float("nan"), float("inf")
+
+
+def keys_of(count: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(-(2**31), 2**31, (count, 2), generator=generator).int().to(device)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (2, 1023), (3, 1024), (2, 2500)], ids=str)
+def test_counter_noise(
+    shape: tuple[int, int], device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+) -> None:
+    """Bits that differed anywhere would make another number altogether."""
+    rows, n = shape
+    keys = keys_of(rows, device)
+    ids = torch.arange(1000, 1000 + n, dtype=torch.int32, device=device)
+    assert_same(kernel.counter_noise(keys, ids), eager.counter_noise(keys, ids))
+    own = torch.randint(-(2**31), 2**31, shape, device=device).int()
+    assert_same(kernel.counter_noise(keys, own), eager.counter_noise(keys, own))
+
+
+def test_noise_at_both_ends(device: torch.device, assert_same: Callable[[Tensor, Tensor], None]) -> None:
+    """Keys whose hash of token 0 is a given number, by running the mixer backwards."""
+
+    def unmixed(bits: int) -> int:
+        bits ^= bits >> 16
+        bits = bits * pow(0x846CA68B, -1, 2**32) % 2**32
+        bits ^= (bits >> 15) ^ (bits >> 30)
+        bits = bits * pow(0x7FEB352D, -1, 2**32) % 2**32
+        return bits ^ (bits >> 16)
+
+    hashes = [0, 1, 2, 3, 2**8, 2**24, 2**31 - 1, 2**31, 2**32 - 2**9, 2**32 - 2**8, 2**32 - 1]
+    words = torch.tensor([[unmixed(unmixed(bits)), 0] for bits in hashes])
+    keys = torch.where(words < 2**31, words, words - 2**32).int().to(device)
+    noise = kernel.counter_noise(keys, torch.zeros(1, dtype=torch.int32, device=device))
+    assert_same(noise, eager.counter_noise(keys, torch.zeros(1, dtype=torch.int32, device=device)))
+    assert torch.isfinite(noise).all() and noise[0] > 22 and noise[-1] < -2.8
+    assert noise.flatten().tolist() == sorted(noise.flatten().tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("start", [0, 32000])
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (5, 1023), (4, 1024), (4, 1025), (7, 4500)], ids=str)
+def test_sample_shard(
+    shape: tuple[int, int], start: int, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+) -> None:
+    torch.manual_seed(0)
+    rows, vocabulary = shape
+    logits = torch.randn(rows, vocabulary + 3, device=device)[:, 2:-1]
+    before = logits.clone()
+    temperatures = torch.tensor([0.0, 1.0, 0.3, 1e-6, 0.0, 5.0, 1.0], device=device)[:rows].contiguous()
+    keys = keys_of(rows, device)
+    values, token_ids = kernel.sample_shard(logits, temperatures, keys, start)
+    expected_values, expected_ids = eager.sample_shard(logits, temperatures, keys, start)
+    assert_same(values, expected_values)
+    assert_same(token_ids, expected_ids)
+    assert torch.equal(logits, before)
+    greedy = temperatures == 0
+    assert torch.equal(token_ids[greedy] - start, logits[greedy].argmax(dim=-1))
+
+
+def test_shards_agree_with_the_whole(device: torch.device) -> None:
+    torch.manual_seed(1)
+    logits, keys = torch.randn(6, 3001, device=device), keys_of(6, device)
+    temperatures = torch.tensor([0.0, 1.0, 2.0, 0.5, 0.0, 1.0], device=device)
+    value, token_ids = kernel.sample_shard(logits, temperatures, keys, 0)
+    parts = [
+        kernel.sample_shard(logits[:, start:stop], temperatures, keys, start)
+        for start, stop in ((0, 1), (1, 1400), (1400, 3001))
+    ]
+    winner = torch.stack([part[0] for part in parts]).max(dim=0)
+    assert torch.equal(winner.values, value)
+    assert torch.equal(torch.stack([part[1] for part in parts]).gather(0, winner.indices[None])[0], token_ids)
+
+
+@pytest.mark.parametrize(
+    ("places", "value", "place"),
+    [
+        ({5: 3.0, 1500: 3.0, 2999: 3.0}, 3.0, 5),  # equals: the lowest
+        ({1024: 3.0, 2999: 3.0}, 3.0, 1024),
+        ({}, -INF, 0),  # nothing may be drawn: an id of the shard all the same
+        ({2998: -5.0}, -5.0, 2998),
+        ({7: INF, 1030: 1.0}, INF, 7),
+        ({3: INF, 1030: NAN, 2000: NAN}, NAN, 1030),  # as torch's max does it
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_unusual_rows(
+    temperature: float, places: dict[int, float], value: float, place: int, device: torch.device
+) -> None:
+    logits = torch.full((2, 3000), -INF, device=device)
+    for at, logit in places.items():
+        logits[:, at] = logit
+    arguments = logits, torch.full((2,), temperature, device=device), keys_of(2, device), 100
+    values, token_ids = kernel.sample_shard(*arguments)
+    torch.testing.assert_close((values, token_ids), eager.sample_shard(*arguments), equal_nan=True)
+    if not temperature:
+        torch.testing.assert_close(values, torch.full((2,), value, device=device), equal_nan=True)
+        assert token_ids.tolist() == [100 + place] * 2
+
+
+@pytest.mark.cuda
+def test_sample_shard_of_a_real_size(device: torch.device, assert_same: Callable[[Tensor, Tensor], None]) -> None:
+    torch.manual_seed(0)
+    logits, keys = torch.randn(256, 128256, device=device), keys_of(256, device)
+    temperatures = torch.rand(256, device=device).round(decimals=1)
+    values, token_ids = kernel.sample_shard(logits, temperatures, keys, 0)
+    expected_values, expected_ids = eager.sample_shard(logits, temperatures, keys, 0)
+    assert_same(values, expected_values)
+    assert (token_ids == expected_ids).sum() >= 255, "a draw may turn on the last bit of a logarithm"
+
+
+@pytest.mark.cuda
+def test_a_cuda_graph_replays_the_draw(device: torch.device) -> None:
+    logits, keys, temperatures = torch.randn(4, 5000, device=device), keys_of(4, device), torch.ones(4, device=device)
+    kernel.sample_shard(logits, temperatures, keys, 0)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, drawn = kernel.sample_shard(logits, temperatures, keys, 0)
+    logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    assert torch.equal(drawn, kernel.sample_shard(logits, temperatures, keys, 0)[1])
