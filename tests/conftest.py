@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from meshlm.serving.demo_model import demo_gguf_path, demo_model_path
 
@@ -26,12 +27,22 @@ class _RootIsNoTestPackage:
         return None
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_RootIsNoTestPackage())
     # Also for the processes that tests start: nobody's own settings, and no model hub.
     for name in [name for name in os.environ if name.startswith("MESHLM_") and name != "MESHLM_CACHE"]:
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Before anything imports triton, which transformers' models do: without a GPU its kernels are interpreted.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     # A shell without job control starts what runs in the background with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -45,8 +56,6 @@ def demo_model() -> Path:
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """For models so small, or tests of so many threads, that more of torch's own only cost."""
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -125,9 +125,12 @@ def test_policies_are_data() -> None:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_optional_packages_are_not_needed_to_import(module: str) -> None:
-    optional = {"flash_attn", "triton"}
+    """Files of Triton kernels need triton; no other brings one in but the table of them, which `ops` imports late."""
     found = {name.split(".")[0] for name in imports(module, at_module_level=True)}
-    assert not found & optional
+    assert "flash_attn" not in found
+    if room_of(module) == "kernels" and ("triton" in found or module == "meshlm.kernels.triton_ops"):
+        return
+    assert "triton" not in {name.split(".")[0] for name in reached(module, set())}
 
 
 def test_importing_the_package_does_not_import_torch() -> None:
