@@ -1,17 +1,14 @@
-"""Attention backends: one small interface, chosen once when `PagedAttention` is built.
-
-Adding one: a class with `validate`, `prepare` and `forward`, and its name in `BACKENDS`.
-"""
+"""What attention backends have in common: what they are asked, and how they answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..kernels import eager
+from ...kernels.eager import AttentionFeatures
 
 
 @dataclass(frozen=True)
@@ -20,7 +17,7 @@ class AttentionMetadata:
 
     positions: Tensor  # [num_tokens] int64: each token's place in its sequence
     slots: Tensor  # [num_tokens] int64: where its key and value go, block * block_size + offset
-    plans: Mapping[str, Any]  # backend name -> what its `prepare` made of the step
+    plans: Mapping[str, Any]  # a backend's `plan_key` -> what its `prepare` made of the step
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,10 @@ class AttentionSpec:
     scale: float
     dtype: torch.dtype
     device: torch.device
+    window: int | None = None  # keys that a query sees, its own the last; None: all before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    has_sinks: bool = False  # `forward` is given a logit for each head that joins its softmax
+    alibi_slopes: tuple[float, ...] | None = None  # one for each head on this rank
 
 
 @dataclass(frozen=True)
@@ -53,55 +54,40 @@ class AttentionBackend(ABC):
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
+        slopes = spec.alibi_slopes
+        self._features = AttentionFeatures(
+            window=spec.window,
+            softcap=spec.softcap,
+            alibi_slopes=None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=spec.device),
+        )
 
     @staticmethod
     @abstractmethod
     def validate(spec: AttentionSpec) -> list[str]:
         """Every reason why this backend cannot serve such a layer here; empty if it can."""
 
+    @staticmethod
+    def is_automatic(spec: AttentionSpec) -> bool:
+        """Whether "auto" may choose this backend where it validates, or only its name."""
+        return True
+
+    @property
+    def plan_key(self) -> str:
+        """Layers whose backends have the same key share what `prepare` makes of a step."""
+        return self.name
+
+    def features(self, sinks: Tensor | None) -> AttentionFeatures:
+        """Of this layer, for a kernel. sinks: what `forward` was given."""
+        assert (sinks is not None) == self.spec.has_sinks
+        return self._features if sinks is None else replace(self._features, sinks=sinks)
+
     @abstractmethod
     def prepare(self, sequences: Sequences) -> Any:
         """What this backend needs to know of a step, made once and given to `forward` of every layer."""
 
     @abstractmethod
-    def forward(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
+    ) -> Tensor:
         """query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], already holding
-        the step's own keys and values. Returns query's shape."""
-
-
-class EagerBackend(AttentionBackend):
-    """Plain torch, on any device and dtype: gathers the blocks, then torch's scaled_dot_product_attention."""
-
-    name = "eager"
-
-    @staticmethod
-    def validate(spec: AttentionSpec) -> list[str]:
-        return []
-
-    def prepare(self, sequences: Sequences) -> eager.AttentionPlan:
-        return eager.plan_attention(
-            sequences.query_lens,
-            sequences.key_lens,
-            sequences.block_tables,
-            sequences.block_size,
-            self.spec.dtype,
-            self.spec.device,
-        )
-
-    def forward(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any) -> Tensor:
-        return eager.paged_attention(query, key_cache, value_cache, plan, self.spec.scale)
-
-
-BACKENDS: dict[str, type[AttentionBackend]] = {"eager": EagerBackend}  # the fastest first: `auto` takes the first fit
-
-
-def create_backend(name: str, spec: AttentionSpec) -> AttentionBackend:
-    """The backend of that name, or with "auto" the first that validates. Raises ValueError with every reason."""
-    if name == "auto":
-        name = next(name for name, backend in BACKENDS.items() if not backend.validate(spec))
-    if name not in BACKENDS:
-        raise ValueError(f"attention_backend={name!r} is unknown; known: auto, {', '.join(BACKENDS)}")
-    reasons = BACKENDS[name].validate(spec)
-    if reasons:
-        raise ValueError(f"attention_backend={name!r} cannot serve here: {'; '.join(reasons)}")
-    return BACKENDS[name](spec)
+        the step's own keys and values; sinks: [heads] where the spec has them. Returns query's shape."""
