@@ -50,7 +50,7 @@ class LookedUp:
     """Finds the backend by its name, in every forward."""
 
     def __init__(self, bound: AttentionBackend) -> None:
-        self.name, self.spec, self.prepare = bound.name, bound.spec, bound.prepare
+        self.name, self.spec, self.prepare, self.plan_key = bound.name, bound.spec, bound.prepare, bound.plan_key
         self.preferred_block_size = bound.preferred_block_size
         self.table = {bound.name: bound}
 

@@ -22,6 +22,8 @@ class PagedBatch:
     key_lens: Tensor  # [num_seqs] int32: keys of each sequence, those of its queries included
     max_query_len: int
     max_key_len: int
+    min_query_len: int
+    num_keys: int  # of all sequences together
 
     @classmethod
     def of(
@@ -45,4 +47,6 @@ class PagedBatch:
             key_lens=torch.tensor(key_lens, dtype=torch.int32, device=device),
             max_query_len=max(query_lens, default=0),
             max_key_len=max(key_lens, default=0),
+            min_query_len=min(query_lens, default=0),
+            num_keys=sum(key_lens),
         )

@@ -169,6 +169,19 @@ def embedding(token_ids: Tensor, weight: Tensor, start: int) -> Tensor:
 # paged attention
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionFeatures:
+    """What some models add to causal attention, the scores being ``scale * query @ key``; None: not this one."""
+
+    window: int | None = None  # the query at position p sees keys p - window + 1 .. p (Beltagy et al. 2020)
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap) (Gemma 2)
+    sinks: Tensor | None = None  # [heads]: a logit more in each softmax, with no value (GPT-OSS)
+    alibi_slopes: Tensor | None = None  # [heads]: scores += slope * (key's position - query's) (Press et al. 2022)
+
+
+PLAIN = AttentionFeatures()
+
+
 @dataclass(frozen=True)
 class AttentionGroup:
     """Sequences of one step that attention handles in one call."""
@@ -178,6 +191,7 @@ class AttentionGroup:
     blocks: Tensor  # [num_seqs * num_blocks] int64: block ids, short sequences padded with block 0
     num_seqs: int
     query_len: int  # the same for all sequences of the group
+    key_lens: list[int]  # of each sequence
     key_len: int  # the longest sequence's keys
     mask: Tensor | None  # additive, broadcasts to [num_seqs, heads, query_len, key_len]; None where nothing is masked
     causal: bool  # a whole prompt: the mask is the square lower triangle and needs no tensor
@@ -199,10 +213,12 @@ def plan_attention(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device,
+    window: int | None = None,
 ) -> AttentionPlan:
     """Cuts a step into groups: each chunk or prompt alone, decodes together with others of about their length.
 
-    query_lens: new tokens of each sequence; key_lens: its keys, the new ones included; block_tables: its blocks.
+    query_lens: new tokens of each sequence; key_lens: its keys, the new ones included; block_tables: its blocks;
+    window: that of the layers which use this plan.
     """
     batches = [[i] for i, n in enumerate(query_lens) if n > 1]
     # A group wastes the gap to its longest member; a group of its own costs a few calls, about 64 keys' worth.
@@ -220,13 +236,12 @@ def plan_attention(
         query_len, key_len = query_lens[batch[0]], max(key_lens[i] for i in batch)
         num_blocks = -(-key_len // block_size)
         blocks = [b for i in batch for b in _padded(block_tables[i], num_blocks)]
-        causal = query_len > 1 and query_len == key_len
+        windowed = window is not None and window < key_len
+        causal = query_len > 1 and query_len == key_len and not windowed
         mask = None
-        if not causal and (query_len > 1 or any(key_lens[i] != key_len for i in batch)):
-            # Query j of a sequence with n keys stands at position n - query_len + j and sees the keys up to it.
-            last = torch.tensor([key_lens[i] - query_len for i in batch]).view(-1, 1, 1, 1)
-            last = last + torch.arange(query_len).view(1, 1, -1, 1)
-            hidden = torch.arange(key_len) > last  # [num_seqs, 1, query_len, key_len]
+        if not causal and (query_len > 1 or windowed or any(key_lens[i] != key_len for i in batch)):
+            positions = _positions([key_lens[i] for i in batch], query_len)
+            hidden = _hidden(torch.arange(key_len), positions, window)
             mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf")).to(device)
         stop = start + len(batch) * query_len
         groups.append(
@@ -236,6 +251,7 @@ def plan_attention(
                 blocks=torch.tensor(blocks, device=device),
                 num_seqs=len(batch),
                 query_len=query_len,
+                key_lens=[key_lens[i] for i in batch],
                 key_len=key_len,
                 mask=mask,
                 causal=causal,
@@ -255,12 +271,33 @@ def _padded(blocks: Sequence[int], length: int) -> list[int]:
     return [*blocks[:length], *[0] * (length - len(blocks))]
 
 
-def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: AttentionPlan, scale: float) -> Tensor:
+def _positions(key_lens: Sequence[int], query_len: int) -> Tensor:
+    """Of the queries, [num_seqs, 1, query_len, 1]: query j of a sequence with n keys stands at n - query_len + j."""
+    first = torch.tensor(key_lens).view(-1, 1, 1, 1) - query_len
+    return first + torch.arange(query_len).view(1, 1, -1, 1)
+
+
+def _hidden(keys: Tensor, positions: Tensor, window: int | None) -> Tensor:
+    """Where a query does not see a key, [num_seqs, 1, query_len, key_len]. keys: their positions [key_len]."""
+    hidden = keys > positions
+    return hidden if window is None else hidden.logical_or_(keys <= positions - window)
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    features: AttentionFeatures = PLAIN,
+) -> Tensor:
     """Causal attention of a step's queries over the paged cache, which already holds the step's own keys.
 
     query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], heads being a multiple
-    of kv_heads (query head h reads KV head ``h // (heads // kv_heads)``). Returns [num_tokens, heads, head_dim].
+    of kv_heads (query head h reads KV head ``h // (heads // kv_heads)``); plan: made with the features' window.
+    Returns [num_tokens, heads, head_dim].
     """
+    explicit = any(x is not None for x in (features.softcap, features.sinks, features.alibi_slopes))
     query = query.contiguous() if plan.order is None else query.index_select(0, plan.order)
     output = torch.empty_like(query)
     kv_heads, head_dim = key_cache.shape[2:]
@@ -270,7 +307,10 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, plan:
         key = key[:, : group.key_len].transpose(1, 2)  # [num_seqs, kv_heads, key_len, head_dim]
         value = value[:, : group.key_len].transpose(1, 2)
         q, out = query[group.start : group.stop], output[group.start : group.stop]
-        if group.query_len == 1:
+        if explicit:
+            q, out = (x.view(group.num_seqs, group.query_len, -1, head_dim).transpose(1, 2) for x in (q, out))
+            out.copy_(_explicit_attention(q, key, value, group, scale, features))
+        elif group.query_len == 1:
             # The query heads of a KV head stand where a prompt's queries would: no copy of the keys for each of them.
             q, out = (x.view(group.num_seqs, kv_heads, -1, head_dim) for x in (q, out))
             out.copy_(F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale))
@@ -282,6 +322,29 @@ def paged_attention(query: Tensor, key_cache: Tensor, value_cache: Tensor, plan:
                 )
             )
     return output if plan.inverse is None else output.index_select(0, plan.inverse)
+
+
+def _explicit_attention(
+    query: Tensor, key: Tensor, value: Tensor, group: AttentionGroup, scale: float, features: AttentionFeatures
+) -> Tensor:
+    """What scaled_dot_product_attention cannot do, in float32 and step by step.
+
+    query: [num_seqs, heads, query_len, head_dim]; key, value: [num_seqs, kv_heads, key_len, head_dim].
+    """
+    heads, kv_heads = query.shape[1], key.shape[1]
+    key, value = (x.float().repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))
+    scores = scale * (query.float() @ key.mT)  # [num_seqs, heads, query_len, key_len]
+    if features.softcap is not None:
+        scores = features.softcap * torch.tanh(scores / features.softcap)
+    keys = torch.arange(group.key_len, device=query.device)
+    positions = _positions(group.key_lens, group.query_len).to(query.device)
+    if features.alibi_slopes is not None:
+        scores = scores + features.alibi_slopes.float().view(-1, 1, 1) * (keys - positions)
+    scores = scores.masked_fill(_hidden(keys, positions, features.window), float("-inf"))
+    if features.sinks is not None:
+        sinks = features.sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        return torch.cat((scores, sinks), dim=-1).softmax(dim=-1)[..., :-1] @ value
+    return scores.softmax(dim=-1) @ value
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -75,5 +75,5 @@ class PagedAttention(nn.Module):
         query = self.rotary_store_kv(
             query, key, value, rotary.cos, rotary.sin, metadata.positions, key_cache, value_cache, metadata.slots
         )
-        out = self.backend.forward(query, key_cache, value_cache, metadata.plans[self.backend.name])
+        out = self.backend.forward(query, key_cache, value_cache, metadata.plans[self.backend.plan_key])
         return self.out(out.view(-1, self.num_heads * self.head_dim))

@@ -61,9 +61,10 @@ def _compare(
 ) -> None:
     spec = backend.spec
     query = torch.randn(sum(sequences.query_lens), spec.num_heads, spec.head_dim, dtype=spec.dtype, device=spec.device)
+    sinks = torch.randn(spec.num_heads, dtype=spec.dtype, device=spec.device) if spec.has_sinks else None
     eager = create_backend("eager", spec)
-    expected = eager.forward(query, key_cache, value_cache, eager.prepare(sequences)).float()
-    ours = backend.forward(query, key_cache, value_cache, backend.prepare(sequences)).float()
+    expected = eager.forward(query, key_cache, value_cache, eager.prepare(sequences), sinks).float()
+    ours = backend.forward(query, key_cache, value_cache, backend.prepare(sequences), sinks).float()
     limit = TOLERANCE[spec.dtype] * max(1.0, expected.abs().max().item())
     error = (ours - expected).abs().max().item()
     if not error <= limit:  # NaN too

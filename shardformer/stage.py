@@ -87,8 +87,8 @@ class PipelineStage(nn.Module):
 
     @property
     def backends(self) -> dict[str, AttentionBackend]:
-        """One of each kind of backend bound on this stage, by name: they prepare the step for all layers."""
-        return {attention.backend.name: attention.backend for attention in self.attentions}
+        """One of each kind of backend bound on this stage, by `plan_key`: they prepare the step for all layers."""
+        return {attention.backend.plan_key: attention.backend for attention in self.attentions}
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.

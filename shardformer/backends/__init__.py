@@ -1,0 +1,20 @@
+"""Attention backends: one small interface, chosen once when `PagedAttention` is built."""
+
+from .base import AttentionBackend, AttentionMetadata, AttentionSpec, Sequences
+from .cpu import CpuBackend
+from .eager import EagerBackend
+from .registry import BACKENDS, auto_backend, create_backend
+from .triton import TritonBackend
+
+__all__ = [
+    "BACKENDS",
+    "AttentionBackend",
+    "AttentionMetadata",
+    "AttentionSpec",
+    "CpuBackend",
+    "EagerBackend",
+    "Sequences",
+    "TritonBackend",
+    "auto_backend",
+    "create_backend",
+]

@@ -1,0 +1,93 @@
+"""What attention backends have in common: what they are asked, and how they answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ...kernels.eager import AttentionFeatures
+
+
+@dataclass(frozen=True)
+class AttentionMetadata:
+    """What every layer must know of a step's tokens; built once a step and passed down the forward."""
+
+    positions: Tensor  # [num_tokens] int64: each token's place in its sequence
+    slots: Tensor  # [num_tokens] int64: where its key and value go, block * block_size + offset
+    plans: Mapping[str, Any]  # a backend's `plan_key` -> what its `prepare` made of the step
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What a layer asks of a backend."""
+
+    num_heads: int  # on this rank
+    num_kv_heads: int  # on this rank
+    head_dim: int
+    scale: float
+    dtype: torch.dtype
+    device: torch.device
+    window: int | None = None  # keys that a query sees, its own the last; None: all before it
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    has_sinks: bool = False  # `forward` is given a logit for each head that joins its softmax
+    alibi_slopes: tuple[float, ...] | None = None  # one for each head on this rank
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of a step, as a backend's `prepare` sees them; one entry each."""
+
+    query_lens: Sequence[int]  # new tokens
+    key_lens: Sequence[int]  # keys to attend to, the new tokens' own included
+    block_tables: Sequence[Sequence[int]]
+    block_size: int
+
+
+class AttentionBackend(ABC):
+    """Attention over the paged cache for one layer."""
+
+    name: ClassVar[str]
+    preferred_block_size: ClassVar[int] = 16
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self.spec = spec
+        slopes = spec.alibi_slopes
+        self._features = AttentionFeatures(
+            window=spec.window,
+            softcap=spec.softcap,
+            alibi_slopes=None if slopes is None else torch.tensor(slopes, dtype=torch.float32, device=spec.device),
+        )
+
+    @staticmethod
+    @abstractmethod
+    def validate(spec: AttentionSpec) -> list[str]:
+        """Every reason why this backend cannot serve such a layer here; empty if it can."""
+
+    @staticmethod
+    def is_automatic(spec: AttentionSpec) -> bool:
+        """Whether "auto" may choose this backend where it validates, or only its name."""
+        return True
+
+    @property
+    def plan_key(self) -> str:
+        """Layers whose backends have the same key share what `prepare` makes of a step."""
+        return self.name
+
+    def features(self, sinks: Tensor | None) -> AttentionFeatures:
+        """Of this layer, for a kernel. sinks: what `forward` was given."""
+        assert (sinks is not None) == self.spec.has_sinks
+        return self._features if sinks is None else replace(self._features, sinks=sinks)
+
+    @abstractmethod
+    def prepare(self, sequences: Sequences) -> Any:
+        """What this backend needs to know of a step, made once and given to `forward` of every layer."""
+
+    @abstractmethod
+    def forward(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
+    ) -> Tensor:
+        """query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], already holding
+        the step's own keys and values; sinks: [heads] where the spec has them. Returns query's shape."""

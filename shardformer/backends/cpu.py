@@ -1,0 +1,57 @@
+"""Attention in C++ on the CPU, which reads the blocks where they lie: `kernels/cpu/paged_attention.cpp`."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ...kernels.batch import PagedBatch
+from ...kernels.cpu import CpuOps, Unavailable
+from .base import AttentionBackend, AttentionSpec, Sequences
+
+_MAX_HEAD_DIM = 256
+
+
+class CpuBackend(AttentionBackend):
+    """One kernel for prompts, chunks and decodes, for plain causal attention."""
+
+    name = "cpu"
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        super().__init__(spec)
+        self.paged_attention = CpuOps(spec.dtype).paged_attention
+
+    @staticmethod
+    def validate(spec: AttentionSpec) -> list[str]:
+        if spec.device.type != "cpu":
+            return [f"the device is {spec.device}, not a CPU"]
+        reasons = [
+            f"it has no {name}"
+            for name, asked in (
+                ("window", spec.window is not None),
+                ("softcap", spec.softcap is not None),
+                ("sinks", spec.has_sinks),
+                ("ALiBi", spec.alibi_slopes is not None),
+            )
+            if asked
+        ]
+        try:
+            multiple = CpuOps(spec.dtype).head_dim_multiple
+            if spec.head_dim % multiple or spec.head_dim > _MAX_HEAD_DIM:
+                reasons.append(f"head_dim={spec.head_dim} is not a multiple of {multiple} up to {_MAX_HEAD_DIM}")
+        except Unavailable as reason:
+            reasons.append(str(reason))
+        return reasons
+
+    def prepare(self, sequences: Sequences) -> PagedBatch:
+        return PagedBatch.of(
+            sequences.query_lens,
+            sequences.key_lens,
+            sequences.block_tables,
+            sequences.block_size,
+            self.spec.device,
+        )
+
+    def forward(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
+    ) -> Tensor:
+        return self.paged_attention(query, key_cache, value_cache, plan, self.spec.scale)

@@ -1,0 +1,88 @@
+"""The Triton kernel in the engine, in float32: transformers' tokens on every mesh. Without a GPU it is interpreted."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+
+pytest.importorskip("triton")
+
+NUM_NEW = 6
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+PROMPTS = [[17, 3, 99, 41, 5], [8], [(37 * i + 11) % 131 for i in range(29)], [17, 3, 99, 41, 6, 7]]
+MESHES: dict[str, dict[str, int]] = {
+    "1": {},
+    "tp2": {"tp_size": 2},
+    "pp2": {"pp_size": 2},
+    "tp2 pp2": {"tp_size": 2, "pp_size": 2},
+}
+COMMON: dict[str, Any] = {
+    "device": "cuda" if torch.cuda.is_available() else "cpu",
+    "dtype": "float32",
+    "max_model_len": 64,
+    "num_kv_blocks": 128,
+    "max_num_batched_tokens": 12,  # fewer than the longest prompt: chunks, beside decodes
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    """Heads of 12 elements, 3 of queries to one of keys and values."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=72,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        intermediate_size=70,
+        vocab_size=131,
+        num_hidden_layers=2,
+        max_position_embeddings=64,
+        initializer_range=0.4,  # else every output repeats one token
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def expected(model: LlamaForCausalLM) -> list[list[int]]:
+    made = [
+        model.generate(torch.tensor([prompt]), max_new_tokens=NUM_NEW, do_sample=False, pad_token_id=0)
+        for prompt in PROMPTS
+    ]
+    tokens = [out[0, len(prompt) :].tolist() for out, prompt in zip(made, PROMPTS, strict=True)]
+    assert min(len(set(output)) for output in tokens) >= 4, "outputs too plain to prove anything"
+    return tokens
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block_size", [1, 16])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_triton(mesh: str, block_size: int, model: LlamaForCausalLM, expected: list[list[int]]) -> None:
+    config = InferenceConfig(**COMMON, **MESHES[mesh], block_size=block_size, attention_backend="triton")
+    if torch.cuda.is_available() and config.world_size > torch.cuda.device_count():
+        pytest.skip(f"needs {config.world_size} GPUs")
+    with InferenceEngine(model, config) as engine:
+        assert "attention triton" in engine.describe()
+        outputs = engine.generate(PROMPTS, GREEDY, progress=False)
+        engine.check()
+    assert [list(output.token_ids) for output in outputs] == expected
+
+
+def test_a_backend_that_cannot_serve(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    config = InferenceConfig(**{**COMMON, "device": "cpu"}, attention_backend="triton")
+    with pytest.raises(ValueError) as error:
+        InferenceEngine(model, config)
+    assert str(error.value) == (
+        "attention_backend='triton' cannot serve here: the device is cpu, not a GPU (for tests, TRITON_INTERPRET=1 "
+        "interprets kernels)"
+    )
+
+
+def test_the_interpreter_is_never_the_automatic_choice(model: LlamaForCausalLM) -> None:
+    with InferenceEngine(model, InferenceConfig(**{**COMMON, "device": "cpu"})) as engine:
+        assert "attention eager" in engine.describe()

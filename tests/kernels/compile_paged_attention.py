@@ -1,0 +1,83 @@
+"""Run by test_paged_attention.py: compiles the kernel, from its launcher's own arguments, for a GPU that is not there.
+
+compile_paged_attention.py CAPABILITY CACHE: for sm_<CAPABILITY>; triton's cache goes to the folder CACHE.
+"""
+
+import os
+import sys
+from collections import defaultdict
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+os.environ["TRITON_CACHE_DIR"] = sys.argv[2]
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from meshlm.kernels import paged_attention as module
+from meshlm.kernels.batch import PagedBatch
+from meshlm.kernels.eager import AttentionFeatures
+
+CAPABILITY = int(sys.argv[1])
+SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448}[CAPABILITY]
+ALL = AttentionFeatures(window=1024, softcap=50.0, sinks=torch.zeros(32), alibi_slopes=torch.zeros(32))
+
+
+class Driver:
+    """What the compiler asks of a machine with one GPU."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", CAPABILITY, 32)
+
+
+def compile_only() -> dict[str, dict[int, int]]:
+    """From now on a launch compiles and does not run. Returns each kernel's variants with their shared memory."""
+    driver.set_active(Driver())
+    module._device = lambda device: (132, SHARED_BYTES)
+    launch, compiled = JITFunction.run, defaultdict[str, dict[int, int]](dict)
+
+    def run(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        assert 0 < grid[0] < 2**31 and all(0 < size < 2**16 for size in grid[1:])
+        kernel = launch(self, *args, grid=grid, warmup=True, **options)
+        assert kernel.asm["cubin"]
+        compiled[self.__name__][id(kernel)] = kernel.metadata.shared
+        return kernel
+
+    JITFunction.run = run
+    return compiled
+
+
+def attend(
+    lens: list[tuple[int, int]], head_dim: int, dtype: torch.dtype, features: AttentionFeatures = module.PLAIN
+) -> None:
+    """lens: (new tokens, tokens before them) of each sequence."""
+    query_lens, key_lens = [new for new, _ in lens], [new + context for new, context in lens]
+    batch = PagedBatch.of(query_lens, key_lens, [[0] * n for n in key_lens], 16, torch.device("cpu"))
+    query, cache = torch.zeros(sum(query_lens), 32, head_dim, dtype=dtype), torch.zeros(1, 16, 8, head_dim, dtype=dtype)
+    module.paged_attention(query, cache, cache, batch, 0.1, features)
+
+
+if __name__ == "__main__":
+    compiled = compile_only()
+    for head_dim, dtype in ((80, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
+        for features in (module.PLAIN, ALL):
+            attend([(1, 5000), (1, 3)], head_dim, dtype, features)
+            attend([(200, 0), (1, 5000)], head_dim, dtype, features)
+    for name, variants in compiled.items():
+        assert all(shared <= SHARED_BYTES for shared in variants.values()), f"{name}: {variants} bytes of shared memory"
+    assert set(compiled) == {"_attend", "_combine"}
+    for mixed in (False, True):
+        compiled.clear()
+        for count in (1, 2, 3, 16, 33):
+            decodes = [(1, 10000 // count - 1)] * count
+            attend([*decodes, (100 * count, 0)] if mixed else decodes, 64, torch.bfloat16)
+        most = 4 if mixed else 2  # narrow and wide, split and not
+        assert len(compiled["_attend"]) <= most and len(compiled["_combine"]) <= 1, "compiled for each number of tokens"
