@@ -46,6 +46,7 @@ class Tile:
     min_split: int = 256  # keys that are worth a program of their own
 
 
+@lru_cache
 def tile_sizes(rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) -> Tile:
     """The tile for sequences of up to `rows` rows; meant for Hopper.
 
@@ -116,6 +117,7 @@ def paged_attention(
         places = num_sms * (wide if has_wide else narrow).per_sm
         num_splits = _choose_splits(programs, -(-span // narrow.min_split), places, has_wide)
 
+    assert 1 <= num_splits <= _MAX_SPLITS.value, num_splits
     target, lse = out, None
     if num_splits > 1:
         target = torch.empty((num_splits, *out.shape), dtype=torch.float32, device=query.device)
@@ -332,7 +334,7 @@ def _attend(
         out + result[:, None] * HEAD_DIM + dim[None, :], (acc / divisor[:, None]).to(out.dtype.element_ty), is_element
     )
     if lse is not None:
-        tl.store(lse + result, tl.where(total > 0, highest + tl.log2(divisor), float("-inf")), is_row)
+        tl.store(lse + result, highest + tl.log2(divisor), is_row)
 
 
 @triton.jit

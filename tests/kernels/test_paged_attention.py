@@ -24,7 +24,7 @@ from meshlm.kernels import paged_attention as kernel
 from meshlm.kernels.paged_attention import Tile
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = {torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 BFLOAT16 = pytest.param(torch.bfloat16, marks=pytest.mark.cuda)  # the interpreter multiplies its bits
 SMALL = Tile(rows=16, keys=16, num_warps=4, num_stages=2, min_split=16)
 NAN = float("nan")
@@ -76,10 +76,10 @@ class Step:
         device: torch.device = DEVICE,
     ) -> None:
         """lens: (new tokens, tokens before them) of each sequence; heads: of queries, of keys and values."""
-        generator = torch.Generator().manual_seed(7)
+        generator = torch.Generator(device).manual_seed(7)
 
         def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(device, dtype)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
 
         self.heads, self.kv_heads = heads
         self.query_lens = [new for new, _ in lens]
@@ -95,14 +95,15 @@ class Step:
         self.key_cache, self.value_cache = randn(2, num_blocks, block_size, self.kv_heads, head_dim)
         self.is_used = torch.zeros(num_blocks, block_size, dtype=torch.bool, device=device)
         for table, keys, values in zip(self.tables, self.keys, self.values, strict=True):
-            for position, (key, value) in enumerate(zip(keys, values, strict=True)):
-                place = table[position // block_size], position % block_size
-                self.key_cache[place], self.value_cache[place], self.is_used[place] = key, value, True
+            positions = torch.arange(len(keys), device=device)
+            blocks = torch.tensor(table, dtype=torch.int64, device=device)[positions // block_size]
+            places = blocks, positions % block_size
+            self.key_cache[places], self.value_cache[places], self.is_used[places] = keys, values, True
         self.features = AttentionFeatures(
             window=window,
             softcap=softcap,
             sinks=randn(self.heads) if sinks else None,
-            alibi_slopes=torch.rand(self.heads, generator=generator).to(device) if alibi else None,
+            alibi_slopes=torch.rand(self.heads, generator=generator, device=device) if alibi else None,
         )
 
     def batch(self) -> PagedBatch:
@@ -299,7 +300,7 @@ def test_features_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("num_splits", [2, 7, 40])
 def test_many_splits(num_splits: int) -> None:
     """More than there are keys for, and more than are put together at a time."""
-    step = Step([(1, 130), (1, 0), (5, 60)], (2, 1), 16, 4)
+    step = Step([(1, 600), (1, 0), (5, 60)], (2, 1), 16, 4)
     assert_close(step.ours(num_splits=num_splits, tiles=(SMALL, SMALL)), step.defined())
 
 
@@ -438,7 +439,7 @@ def test_in_a_cuda_graph(features: str) -> None:
         graph.replay()
         step.key_lens = [max(n, 1) for n in lens]
         expected = step.defined()
-        expected[[n == 0 for n in lens]] = 0
+        expected[torch.tensor(lens) == 0] = 0
         assert_close(out, expected, torch.float16)
 
 
