@@ -59,8 +59,7 @@ def expected(model: LlamaForCausalLM) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block_size", [1, 16])
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize(("mesh", "block_size"), [("1", 1), ("1", 16), ("tp2", 16), ("pp2", 1), ("tp2 pp2", 16)])
 def test_triton(mesh: str, block_size: int, model: LlamaForCausalLM, expected: list[list[int]]) -> None:
     config = InferenceConfig(**COMMON, **MESHES[mesh], block_size=block_size, attention_backend="triton")
     if torch.cuda.is_available() and config.world_size > torch.cuda.device_count():

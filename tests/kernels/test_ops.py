@@ -60,7 +60,8 @@ def test_the_cpu_path_does_not_import_triton() -> None:
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [90])  # 80 takes as long again
 def test_kernels_compile_once_for_all_numbers_of_tokens(capability: int, tmp_path: Path) -> None:
     """With triton's own ptxas; needs no GPU."""
     pytest.importorskip("triton")
