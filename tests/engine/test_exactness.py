@@ -44,6 +44,8 @@ COMMON: dict[str, Any] = {
     "num_kv_blocks": 256,  # 190 MB a replica
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
+SHORT = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
+FEW = (0, 3, 4, 9, 12, 15, 20, 23)  # prompts, where a test is of something that every mesh has shown already
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -322,7 +324,8 @@ def test_without_a_compiler(
     monkeypatch.setenv("CXX", "false")
     with running(demo_model, tp_size=2, pp_size=2) as engine:
         assert "attention eager" in engine.describe() and "false failed" in engine.describe()
-        reference.check(generate(engine, reference.prompts))
+        outputs = generate(engine, [reference.prompts[index] for index in FEW], SHORT)
+        reference.check(outputs, FEW, 16)
 
 
 @pytest.mark.slow
@@ -340,20 +343,18 @@ def test_async_scheduling(fields: dict[str, int], demo_model: Path, reference: R
     chats = range(15, 20)
     heeded = GREEDY.model_copy(update={"ignore_eos": False})
     with running(demo_model, async_scheduling=True, **fields) as engine:
-        params = [GREEDY] * 24 + [heeded] * len(chats)
-        prompts = [reference.prompts[index] for index in (*range(24), *chats)]
+        params = [SHORT] * len(FEW) + [heeded] * len(chats)
+        prompts = [reference.prompts[index] for index in (*FEW, *chats)]
         outputs = [list(token_ids) for token_ids in generate(engine, prompts, params)]
-        reference.check(outputs[:24])
-        assert outputs[24:] == [reference.until_eos(index, engine.tokenizer.eos_token_id) for index in chats]
-        num_steps = sum(replica.num_steps for replica in engine.stats().replicas)
-        assert num_steps >= NUM_TOKENS
+        reference.check(outputs[: len(FEW)], FEW, 16)
+        assert outputs[len(FEW) :] == [reference.until_eos(index, engine.tokenizer.eos_token_id) for index in chats]
 
 
 # ---- blocks, chunks, preemption, prefixes ------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("block_size", "backend"), [(1, "auto"), (7, "auto"), (1, "eager"), (7, "eager")])
+@pytest.mark.parametrize(("block_size", "backend"), [(1, "auto"), (7, "auto"), (7, "eager")])
 def test_block_size(block_size: int, backend: str, demo_model: Path, reference: Reference) -> None:
     """16 on the meshes above."""
     fields = {"block_size": block_size, "num_kv_blocks": 3840 // block_size, "attention_backend": backend}
