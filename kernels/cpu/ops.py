@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import PagedBatch
+from ..eager import PLAIN, AttentionFeatures
 from .build import Unavailable, load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,7 +30,7 @@ class CpuOps:
         self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "llffi")
         self._silu_and_mul = _function(library, "silu_and_mul", "ipplli")
         self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 8 + "ii")
-        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fi")
+        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -108,13 +109,21 @@ class CpuOps:
         return out
 
     def paged_attention(
-        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch, scale: float
+        self,
+        query: Tensor,
+        key_cache: Tensor,
+        value_cache: Tensor,
+        batch: PagedBatch,
+        scale: float,
+        features: AttentionFeatures = PLAIN,
     ) -> Tensor:
         """query: [num_tokens, heads, head_dim], contiguous; head_dim a multiple of `head_dim_multiple`, up to 256."""
         assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
         _, block_size, kv_heads, head_dim = key_cache.shape
         out = torch.empty_like(query)
         num_seqs, max_blocks = batch.block_tables.shape
+        sinks = None if features.sinks is None else features.sinks.float().contiguous()
+        slopes = None if features.alibi_slopes is None else features.alibi_slopes.float().contiguous()
         self._paged_attention(
             self._dtype,
             query.data_ptr(),
@@ -131,6 +140,10 @@ class CpuOps:
             head_dim,
             block_size,
             scale,
+            features.softcap or 0.0,
+            features.window or 0,
+            None if sinks is None else sinks.data_ptr(),
+            None if slopes is None else slopes.data_ptr(),
             self._threads,
         )
         return out

@@ -29,7 +29,9 @@ struct Arguments {
   void* out;
   const int32_t *block_tables, *query_starts, *key_lens;
   long num_seqs, max_blocks, heads, kv_heads, head_dim, block_size;
-  float scale;
+  float scale, softcap;               // softcap 0: none
+  long window;                        // 0: none
+  const float *sinks, *alibi_slopes;  // of each head; null: none
   int threads;
 };
 
@@ -53,14 +55,32 @@ template <class T> struct Cache {
   }
 };
 
-// Where row r of a sequence and KV head lies in query and output.
+// Row r of a sequence and KV head: where it lies in query and output, and which query head it is.
 struct Rows {
   long start, group, heads, kv_head, head_dim;
   Rows(const Arguments& a, long sequence, long kv_head)
       : start(a.query_starts[sequence]), group(a.heads / a.kv_heads), heads(a.heads), kv_head(kv_head),
         head_dim(a.head_dim) {}
-  long offset(long r) const { return ((start + r / group) * heads + kv_head * group + r % group) * head_dim; }
+  long head(long r) const { return kv_head * group + r % group; }
+  long offset(long r) const { return ((start + r / group) * heads + head(r)) * head_dim; }
 };
+
+static inline vfloat tanh(vfloat x) { return 1.0f - 2.0f / (exp(x * 2.0f) + 1.0f); }
+
+// What comes between a product and the softmax. query, key: positions; slope: ALiBi's (Press et al. 2022).
+static inline vfloat score(const Arguments& a, vfloat product, vint query, vint key, vfloat slope) {
+  if (a.softcap) product = a.softcap * tanh(product / a.softcap);
+  if (a.alibi_slopes) product += slope * __builtin_convertvector(key - query, vfloat);
+  vint hidden = key > query;
+  if (a.window) hidden |= key <= query - int32_t(a.window);
+  return hidden ? splat(-INFINITY) : product;
+}
+
+static inline vint count_from(long first) {
+  vint v;
+  for (int i = 0; i < W; i++) v[i] = int32_t(first) + i;
+  return v;
+}
 
 // ---- few rows ---------------------------------------------------------------------------------------------------
 
@@ -69,10 +89,16 @@ struct Partial {  // the softmax over some of the keys, not yet divided
   alignas(64) float out[FEW][MAX_HEAD_DIM];
 };
 
-// R rows over the keys [first, stop); row r sees the keys up to last[r].
+struct FewRows {
+  alignas(64) float query[FEW][MAX_HEAD_DIM];
+  long position[FEW];
+  float slope[FEW];
+};
+
+// R rows over the keys [first, stop).
 template <class T, int R>
-void attend_few(const Cache<T>& cache, long head_dim, const float (*query)[MAX_HEAD_DIM], const long* last, long first,
-                long stop, Partial& result) {
+void attend_few(const Arguments& a, const Cache<T>& cache, const FewRows& rows, long first, long stop, Partial& result) {
+  const long head_dim = a.head_dim;
   const int vectors = head_dim / W;
   alignas(64) float scores[R][KEYS];
   long at[KEYS];
@@ -88,14 +114,19 @@ void attend_few(const Cache<T>& cache, long head_dim, const float (*query)[MAX_H
       vfloat dots[R] = {};
       for (int i = 0; i < vectors; i++) {
         vfloat k = load(key + i * W);
-        for (int r = 0; r < R; r++) dots[r] += k * load(query[r] + i * W);
+        for (int r = 0; r < R; r++) dots[r] += k * load(rows.query[r] + i * W);
       }
-      for (int r = 0; r < R; r++) scores[r][n] = start + n <= last[r] ? sum(dots[r]) : -INFINITY;
+      for (int r = 0; r < R; r++) scores[r][n] = sum(dots[r]);
     }
     for (int r = 0; r < R; r++) {
       std::fill(scores[r] + count, scores[r] + KEYS, -INFINITY);
       vfloat highest = splat(result.maximum[r]);
-      for (int n = 0; n < KEYS; n += W) highest = max(highest, load(scores[r] + n));
+      for (int n = 0; n < KEYS; n += W) {
+        const vint query = vint{} + int32_t(rows.position[r]);
+        vfloat s = score(a, load(scores[r] + n), query, count_from(start + n), splat(rows.slope[r]));
+        store(scores[r] + n, s);
+        highest = max(highest, s);
+      }
       float maximum = highest[0];
       for (int i = 1; i < W; i++) maximum = std::max(maximum, highest[i]);
       vfloat total = {};
@@ -126,25 +157,26 @@ struct FewTask { long sequence, kv_head; int rows, split, splits; long slot; };
 template <class T> void split_keys(const Arguments& a, const FewTask& task, Partial& result) {
   const Rows rows(a, task.sequence, task.kv_head);
   const long keys = a.key_lens[task.sequence], queries = a.query_starts[task.sequence + 1] - rows.start;
-  alignas(64) float query[FEW][MAX_HEAD_DIM];
-  long last[FEW];
+  FewRows few;
   for (int r = 0; r < task.rows; r++) {
     const T* from = (const T*)a.query + rows.offset(r);
-    for (long i = 0; i < a.head_dim; i += W) store(query[r] + i, load(from + i) * a.scale);
-    last[r] = keys - queries + r / rows.group;
+    for (long i = 0; i < a.head_dim; i += W) store(few.query[r] + i, load(from + i) * a.scale);
+    few.position[r] = keys - queries + r / rows.group;
+    few.slope[r] = a.alibi_slopes ? a.alibi_slopes[rows.head(r)] : 0;
   }
-  const long each = ((keys + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
-  const long first = std::min(keys, task.split * each), stop = std::min(keys, first + each);
+  const long lowest = a.window ? std::max(0l, few.position[0] - a.window + 1) : 0;
+  const long each = ((keys - lowest + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
+  const long first = std::min(keys, lowest + task.split * each), stop = std::min(keys, first + each);
   const Cache<T> cache(a, task.sequence, task.kv_head);
   switch (task.rows) {
-    case 1: return attend_few<T, 1>(cache, a.head_dim, query, last, first, stop, result);
-    case 2: return attend_few<T, 2>(cache, a.head_dim, query, last, first, stop, result);
-    case 3: return attend_few<T, 3>(cache, a.head_dim, query, last, first, stop, result);
-    case 4: return attend_few<T, 4>(cache, a.head_dim, query, last, first, stop, result);
-    case 5: return attend_few<T, 5>(cache, a.head_dim, query, last, first, stop, result);
-    case 6: return attend_few<T, 6>(cache, a.head_dim, query, last, first, stop, result);
-    case 7: return attend_few<T, 7>(cache, a.head_dim, query, last, first, stop, result);
-    default: return attend_few<T, 8>(cache, a.head_dim, query, last, first, stop, result);
+    case 1: return attend_few<T, 1>(a, cache, few, first, stop, result);
+    case 2: return attend_few<T, 2>(a, cache, few, first, stop, result);
+    case 3: return attend_few<T, 3>(a, cache, few, first, stop, result);
+    case 4: return attend_few<T, 4>(a, cache, few, first, stop, result);
+    case 5: return attend_few<T, 5>(a, cache, few, first, stop, result);
+    case 6: return attend_few<T, 6>(a, cache, few, first, stop, result);
+    case 7: return attend_few<T, 7>(a, cache, few, first, stop, result);
+    default: return attend_few<T, 8>(a, cache, few, first, stop, result);
   }
 }
 
@@ -160,6 +192,7 @@ template <class T> void combine(const Arguments& a, const FewTask& task, const P
       total += parts[s].total[r] * weight;
       for (long i = 0; i < a.head_dim / W; i++) out[i] += load(parts[s].out[r] + i * W) * weight;
     }
+    if (a.sinks) total += std::exp(a.sinks[rows.head(r)] - maximum);
     const float inverse = total > 0 ? 1 / total : 0;
     T* to = (T*)a.out + rows.offset(r);
     for (long i = 0; i < a.head_dim / W; i++) store(to + i * W, out[i] * inverse);
@@ -207,24 +240,27 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
   const Cache<T> cache(a, task.sequence, task.kv_head);
   const int head_dim = a.head_dim;
   const long before = a.key_lens[task.sequence] - (a.query_starts[task.sequence + 1] - rows.start);
-  alignas(64) int32_t last[ROWS];  // the last key that each row sees
+  alignas(64) int32_t position[ROWS];
+  alignas(64) float slope[ROWS] = {};
   for (int r = 0; r < V * W; r++) {
     if (r >= task.rows) {
       for (int d = 0; d < head_dim; d++) tile.query[d * ROWS + r] = 0;
-      last[r] = last[task.rows - 1];
+      position[r] = position[task.rows - 1];
       continue;
     }
     const T* from = (const T*)a.query + rows.offset(task.row + r);
     for (int d = 0; d < head_dim; d++) tile.query[d * ROWS + r] = load_one(from + d) * a.scale;
-    last[r] = before + (task.row + r) / rows.group;
+    position[r] = before + (task.row + r) / rows.group;
+    if (a.alibi_slopes) slope[r] = a.alibi_slopes[rows.head(task.row + r)];
   }
   std::fill_n(tile.out, head_dim * ROWS, 0.0f);
   vfloat maximum[V], total[V];
   for (int v = 0; v < V; v++) maximum[v] = splat(LOWEST), total[v] = vfloat{};
 
-  const long stop = last[task.rows - 1] + 1;
+  const long stop = position[task.rows - 1] + 1;
+  const bool plain = !a.softcap && !a.alibi_slopes && !a.window;
   long at[KEYS];
-  for (long start = 0; start < stop; start += KEYS) {
+  for (long start = a.window ? std::max(0l, position[0] - a.window + 1) : 0; start < stop; start += KEYS) {
     const int count = std::min<long>(KEYS, stop - start);
     cache.offsets(start, count, at);
     for (int n = 0; n < count; n++)
@@ -234,12 +270,12 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
       }
     std::fill_n(tile.weights, count * ROWS, 0.0f);
     accumulate<V>(tile.weights, tile.keys, tile.query, count, head_dim, head_dim, 1);
-    if (start + count - 1 > last[0])
+    if (!plain || start + count - 1 > position[0])
       for (int n = 0; n < count; n++)
         for (int v = 0; v < V; v++) {
           float* w = tile.weights + n * ROWS + v * W;
-          const vint hidden = (vint{} + int32_t(start + n)) > load_as<vint>(last + v * W);
-          store(w, hidden ? splat(-INFINITY) : load(w));
+          const vint key = vint{} + int32_t(start + n);
+          store(w, score(a, load(w), load_as<vint>(position + v * W), key, load(slope + v * W)));
         }
     for (int v = 0; v < V; v++) {
       vfloat highest = maximum[v], sums = {};
@@ -257,8 +293,13 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
     }
     accumulate<V>(tile.out, tile.values, tile.weights, head_dim, count, 1, head_dim);
   }
-  alignas(64) float inverse[ROWS];
-  for (int v = 0; v < V; v++) store(inverse + v * W, 1.0f / total[v]);
+  alignas(64) float inverse[ROWS], sink[ROWS];
+  if (a.sinks)
+    for (int r = 0; r < V * W; r++) sink[r] = a.sinks[rows.head(task.row + std::min(r, task.rows - 1))];
+  for (int v = 0; v < V; v++) {
+    if (a.sinks) total[v] += exp(load(sink + v * W) - maximum[v]);
+    store(inverse + v * W, 1.0f / total[v]);
+  }
   for (int r = 0; r < task.rows; r++) {
     T* to = (T*)a.out + rows.offset(task.row + r);
     for (int d = 0; d < head_dim; d++) store_one(to + d, tile.out[d * ROWS + r] * inverse[r]);
@@ -328,14 +369,16 @@ template <class T> void attend(const Arguments& a) {
 }  // namespace
 
 // query, out: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]; block_tables:
-// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs]; all contiguous, head_dim a multiple of
+// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs]; sinks, alibi_slopes: [heads], float32, or
+// null; softcap, window: 0 for none; all contiguous, head_dim a multiple of
 // `head_dim_multiple()` up to 256.
 extern "C" void paged_attention(int dtype, const void* query, const void* key_cache, const void* value_cache, void* out,
                                 const int32_t* block_tables, const int32_t* query_starts, const int32_t* key_lens,
                                 long num_seqs, long max_blocks, long heads, long kv_heads, long head_dim,
-                                long block_size, float scale, int threads) {
+                                long block_size, float scale, float softcap, long window, const float* sinks,
+                                const float* alibi_slopes, int threads) {
   const Arguments a{query, key_cache, value_cache, out, block_tables, query_starts, key_lens, num_seqs, max_blocks,
-                    heads, kv_heads, head_dim, block_size, scale, threads};
+                    heads, kv_heads, head_dim, block_size, scale, softcap, window, sinks, alibi_slopes, threads};
   by_dtype(dtype, [&](auto* type) { attend<std::remove_pointer_t<decltype(type)>>(a); });
 }
 

@@ -12,7 +12,7 @@ _MAX_HEAD_DIM = 256
 
 
 class CpuBackend(AttentionBackend):
-    """One kernel for prompts, chunks and decodes, for plain causal attention."""
+    """One kernel for prompts, chunks and decodes."""
 
     name = "cpu"
 
@@ -24,23 +24,12 @@ class CpuBackend(AttentionBackend):
     def validate(spec: AttentionSpec) -> list[str]:
         if spec.device.type != "cpu":
             return [f"the device is {spec.device}, not a CPU"]
-        reasons = [
-            f"it has no {name}"
-            for name, asked in (
-                ("window", spec.window is not None),
-                ("softcap", spec.softcap is not None),
-                ("sinks", spec.has_sinks),
-                ("ALiBi", spec.alibi_slopes is not None),
-            )
-            if asked
-        ]
         try:
             multiple = CpuOps(spec.dtype).head_dim_multiple
-            if spec.head_dim % multiple or spec.head_dim > _MAX_HEAD_DIM:
-                reasons.append(f"head_dim={spec.head_dim} is not a multiple of {multiple} up to {_MAX_HEAD_DIM}")
         except Unavailable as reason:
-            reasons.append(str(reason))
-        return reasons
+            return [str(reason)]
+        fits = spec.head_dim % multiple == 0 and spec.head_dim <= _MAX_HEAD_DIM
+        return [] if fits else [f"head_dim={spec.head_dim} is not a multiple of {multiple} up to {_MAX_HEAD_DIM}"]
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
         return PagedBatch.of(
@@ -54,4 +43,4 @@ class CpuBackend(AttentionBackend):
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
     ) -> Tensor:
-        return self.paged_attention(query, key_cache, value_cache, plan, self.spec.scale)
+        return self.paged_attention(query, key_cache, value_cache, plan, self.spec.scale, self.features(sinks))

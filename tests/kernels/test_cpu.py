@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,9 +111,9 @@ BATCHES = {
 }
 
 
-@pytest.mark.parametrize("block_size", [1, 3, 16])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(9, 3, 64), (2, 1, 32), (5, 5, 80), (10, 2, 112), (33, 1, 16), (8, 2, 256)]
+    ("heads", "kv_heads", "head_dim", "block_size"),
+    [(9, 3, 64, 16), (9, 3, 64, 1), (2, 1, 32, 3), (5, 5, 80, 1), (10, 2, 112, 3), (33, 1, 16, 16), (8, 2, 256, 16)],
 )
 @pytest.mark.parametrize("batch", BATCHES, ids=str)
 def test_paged_attention(
@@ -129,6 +130,32 @@ def test_paged_attention(
     plan = eager.plan_attention(query_lens, key_lens, tables, block_size, torch.float64, CPU)
     exact = eager.paged_attention(query.double(), *caches.double(), plan, 0.2)
     assert ours.shape == exact.shape and ours.dtype == dtype
+    assert_close(ours, exact)
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "window": {"window": 7},
+    "a wide window": {"window": 150},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"sinks": torch.tensor([0.5, -3.0, 4.0, 100.0])},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.25, 0.0625, 0.0])},
+}
+FEATURES["all"] = {name: value for features in FEATURES.values() for name, value in features.items()}
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_features(features: str, ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    found = eager.AttentionFeatures(**FEATURES[features])
+    query_lens, key_lens = zip(*BATCHES["all of it"], strict=True)
+    counts = [-(-length // 16) for length in key_lens]
+    ids = list(range(sum(counts)))
+    tables = [[ids.pop() for _ in range(count)] for count in counts]
+    caches = torch.randn(2, sum(counts), 16, 2, 32).to(dtype)
+    query = torch.randn(sum(query_lens), 4, 32).to(dtype)
+    ours = ops.paged_attention(query, *caches, PagedBatch.of(query_lens, key_lens, tables, 16, CPU), 0.3, found)
+    plan = eager.plan_attention(query_lens, key_lens, tables, 16, torch.float32, CPU, found.window)
+    exact = eager.paged_attention(query.float(), *caches.float(), plan, 0.3, found)
     assert_close(ours, exact)
 
 
