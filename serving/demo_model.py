@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.cache import cache_folder
+
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1  # raise it when the converted directory changes: older ones are then converted again
@@ -132,11 +134,7 @@ def verify_demo_model(cache_dir: str | os.PathLike[str] | None = None) -> list[s
 
 
 def _cache_root(cache_dir: str | os.PathLike[str] | None) -> Path:
-    if cache_dir is None:
-        cache_dir = os.environ.get("MESHLM_CACHE") or None
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "meshlm")
-    return Path(cache_dir).expanduser().absolute()
+    return cache_folder() if cache_dir is None else Path(cache_dir).expanduser().absolute()
 
 
 def _defect(directory: Path) -> str | None:

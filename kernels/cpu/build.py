@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+from ...config.cache import cache_folder
+
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
 
 
@@ -76,8 +78,7 @@ def _library_file() -> Path:
         digest.update(source.read_bytes())
     with open("/proc/cpuinfo") as cpuinfo:
         digest.update(next((line for line in cpuinfo if line.startswith(("flags", "Features"))), "").encode())
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "meshlm" / "kernels" / f"cpu-{digest.hexdigest()[:16]}.so"
+    return cache_folder() / "kernels" / f"cpu-{digest.hexdigest()[:16]}.so"
 
 
 @contextmanager

@@ -320,7 +320,7 @@ def test_without_a_compiler(
     demo_model: Path, reference: Reference, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The same in plain torch, which all ops fall back to."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MESHLM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
     with running(demo_model, tp_size=2, pp_size=2) as engine:
         assert "attention eager" in engine.describe() and "false failed" in engine.describe()

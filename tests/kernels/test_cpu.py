@@ -178,7 +178,7 @@ def test_large_scores_do_not_overflow(ops: CpuOps, dtype: torch.dtype) -> None:
 
 def fresh(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """As in a new process of a user whose cache is empty."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.setenv("MESHLM_CACHE", str(cache))
     monkeypatch.setattr(build, "load_library", build.load_library.__wrapped__)
     monkeypatch.setattr(build, "_try_load", build._try_load.__wrapped__)
 
@@ -186,10 +186,10 @@ def fresh(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh(monkeypatch, tmp_path)
     build.load_library()
-    (made,) = (tmp_path / "meshlm" / "kernels").iterdir()
+    (made,) = (tmp_path / "kernels").iterdir()
     monkeypatch.setenv("CXX", "/nonexistent/compiler")
     build.load_library()
-    assert [made] == list((tmp_path / "meshlm" / "kernels").iterdir())
+    assert [made] == list((tmp_path / "kernels").iterdir())
 
 
 @pytest.mark.parametrize(
