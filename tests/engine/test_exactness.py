@@ -19,6 +19,7 @@ import torch
 import transformers
 
 from meshlm import InferenceConfig, InferenceEngine, RequestOutput, SamplingParams
+from meshlm.config.cache import cache_folder
 
 NUM_TOKENS = 48
 TIE = 1e-3  # logits
@@ -150,12 +151,13 @@ class Reference:
         assert len(ties) <= MAX_TIES, "\n".join(ties)
 
 
-def make_reference(model: Path, prompts: list[list[int]], num_tokens: int, cache: Path) -> Reference:
-    """By transformers' `generate`, one prompt at a time; kept in `cache`, as it takes a minute."""
+def make_reference(model: Path, prompts: list[list[int]], num_tokens: int) -> Reference:
+    """By transformers' `generate`, one prompt at a time; kept beside the demo model, as it takes a minute."""
     made_with = [torch.__version__, transformers.__version__, (model / "manifest.json").read_text()]
     key = hashlib.sha256(json.dumps([made_with, prompts, num_tokens]).encode()).hexdigest()[:24]
-    file = cache / f"{key}.json"
+    file = cache_folder() / "tests" / f"exactness-{key}.json"
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         token_ids, runners_up, gaps = [], [], []
         module = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
         module.generation_config = transformers.GenerationConfig(
@@ -175,8 +177,8 @@ def make_reference(model: Path, prompts: list[list[int]], num_tokens: int, cache
 
 
 @pytest.fixture(scope="module")
-def reference(pytestconfig: pytest.Config, demo_model: Path, prompts: list[list[int]]) -> Reference:
-    return make_reference(demo_model, prompts, NUM_TOKENS, pytestconfig.cache.mkdir("exactness"))
+def reference(demo_model: Path, prompts: list[list[int]]) -> Reference:
+    return make_reference(demo_model, prompts, NUM_TOKENS)
 
 
 # ---- engines -----------------------------------------------------------------------------------------------------
@@ -214,9 +216,9 @@ def step(engine: InferenceEngine, finished: dict[str, RequestOutput]) -> None:
 # ---- quick: one rank ---------------------------------------------------------------------------------------------
 
 
-def test_a_few_prompts_on_one_rank(pytestconfig: pytest.Config, demo_model: Path, prompts: list[list[int]]) -> None:
+def test_a_few_prompts_on_one_rank(demo_model: Path, prompts: list[list[int]]) -> None:
     few = [prompts[index] for index in (1, 3, 4, 12, 15, 20)]
-    reference = make_reference(demo_model, few, 16, pytestconfig.cache.mkdir("exactness"))
+    reference = make_reference(demo_model, few, 16)
     with running(demo_model) as engine:
         reference.check(generate(engine, few, SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)))
 

@@ -562,7 +562,7 @@ def test_an_exception_in_a_step_on_one_rank(
 
     monkeypatch.setattr(executor, "submit", submit)
     started = time.monotonic()
-    with pytest.raises(RankFailure, match=rf"(?s)^rank {victim} \(dp .* failed: exit code 1; .*Traceback.*execute"):
+    with pytest.raises(RankFailure, match=rf"(?s)^rank {victim} \(dp .* failed: exit code 1; .*Traceback.*launch"):
         engine.generate([PROMPT], greedy(8), progress=False)
     assert time.monotonic() - started < SOON_S
     assert alive(pids) == []
@@ -576,11 +576,11 @@ def test_an_exception_in_a_step_in_this_process(tiny: Path, module: Any, monkeyp
     worker = engine._world.executor.worker
 
     def fail(error: type[BaseException]) -> None:
-        def execute(step: StepInput) -> None:
+        def launch(step: StepInput) -> None:
             monkeypatch.undo()
             raise error("here")
 
-        monkeypatch.setattr(worker, "execute", execute)
+        monkeypatch.setattr(worker, "launch", launch)
 
     fail(KeyboardInterrupt)
     with pytest.raises(KeyboardInterrupt):
