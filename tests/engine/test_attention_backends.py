@@ -15,15 +15,23 @@ GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
 PROMPTS = [[17, 3, 99, 41, 5], [8], [(37 * i + 11) % 131 for i in range(29)], [17, 3, 99, 41, 6, 7]]
 MESHES: dict[str, dict[str, int]] = {
     "1": {},
+    "1, blocks of 1": {"block_size": 1},
     "tp2": {"tp_size": 2},
+    "tp3, blocks of 1": {"tp_size": 3, "block_size": 1},
+    "tp4": {"tp_size": 4},
     "pp2": {"pp_size": 2},
+    "pp3": {"pp_size": 3},
+    "dp2": {"dp_size": 2},
     "tp2 pp2": {"tp_size": 2, "pp_size": 2},
+    "dp2 tp2": {"dp_size": 2, "tp_size": 2},
+    "dp2 pp2": {"dp_size": 2, "pp_size": 2},
 }
 COMMON: dict[str, Any] = {
     "device": "cuda" if torch.cuda.is_available() else "cpu",
     "dtype": "float32",
     "max_model_len": 64,
     "num_kv_blocks": 128,
+    "block_size": 16,
     "max_num_batched_tokens": 12,  # fewer than the longest prompt: chunks, beside decodes
 }
 
@@ -38,7 +46,7 @@ def model() -> LlamaForCausalLM:
         num_key_value_heads=2,
         intermediate_size=70,
         vocab_size=131,
-        num_hidden_layers=2,
+        num_hidden_layers=3,
         max_position_embeddings=64,
         initializer_range=0.4,  # else every output repeats one token
         eos_token_id=None,
@@ -59,9 +67,9 @@ def expected(model: LlamaForCausalLM) -> list[list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mesh", "block_size"), [("1", 1), ("1", 16), ("tp2", 16), ("pp2", 1), ("tp2 pp2", 16)])
-def test_triton(mesh: str, block_size: int, model: LlamaForCausalLM, expected: list[list[int]]) -> None:
-    config = InferenceConfig(**COMMON, **MESHES[mesh], block_size=block_size, attention_backend="triton")
+@pytest.mark.parametrize("mesh", MESHES)
+def test_triton(mesh: str, model: LlamaForCausalLM, expected: list[list[int]]) -> None:
+    config = InferenceConfig(**{**COMMON, **MESHES[mesh]}, attention_backend="triton")
     if torch.cuda.is_available() and config.world_size > torch.cuda.device_count():
         pytest.skip(f"needs {config.world_size} GPUs")
     with InferenceEngine(model, config) as engine:
