@@ -24,16 +24,7 @@ class CpuBackend(AttentionBackend):
     def validate(spec: AttentionSpec) -> list[str]:
         if spec.device.type != "cpu":
             return [f"the device is {spec.device}, not a CPU"]
-        reasons = [
-            f"it has no {name}"
-            for name, asked in (
-                ("window", spec.window is not None),
-                ("softcap", spec.softcap is not None),
-                ("sinks", spec.has_sinks),
-                ("ALiBi", spec.alibi_slopes is not None),
-            )
-            if asked
-        ]
+        reasons = [f"it has no {name}" for name in spec.features]
         try:
             multiple = CpuOps(spec.dtype).head_dim_multiple
             if spec.head_dim % multiple or spec.head_dim > _MAX_HEAD_DIM:
