@@ -1,7 +1,7 @@
 """The libraries with FlashAttention's kernels, each as a backend of its own: what it can do, and how it is called.
 
-They were read at flash_attn_3 of 2026 and fa3-fwd 0.0.3, flash-attn-4 4.0.0b36, flash-attn 2.8.3 and torch 2.13. No
-library is imported before a layer binds it.
+Signatures and limits are those of FlashAttention-3 at commit 01afd16, fa3-fwd 0.0.3, flash-attn-4 4.0.0b36, flash-attn
+2.8.3 and torch 2.13. No library is imported before a layer binds it.
 """
 
 from abc import abstractmethod
@@ -232,7 +232,7 @@ class FlashAttention4(Library):
     extras = frozenset(("window", "softcap", "sinks"))
     majors = (9, 10, 11)
     made_for = (10, 11)
-    preferred_block_size = 128  # a tile of keys: one load; smaller ones cost it up to three times as long in decodes
+    preferred_block_size = 128  # a tile of keys; smaller ones cost decodes three times as long, say its authors
     oldest = "4.0.0b30"  # older ones take sinks in bfloat16 only
 
     def __init__(self, spec: AttentionSpec) -> None:
