@@ -12,7 +12,8 @@ import torch
 from ..config import ConfigError, InferenceConfig
 from ..policies import ModelSpec
 from ..shardformer import Checkpoint, CheckpointError
-from ..shardformer.backends import BACKENDS
+from ..shardformer.attention import attention_spec
+from ..shardformer.backends import BACKENDS, AttentionSpec, why_not
 from ..shardformer.shard import Shards, split_layers, stage_num_elements
 from ..shardformer.shardformer import choose_dtype, max_model_len
 from .executor import rank_name
@@ -130,6 +131,7 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
     for rank, device in enumerate(devices, first_rank):
         _, rest = divmod(rank, config.pp_size * config.tp_size)
         stage, tp_rank = divmod(rest, config.tp_size)
+        _check_backend(config, attention_spec(spec, shards, tp_rank, dtype, device, config.block_size))
         needed[device] += stage_num_elements(spec, shards, stages[stage], tp_rank) * dtype.itemsize
     for device, size in needed.items():
         free = available_bytes(device)
@@ -158,6 +160,14 @@ def check_backend_name(name: str) -> None:
         raise ConfigError(
             f"InferenceConfig.attention_backend: {name!r} is not known; known: auto, {', '.join(BACKENDS)}"
         )
+
+
+def _check_backend(config: InferenceConfig, asked: AttentionSpec) -> None:
+    """Raises ConfigError if the attention backend that the config names cannot serve a rank's layers."""
+    name = config.attention_backend
+    reason = why_not(name, asked) if name != "auto" else None
+    if reason is not None:
+        raise ConfigError(f"InferenceConfig.attention_backend: {name!r} cannot serve here: {reason}")
 
 
 def runs_on(dtype: torch.dtype, device: torch.device) -> bool:

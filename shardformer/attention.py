@@ -7,6 +7,7 @@ from ..kernels import Ops
 from ..policies import LayerModules, ModelSpec
 from .backends import AttentionMetadata, AttentionSpec, create_backend
 from .linear import ColumnParallelLinear, RowParallelLinear, Slices
+from .shard import Shards
 
 _TABLE_ROWS = 4096  # built at a time: what is held in float32 beside the table
 
@@ -28,6 +29,22 @@ class RotaryTable(nn.Module):
             self.sin[start:stop] = angles.sin() * spec.rotary.scaling
 
 
+def attention_spec(
+    spec: ModelSpec, shards: Shards, tp_rank: int, dtype: torch.dtype, device: torch.device, block_size: int | None
+) -> AttentionSpec:
+    """What a decoder layer on a rank asks of its backend. block_size: of the cache; None: not yet known."""
+    (start, stop), (kv_start, kv_stop) = shards.heads[tp_rank], shards.kv_heads[tp_rank]
+    return AttentionSpec(
+        num_heads=stop - start,
+        num_kv_heads=kv_stop - kv_start,
+        head_dim=spec.head_dim,
+        scale=spec.head_dim**-0.5,
+        dtype=dtype,
+        device=device,
+        block_size=block_size,
+    )
+
+
 class PagedAttention(nn.Module):
     """Projects, rotates, stores K and V into the cache and attends; this rank's heads only, summed over tp.
 
@@ -43,25 +60,15 @@ class PagedAttention(nn.Module):
         ops: Ops,
         backend: str,
         device: torch.device,
+        block_size: int | None = None,
     ) -> None:
         super().__init__()
-        start, stop = slices.shards.heads[slices.tp.rank]
-        kv_start, kv_stop = slices.shards.kv_heads[slices.tp.rank]
-        self.num_heads, self.num_kv_heads, self.head_dim = stop - start, kv_stop - kv_start, spec.head_dim
+        asked = attention_spec(spec, slices.shards, slices.tp.rank, slices.dtype, device, block_size)
+        self.num_heads, self.num_kv_heads, self.head_dim = asked.num_heads, asked.num_kv_heads, asked.head_dim
         self.qkv = ColumnParallelLinear([layer.query, layer.key, layer.value], prefix, slices, ops)
         self.out = RowParallelLinear(layer.output, prefix, slices, ops)
         self.rotary_store_kv = ops.rotary_store_kv
-        self.backend = create_backend(
-            backend,
-            AttentionSpec(
-                num_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_dim=self.head_dim,
-                scale=self.head_dim**-0.5,
-                dtype=slices.dtype,
-                device=device,
-            ),
-        )
+        self.backend = create_backend(backend, asked)
         self.key_cache = self.value_cache = torch.empty(0)
 
     def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:

@@ -1,5 +1,7 @@
 """Another attention backend for a stage that is running: tried on every layer first, then taken by all or by none."""
 
+from dataclasses import replace
+
 import torch
 
 from .attention import PagedAttention
@@ -26,7 +28,7 @@ def try_backend(stage: PipelineStage, name: str, block_size: int, live: Sequence
     backends = []
     tried = set()
     for attention in stage.attentions:
-        backend = create_backend(name, attention.backend.spec)
+        backend = create_backend(name, replace(attention.backend.spec, block_size=block_size))
         backends.append(backend)
         if backend.spec in tried or type(backend) is type(attention.backend):
             continue

@@ -206,6 +206,7 @@ class InferenceShardformer:
             backend=self.config.attention_backend,
             max_model_len=max_model_len(self.config, spec),
             device=self.device,
+            block_size=self.config.block_size,
         )
         stage.weight_bytes = load_weights(stage, checkpoint.source, self.device)
         return stage.eval()

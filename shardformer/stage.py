@@ -31,12 +31,19 @@ class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm that also adds the previous one's result to the residual stream."""
 
     def __init__(
-        self, spec: ModelSpec, index: int, slices: Slices, ops: Ops, backend: str, device: torch.device
+        self,
+        spec: ModelSpec,
+        index: int,
+        slices: Slices,
+        ops: Ops,
+        backend: str,
+        device: torch.device,
+        block_size: int | None = None,
     ) -> None:
         super().__init__()
         prefix = spec.layer_prefix(index)
         self.input_norm = RMSNorm(spec.layer.input_norm, prefix, slices, spec.norm_eps, ops)
-        self.attention = PagedAttention(spec, spec.layer, prefix, slices, ops, backend, device)
+        self.attention = PagedAttention(spec, spec.layer, prefix, slices, ops, backend, device, block_size)
         self.mlp_norm = RMSNorm(spec.layer.mlp_norm, prefix, slices, spec.norm_eps, ops)
         self.mlp = GatedMLP(spec, prefix, slices, ops)
 
@@ -62,6 +69,7 @@ class PipelineStage(nn.Module):
         backend: str,
         max_model_len: int,
         device: torch.device,
+        block_size: int | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.layer_range, self.dtype, self.device = spec, layers, slices.dtype, device
@@ -69,7 +77,7 @@ class PipelineStage(nn.Module):
         with torch.device("meta"):
             self.embedding = VocabParallelEmbedding(spec.embedding, slices, ops) if self.is_first else None
             self.layers = nn.ModuleList(
-                DecoderLayer(spec, index, slices, ops, backend, device) for index in range(*layers)
+                DecoderLayer(spec, index, slices, ops, backend, device, block_size) for index in range(*layers)
             )
             if self.is_last:
                 self.final_norm = RMSNorm(spec.final_norm, "", slices, spec.norm_eps, ops)

@@ -3,7 +3,8 @@
 from .base import AttentionBackend, AttentionMetadata, AttentionSpec, Sequences
 from .cpu import CpuBackend
 from .eager import EagerBackend
-from .registry import BACKENDS, auto_backend, create_backend
+from .flash import FlashBackend
+from .registry import BACKENDS, auto_backend, create_backend, why_not
 from .triton import TritonBackend
 
 __all__ = [
@@ -13,8 +14,10 @@ __all__ = [
     "AttentionSpec",
     "CpuBackend",
     "EagerBackend",
+    "FlashBackend",
     "Sequences",
     "TritonBackend",
     "auto_backend",
     "create_backend",
+    "why_not",
 ]

@@ -34,6 +34,18 @@ class AttentionSpec:
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
     has_sinks: bool = False  # `forward` is given a logit for each head that joins its softmax
     alibi_slopes: tuple[float, ...] | None = None  # one for each head on this rank
+    block_size: int | None = None  # of the cache; None: what the backend prefers
+
+    @property
+    def features(self) -> list[str]:
+        """What it asks for beyond causal attention, by name."""
+        asked = {
+            "window": self.window is not None,
+            "softcap": self.softcap is not None,
+            "sinks": self.has_sinks,
+            "ALiBi": self.alibi_slopes is not None,
+        }
+        return [name for name, is_asked in asked.items() if is_asked]
 
 
 @dataclass(frozen=True)
@@ -50,7 +62,7 @@ class AttentionBackend(ABC):
     """Attention over the paged cache for one layer."""
 
     name: ClassVar[str]
-    preferred_block_size: ClassVar[int] = 16
+    preferred_block_size: int = 16  # tokens; may depend on the layer
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

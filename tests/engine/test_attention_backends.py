@@ -85,8 +85,8 @@ def test_a_backend_that_cannot_serve(model: LlamaForCausalLM, monkeypatch: pytes
     with pytest.raises(ValueError) as error:
         InferenceEngine(model, config)
     assert str(error.value) == (
-        "attention_backend='triton' cannot serve here: the device is cpu, not a GPU (for tests, TRITON_INTERPRET=1 "
-        "interprets kernels)"
+        "InferenceConfig.attention_backend: 'triton' cannot serve here: the device is cpu, not a GPU (for tests, "
+        "TRITON_INTERPRET=1 interprets kernels)"
     )
 
 
