@@ -375,7 +375,7 @@ def decode(bench: Bench) -> Iterator[Row]:
     cases = [(batch, context) for batch in shape.batches for context in shape.contexts]
     room = _room(bench) // per_token
     fitting = [case for case in cases if case[0] * case[1] <= room]
-    most = max(batch * _ceil(context, bench.block_size) for batch, context in fitting)
+    most = max((batch * _ceil(context, bench.block_size) for batch, context in fitting), default=1)
     cache = Cache(bench, max(most, min(room, 2 * bench.clock.cache_bytes // per_token)))
     for batch, context in cases:
         work = batch * context * per_token
