@@ -1,6 +1,7 @@
 """Attention backends: one small interface, chosen once when `PagedAttention` is built."""
 
 from .base import AttentionBackend, AttentionMetadata, AttentionSpec, Sequences
+from .bound import Bound, describe_bound
 from .cpu import CpuBackend
 from .eager import EagerBackend
 from .registry import BACKENDS, auto_backend, create_backend
@@ -11,10 +12,12 @@ __all__ = [
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionSpec",
+    "Bound",
     "CpuBackend",
     "EagerBackend",
     "Sequences",
     "TritonBackend",
     "auto_backend",
     "create_backend",
+    "describe_bound",
 ]

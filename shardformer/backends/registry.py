@@ -12,6 +12,7 @@ _BACKENDS: tuple[type[AttentionBackend], ...] = (
     EagerBackend,
 )
 BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in _BACKENDS}
+CHOICES = ("auto",)  # names that are no backend's: layers choose each for itself
 
 
 def auto_backend(spec: AttentionSpec) -> str:
