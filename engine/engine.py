@@ -13,8 +13,10 @@ from typing import Any
 from ..config import ConfigError, InferenceConfig
 from ..mesh.launch import torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
+from ..shardformer.backends import Bound
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
+from .description import describe_bound
 from .detokenizer import Detokenizer
 from .executor import rank_name, warn_if_tp_spans_hosts
 from .output import RequestOutput
@@ -266,7 +268,7 @@ class InferenceEngine:
         that cannot take it; all keep what they have.
         """
 
-        def rebind() -> list[tuple[str, ...]]:
+        def rebind() -> list[tuple[Bound, ...]]:
             check_backend_name(name)
             self._unclaimed += [request.output() for request in self._core.drain()]
             for rank, reason in enumerate(self._world.executor.call("try_backend", name)):
@@ -275,11 +277,12 @@ class InferenceEngine:
             return self._world.executor.call("bind_backend")
 
         bound = self._world.everywhere(rebind)
-        self.ranks = [replace(rank, attention_backends=now) for rank, now in zip(self.ranks, bound, strict=True)]
+        self.ranks = [replace(rank, attention=now) for rank, now in zip(self.ranks, bound, strict=True)]
 
     def describe(self) -> str:
-        """The mesh, what each rank holds and what was bound there, the cache, and where each setting came from."""
-        return "\n".join([self.describe_mesh(), "", self.config.describe()])
+        """The mesh and what each rank holds; what was bound in each layer, and why nothing else; where each setting
+        came from."""
+        return "\n".join([self.describe_mesh(), "", *describe_bound(self.ranks), "", self.config.describe()])
 
     def describe_mesh(self) -> str:
         """The mesh and what each rank holds, as a table; last, why the CPU was chosen where there is CUDA as well."""

@@ -25,7 +25,7 @@ from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gp
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
-from ..shardformer.backends import AttentionBackend
+from ..shardformer.backends import AttentionBackend, Bound, describe_bound
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
@@ -89,8 +89,13 @@ class RankInfo:
     available_bytes: int  # on its device, once the weights are there
     block_size: int
     block_bytes: int  # one block of the KV cache
-    attention_backends: tuple[str, ...]
+    attention: tuple[Bound, ...]
     ops: str
+
+    @property
+    def attention_backends(self) -> tuple[str, ...]:
+        """The names of those that its layers have bound."""
+        return tuple(dict.fromkeys(bound.name for bound in self.attention))
 
     def row(self, num_blocks: int, name_host: bool) -> dict[str, str]:
         """This rank as a row of a table: column -> cell."""
@@ -122,7 +127,7 @@ class Worker:
         self.config, self.mesh, self.device = config, mesh, device
         self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
         self.runner: ModelRunner | None = None
-        self._candidates: list[AttentionBackend] = []
+        self._asked, self._candidates = "", list[AttentionBackend]()
 
     def load(self, checkpoint: Checkpoint | None = None) -> RankInfo:
         """Builds this rank's stage and reads its weights."""
@@ -163,7 +168,7 @@ class Worker:
             available_bytes=available_bytes(self.device) - activations,
             block_size=block_size,
             block_bytes=block_bytes(stage, block_size),
-            attention_backends=tuple(stage.backends),
+            attention=self._bound(self.config.attention_backend),
             ops=ops.name,
         )
 
@@ -193,16 +198,21 @@ class Worker:
         assert self.runner is not None
         try:
             self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last)
+            self._asked = name
         except ValueError as reason:
             return str(reason)
         return None
 
-    def bind_backend(self) -> tuple[str, ...]:
-        """Takes what `try_backend` made ready; the names of what is bound now."""
+    def bind_backend(self) -> tuple[Bound, ...]:
+        """Takes what `try_backend` made ready; gives what is bound now."""
         assert self.runner is not None
         bind(self.stage, self._candidates)
         self.runner.backends = self.stage.backends
-        return tuple(self.stage.backends)
+        return self._bound(self._asked)
+
+    def _bound(self, asked: str) -> tuple[Bound, ...]:
+        backends = (attention.backend for attention in self.stage.attentions)
+        return describe_bound(asked, backends, self.stage.layer_range[0])
 
     def launch(self, step: StepInput) -> RunningStep:
         """Begins with a step; those that were begun are waited for in their order."""

@@ -45,11 +45,20 @@ def bind_shared(weight: Tensor) -> Linear:
 
 
 def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `bind_packed` works here: tried on a small product, since it stands on operators that torch keeps."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
+    """Whether `bind_packed` works here."""
+    return why_plain(device, dtype) is None
+
+
+def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why `bind_packed` does not work here, which is tried on a small product: it stands on operators that torch keeps
+    to itself."""
+    if device.type != "cpu":
+        return f"oneDNN's is for CPUs, and the device is {device}"
+    if not torch.backends.mkldnn.is_available():
+        return "torch is built without oneDNN"
     try:
         x, weight = torch.ones(3, 8, dtype=dtype), torch.arange(32.0).view(4, 8).to(dtype)
-        return torch.equal(bind_packed(weight)(x, None), F.linear(x, weight))
-    except (RuntimeError, AttributeError, NotImplementedError):
-        return False
+        alike = torch.equal(bind_packed(weight)(x, None), F.linear(x, weight))
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        return " ".join(str(error).split())
+    return None if alike else f"oneDNN's product is wrong in {dtype}"

@@ -52,14 +52,15 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     if device.type != "cpu":
         return EAGER
     ops = _compiled(dtype)
-    if linear.packs(device, dtype):
-        ops = replace(
-            ops,
-            name=f"{ops.name}, packed linear",
-            bind_linear=linear.bind_packed,
-            bind_shared_linear=linear.bind_shared,
-        )
-    return ops
+    reason = linear.why_plain(device, dtype)
+    if reason is not None:
+        return replace(ops, name=f"{ops.name}, plain linear ({reason})")
+    return replace(
+        ops,
+        name=f"{ops.name}, packed linear",
+        bind_linear=linear.bind_packed,
+        bind_shared_linear=linear.bind_shared,
+    )
 
 
 def _compiled(dtype: torch.dtype) -> Ops:

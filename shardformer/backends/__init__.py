@@ -1,6 +1,7 @@
 """Attention backends: one small interface, chosen once when `PagedAttention` is built."""
 
 from .base import AttentionBackend, AttentionMetadata, AttentionSpec, Sequences
+from .bound import Bound, describe_bound
 from .cpu import CpuBackend
 from .eager import EagerBackend
 from .flash import FlashBackend
@@ -12,6 +13,7 @@ __all__ = [
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionSpec",
+    "Bound",
     "CpuBackend",
     "EagerBackend",
     "FlashBackend",
@@ -19,5 +21,6 @@ __all__ = [
     "TritonBackend",
     "auto_backend",
     "create_backend",
+    "describe_bound",
     "why_not",
 ]

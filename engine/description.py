@@ -1,0 +1,50 @@
+"""What `InferenceEngine.describe` says of what ranks have bound."""
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+
+from ..shardformer.backends import Bound
+from .worker import RankInfo
+
+
+def describe_bound(ranks: Sequence[RankInfo]) -> list[str]:
+    """Lines: each attention backend with its layers, below it why no other is bound there; the ops. Ranks are named
+    where they differ."""
+    groups: dict[tuple[str, tuple[tuple[str, str], ...]], dict[int, Bound]] = defaultdict(dict)
+    for rank in ranks:
+        for bound in rank.attention:
+            groups[bound.name, bound.refused][rank.rank] = bound
+    lines = []
+    for (name, refused), holders in groups.items():
+        layers = {layer for bound in holders.values() for layer in bound.layers}
+        if all(_has_all(holders.get(rank.rank), rank, layers) for rank in ranks):
+            lines.append(f"attention: {name} in {_span('layer', layers)}")
+        else:
+            having: dict[tuple[int, ...], list[int]] = defaultdict(list)
+            for number, bound in holders.items():
+                having[bound.layers].append(number)
+            lines += [f"attention on {_span('rank', r)}: {name} in {_span('layer', own)}" for own, r in having.items()]
+        lines += [f"  not {other}: {reason}" for other, reason in refused]
+    ops: dict[str, list[int]] = defaultdict(list)
+    for rank in ranks:
+        ops[rank.ops].append(rank.rank)
+    if len(ops) == 1:
+        return [*lines, f"ops: {ranks[0].ops}"]
+    return lines + [f"ops on {_span('rank', numbers)}: {name}" for name, numbers in ops.items()]
+
+
+def _has_all(bound: Bound | None, rank: RankInfo, layers: Collection[int]) -> bool:
+    """Whether a rank has bound it in all of those layers that it holds."""
+    held = {layer for layer in layers if rank.layers[0] <= layer < rank.layers[1]}
+    return held == set(bound.layers if bound is not None else ())
+
+
+def _span(what: str, numbers: Collection[int]) -> str:
+    """``layers 0-3, 6``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1][1:] = [number]
+        else:
+            runs.append([number])
+    return f"{what}{'s' * (len(numbers) > 1)} " + ", ".join("-".join(map(str, run)) for run in runs)

@@ -1,0 +1,44 @@
+"""What layers have bound, and why nothing else: plain data, for `InferenceEngine.describe`."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .base import AttentionBackend
+from .registry import BACKENDS, CHOICES
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Layers of one rank that have bound the same backend, others being refused for the same reasons."""
+
+    name: str
+    layers: tuple[int, ...]  # of the whole model
+    refused: tuple[tuple[str, str], ...]  # another backend, and every reason why it is not this one
+
+
+def describe_bound(asked: str, backends: Iterable[AttentionBackend], first_layer: int) -> tuple[Bound, ...]:
+    """What was bound when a backend or a choice among all was asked for; `backends`: of layers in order."""
+    layers: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
+    known = {}  # layers are mostly alike
+    for index, backend in enumerate(backends, first_layer):
+        alike = backend.name, backend.spec
+        if alike not in known:
+            known[alike] = _refused(asked, backend)
+        layers.setdefault((backend.name, known[alike]), []).append(index)
+    return tuple(Bound(name, tuple(indices), refused) for (name, refused), indices in layers.items())
+
+
+def _refused(asked: str, bound: AttentionBackend) -> tuple[tuple[str, str], ...]:
+    found = []
+    device = bound.spec.device
+    for name, backend in BACKENDS.items():
+        if name == bound.name:
+            continue
+        # Without the device's number, so that ranks that differ in nothing else read alike.
+        reason = "; ".join(backend.validate(bound.spec)).replace(str(device), device.type)
+        if not reason and asked not in CHOICES:
+            reason = "not asked for"
+        elif not reason and not backend.is_automatic(bound.spec):
+            reason = f"taken on {device.type} only where it is asked for by its name"
+        found.append((name, reason or "slower"))
+    return tuple(found)
