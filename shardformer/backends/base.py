@@ -84,6 +84,11 @@ class AttentionBackend(ABC):
         return True
 
     @property
+    def label(self) -> str:
+        """The name, with what it stands for here where that can differ."""
+        return self.name
+
+    @property
     def plan_key(self) -> str:
         """Layers whose backends have the same key share what `prepare` makes of a step."""
         return self.name

@@ -11,7 +11,7 @@ from .registry import BACKENDS, CHOICES
 class Bound:
     """Layers of one rank that have bound the same backend, others being refused for the same reasons."""
 
-    name: str
+    name: str  # its `label`
     layers: tuple[int, ...]  # of the whole model
     refused: tuple[tuple[str, str], ...]  # another backend, and every reason why it is not this one
 
@@ -21,10 +21,10 @@ def describe_bound(asked: str, backends: Iterable[AttentionBackend], first_layer
     layers: dict[tuple[str, tuple[tuple[str, str], ...]], list[int]] = {}
     known = {}  # layers are mostly alike
     for index, backend in enumerate(backends, first_layer):
-        alike = backend.name, backend.spec
+        alike = backend.label, backend.spec
         if alike not in known:
             known[alike] = _refused(asked, backend)
-        layers.setdefault((backend.name, known[alike]), []).append(index)
+        layers.setdefault((backend.label, known[alike]), []).append(index)
     return tuple(Bound(name, tuple(indices), refused) for (name, refused), indices in layers.items())
 
 

@@ -62,9 +62,13 @@ class FlashBackend(AttentionBackend):
         return bool(usable) and usable[0].is_automatic(spec)
 
     @property
-    def plan_key(self) -> str:
+    def label(self) -> str:
         rest = "" if self.rest is None else " and triton"
         return f"{self.name} ({self.library.name}{rest})"
+
+    @property
+    def plan_key(self) -> str:
+        return self.label
 
     def prepare(self, sequences: Sequences) -> list[Part]:
         backends: list[AttentionBackend] = [

@@ -127,13 +127,15 @@ def test_an_engine_says_what_it_has_bound(monkeypatch: pytest.MonkeyPatch) -> No
     with InferenceEngine(make_llama(head_dim=16), InferenceConfig(device="cpu", num_kv_blocks=8)) as engine:
         lines = engine.describe().splitlines()
         start = lines.index("attention: cpu in layers 0-2")
-        assert lines[start + 1 : start + 3] == [f"  not triton: {COMPILED}", "  not eager: slower"]
-        assert lines[start + 3] == f"ops: {engine.ranks[0].ops}"
+        assert lines[start + 1].startswith("  not flash: the device is cpu, not a CUDA GPU; dtype")
+        assert lines[start + 2 : start + 4] == [f"  not triton: {COMPILED}", "  not eager: slower"]
+        assert lines[start + 4] == f"ops: {engine.ranks[0].ops}"
         assert "not triton" not in engine.describe_mesh()
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         engine.set_attention_backend("eager")
-        assert engine.ranks[0].attention == (
-            Bound("eager", (0, 1, 2), (("triton", "not asked for"), ("cpu", "not asked for"))),
-        )
+        (bound,) = engine.ranks[0].attention
+        assert (bound.name, bound.layers) == ("eager", (0, 1, 2))
+        assert bound.refused[1:] == (("triton", "not asked for"), ("cpu", "not asked for"))
         engine.set_attention_backend("auto")
-        assert dict(engine.ranks[0].attention[0].refused) == {"triton": INTERPRETED, "eager": "slower"}
+        refused = dict(engine.ranks[0].attention[0].refused)
+        assert "not a CUDA GPU" in refused.pop("flash") and refused == {"triton": INTERPRETED, "eager": "slower"}

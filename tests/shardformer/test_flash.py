@@ -662,7 +662,7 @@ def test_block_size_follows_the_library(installed: Installed, monkeypatch: pytes
     for changes in ({"attention_backend": "flash"}, {"attention_backend": "eager", "block_size": 256}):
         with InferenceEngine(make_llama(head_dim=16), InferenceConfig(**COMMON, **changes)) as engine:
             assert engine.block_size == 256
-            assert ("attention flash (FlashAttention-2)" in engine.describe()) == (
+            assert ("attention: flash (FlashAttention-2)" in engine.describe()) == (
                 changes["attention_backend"] == "flash"
             )
             outputs.append([o.token_ids for o in engine.generate(TEXTS, {"max_tokens": 6}, progress=False)])
