@@ -100,7 +100,11 @@ class Shape:
         fields = asdict(self)
         del fields["label"]
         rope = {"rope_type": "default", "rope_theta": fields.pop("rope_theta")}
-        ends = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}  # no token ends a request
+        ends: dict[str, Any] = {
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }  # no token ends a request
         return LlamaConfig(architectures=["LlamaForCausalLM"], rope_parameters=rope, **ends, **fields)
 
     def bytes_per_token(self, weight_bytes: int, num_keys: float, element_bytes: int) -> float:
@@ -225,11 +229,12 @@ class MeshLM(Engine):
 
         super().__init__(task)
         self.copy_rate = copy_bandwidth(Clock(torch.device(task.device)), task.toy)
-        given: dict[str, Any] = {"num_kv_blocks": 256} if task.toy else {}
+        given: dict[str, Any] = {"dtype": task.dtype}
+        if task.toy:
+            given["num_kv_blocks"] = 256
         if task.max_num_batched_tokens is not None:
             given["max_num_batched_tokens"] = task.max_num_batched_tokens
         config = InferenceConfig(
-            dtype=task.dtype,
             device=task.device,
             attention_backend=task.attention_backend,
             enable_prefix_caching=False,
@@ -321,7 +326,7 @@ class Continuous(Transformers):
 
         longest = self.task.workloads.request_lens[1]
         # A toy must not take the machine's memory for its cache, as the default does.
-        sizes = {"num_blocks": 16, "max_batch_tokens": 64} if self.task.toy else {}
+        sizes: dict[str, Any] = {"num_blocks": 16, "max_batch_tokens": 64} if self.task.toy else {}
         for switch in (True, False):
             try:
                 self.manager = self.model.init_continuous_batching(

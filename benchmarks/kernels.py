@@ -269,13 +269,20 @@ def rows(bench: Bench) -> Iterator[Row]:
     ]
     for num_rows in shape.samples:
         for kind, temperature in (("greedy", 0.0), ("drawn", 0.6)):
-            work = (4 * shape.vocab + 24) * num_rows
+            work = float((4 * shape.vocab + 24) * num_rows)
             kernels.append(
                 (f"sample {kind}", f"{num_rows} x {shape.vocab}", work, partial(sample, num_rows, temperature), False)
             )
     for kernel, dims, work, call, has_target in kernels:
         target = ("of limit", ROWS_TARGET) if has_target else None
-        row = {"group": "rows", "kernel": kernel, "shape": dims, "unit": "GB/s", "work": work, "target": target}
+        row: dict[str, Any] = {
+            "group": "rows",
+            "kernel": kernel,
+            "shape": dims,
+            "unit": "GB/s",
+            "work": work,
+            "target": target,
+        }
         sets = bench.clock.num_sets(work)
 
         def calls(ops: Ops, call: Callable[[Ops], Call] = call, sets: int = sets) -> list[Call]:
@@ -305,7 +312,7 @@ class Cache:
         """Attention of the last queries of each sequence, by a backend."""
         bench, each = self.bench, self._blocks(context)
         backend = create_backend(backend_name, bench.spec)
-        calls = []
+        calls: list[Call] = []
         for index in range(sets):
             blocks = iter(self.order[index * batch * each : (index + 1) * batch * each])
             tables = [[next(blocks) for _ in range(each)] for _ in range(batch)]
@@ -316,7 +323,7 @@ class Cache:
 
     def plain(self, attend: "Attend", batch: int, queries: int, context: int, sets: int) -> list[Call]:
         """The same by a function that takes keys and values side by side: as many of them, read where they lie."""
-        bench, calls = self.bench, []
+        bench, calls = self.bench, list[Call]()
         for index in range(sets):
             start, stop = index * batch * context, (index + 1) * batch * context
             key, value = (
@@ -362,10 +369,10 @@ PEERS: dict[str, Attend] = {
 def attention(
     bench: Bench, cache: Cache, row: dict[str, Any], batch: int, queries: int, context: int, sets: int
 ) -> Row:
-    peers: dict[str, Callable[[], list[Call]]] = {"eager": lambda: cache.paged("eager", batch, queries, context, sets)}
+    peers: dict[str, Callable[[], list[Call]]] = {"eager": partial(cache.paged, "eager", batch, queries, context, sets)}
     for name, attend in PEERS.items():
-        peers[name] = lambda attend=attend: cache.plain(attend, batch, queries, context, sets)
-    return bench.measure(row, lambda: cache.paged(bench.backend_name, batch, queries, context, sets), peers)
+        peers[name] = partial(cache.plain, attend, batch, queries, context, sets)
+    return bench.measure(row, partial(cache.paged, bench.backend_name, batch, queries, context, sets), peers)
 
 
 def decode(bench: Bench) -> Iterator[Row]:
@@ -379,7 +386,7 @@ def decode(bench: Bench) -> Iterator[Row]:
     cache = Cache(bench, max(most, min(room, 2 * bench.clock.cache_bytes // per_token)))
     for batch, context in cases:
         work = batch * context * per_token
-        row = {
+        row: dict[str, Any] = {
             "group": "decode",
             "kernel": "paged decode",
             "shape": f"{batch} x {context}",
@@ -399,7 +406,7 @@ def prefill(bench: Bench) -> Iterator[Row]:
     shape = bench.shape
     cache = Cache(bench, max(shape.prompts))
     for length in shape.prompts:
-        row = {
+        row: dict[str, Any] = {
             "group": "prefill",
             "kernel": "paged prefill",
             "shape": f"1 x {length}",
@@ -489,7 +496,7 @@ def main() -> int:
         for group in args.only:
             for row in MEASUREMENTS[group](bench):
                 results.append(row)
-                rate = "failed" if row.rate is None else f"{row.seconds * 1e6:.1f} us"
+                rate = "failed" if row.seconds is None else f"{row.seconds * 1e6:.1f} us"
                 print(f"  {row.kernel} {row.shape}: {rate}", flush=True)
 
     judged = not toy

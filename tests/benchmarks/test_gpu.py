@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -157,3 +158,18 @@ def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_found(
         "found",
         "toy Llama, meshlm: ended after 1 s: what is missing had no time",
     ]
+
+
+@pytest.mark.parametrize("script", ["gpu"], indirect=True)
+@pytest.mark.parametrize("engine", ["meshlm", "continuous"])
+@pytest.mark.slow
+def test_requests_that_take_too_long_are_cut(script: ModuleType, engine: str, one_thread: None) -> None:
+    task = script.Task("llama", (engine,), "cpu", True, time.time() + 60, None, "auto", 1)
+    runner = script.ENGINES[engine](task)
+    try:
+        runner.prepare("requests")
+        started = time.perf_counter()
+        count = runner.requests([[1, 2, 3], [4, 5, 6]], [900, 900], 0.2)
+        assert 0 < count < 1800 and time.perf_counter() - started < 5
+    finally:
+        runner.close()
