@@ -12,7 +12,7 @@ import torch
 from ..config import ConfigError, InferenceConfig
 from ..policies import ModelSpec
 from ..shardformer import Checkpoint, CheckpointError
-from ..shardformer.backends import BACKENDS
+from ..shardformer.backends import BACKENDS, CHOICES
 from ..shardformer.shard import Shards, split_layers, stage_num_elements
 from ..shardformer.shardformer import choose_dtype, max_model_len
 from .executor import rank_name
@@ -154,10 +154,9 @@ def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
 
 def check_backend_name(name: str) -> None:
     """Raises ConfigError if no attention backend is called so."""
-    if name not in ("auto", *BACKENDS):
-        raise ConfigError(
-            f"InferenceConfig.attention_backend: {name!r} is not known; known: auto, {', '.join(BACKENDS)}"
-        )
+    known = (*CHOICES, *BACKENDS)
+    if name not in known:
+        raise ConfigError(f"InferenceConfig.attention_backend: {name!r} is not known; known: {', '.join(known)}")
 
 
 def runs_on(dtype: torch.dtype, device: torch.device) -> bool:

@@ -4,11 +4,13 @@ from .base import AttentionBackend, AttentionMetadata, AttentionSpec, Sequences
 from .bound import Bound, describe_bound
 from .cpu import CpuBackend
 from .eager import EagerBackend
-from .registry import BACKENDS, auto_backend, create_backend
+from .registry import BACKENDS, CHOICES, auto_backend, create_backend
 from .triton import TritonBackend
+from .tuning import Tuning, Workload, tune
 
 __all__ = [
     "BACKENDS",
+    "CHOICES",
     "AttentionBackend",
     "AttentionMetadata",
     "AttentionSpec",
@@ -17,7 +19,10 @@ __all__ = [
     "EagerBackend",
     "Sequences",
     "TritonBackend",
+    "Tuning",
+    "Workload",
     "auto_backend",
     "create_backend",
     "describe_bound",
+    "tune",
 ]
