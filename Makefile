@@ -27,7 +27,7 @@ test-fast: $(INSTALLED) ## run the tests that take no more than a few seconds ea
 # mypy cannot follow an editable install whose root has another name than its package, so it gets a folder `meshlm`
 # that links to the package's parts.
 TYPED := build/typed/meshlm
-PARTS := __init__.py py.typed $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
+PARTS := __init__.py __main__.py py.typed $(patsubst %/__init__.py,%,$(wildcard */__init__.py))
 
 lint: $(INSTALLED) ## ruff (lint, format) and mypy
 	@$(BIN)/ruff check .

@@ -7,6 +7,8 @@ Three engines decode the same requests, step by step in turn; they differ in how
     chosen      in every forward, as `auto` does it: each backend in turn is asked whether it can serve the layer
 
 The figures are medians over the steps of one token for each request; `saved` is that of the ratios step by step.
+`alone` is what a step's choices take when they are timed by themselves, and their share of a bound step: on a machine
+that does other things as well it tells more than the difference of two steps.
 
     python benchmarks/binding.py
     python benchmarks/binding.py --num-seqs 1 8 --dtype float32 --json
@@ -44,6 +46,7 @@ class Row:
     chosen_ms: float
     looked_up_saved: float  # share of the step that binding saves
     chosen_saved: float
+    alone_ms: float  # choosing as often as a step does, without the step
 
 
 class LookedUp:
@@ -74,11 +77,13 @@ def stage_of(engine: InferenceEngine) -> PipelineStage:
 
 
 def measure(model: Any, dtype: str, num_seqs: int, num_steps: int) -> Row:
-    engines = {}
+    engines, specs = {}, []
     for way, wrap in WAYS.items():
         engine = engines[way] = InferenceEngine(model, InferenceConfig(dtype=dtype, num_kv_blocks=64 * num_seqs))
         for module in stage_of(engine).modules():
             if isinstance(module, PagedAttention):
+                if way == "bound":
+                    specs.append(module.backend.spec)
                 module.backend = wrap(module.backend)
         params = SamplingParams(temperature=0.0, max_tokens=num_steps + 10, ignore_eos=True, detokenize=False)
         generator = torch.Generator().manual_seed(0)
@@ -87,19 +92,27 @@ def measure(model: Any, dtype: str, num_seqs: int, num_steps: int) -> Row:
         for _ in range(5):
             engine.step()
     times: dict[str, list[float]] = {way: [] for way in WAYS}
+    order = list(WAYS)
     for _ in range(num_steps):
-        for way, engine in engines.items():
+        for way in order:
             started = time.perf_counter()
-            engine.step()
+            engines[way].step()
             times[way].append(time.perf_counter() - started)
+        order.append(order.pop(0))  # whoever comes first finds the caches as the last one left them
     for engine in engines.values():
         engine.close()
+    alone = []
+    for _ in range(num_steps):
+        started = time.perf_counter()
+        for spec in specs:
+            auto_backend(spec)
+        alone.append(time.perf_counter() - started)
 
     def saved(way: str) -> float:
         return statistics.median(1 - ours / theirs for ours, theirs in zip(times["bound"], times[way], strict=True))
 
     median = {way: statistics.median(values) * 1e3 for way, values in times.items()}
-    return Row(dtype, num_seqs, *median.values(), saved("looked up"), saved("chosen"))
+    return Row(dtype, num_seqs, *median.values(), saved("looked up"), saved("chosen"), statistics.median(alone) * 1e3)
 
 
 def main() -> int:
@@ -115,11 +128,12 @@ def main() -> int:
     if args.json:
         print(json.dumps([asdict(row) for row in rows], indent=2))
         return 0
-    print("dtype     sequences   bound ms   looked up ms   saved   chosen ms   saved")
+    print("dtype     sequences   bound ms   looked up ms   saved   chosen ms   saved   alone ms   share")
     for row in rows:
         print(
             f"{row.dtype:<9} {row.num_seqs:9}   {row.bound_ms:8.2f}   {row.looked_up_ms:12.2f}   "
-            f"{row.looked_up_saved:5.1%}   {row.chosen_ms:9.2f}   {row.chosen_saved:5.1%}"
+            f"{row.looked_up_saved:5.1%}   {row.chosen_ms:9.2f}   {row.chosen_saved:5.1%}   "
+            f"{row.alone_ms:8.2f}   {row.alone_ms / row.bound_ms:5.1%}"
         )
     return 0
 

@@ -4,13 +4,14 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 from ..shardformer.backends import Bound
+from ..shardformer.backends.bound import Refusals
 from .worker import RankInfo
 
 
 def describe_bound(ranks: Sequence[RankInfo]) -> list[str]:
     """Lines: each attention backend with its layers, below it why no other is bound there; the ops. Ranks are named
     where they differ."""
-    groups: dict[tuple[str, tuple[tuple[str, str], ...]], dict[int, Bound]] = defaultdict(dict)
+    groups: dict[tuple[str, Refusals], dict[int, Bound]] = defaultdict(dict)
     for rank in ranks:
         for bound in rank.attention:
             groups[bound.name, bound.refused][rank.rank] = bound
@@ -24,6 +25,13 @@ def describe_bound(ranks: Sequence[RankInfo]) -> list[str]:
             for number, bound in holders.items():
                 having[bound.layers].append(number)
             lines += [f"attention on {_span('rank', r)}: {name} in {_span('layer', own)}" for own, r in having.items()]
+        found: dict[str, list[int]] = defaultdict(list)
+        for number, bound in holders.items():
+            for text in bound.tuned:
+                found[text].append(number)
+        for text, numbers in found.items():
+            where = "" if len(numbers) == len(holders) else f" on {_span('rank', numbers)}"
+            lines.append(f"  tuned{where}: {text}")
         lines += [f"  not {other}: {reason}" for other, reason in refused]
     ops: dict[str, list[int]] = defaultdict(list)
     for rank in ranks:

@@ -13,7 +13,7 @@ from ..config import ConfigError, InferenceConfig
 from ..policies import ModelSpec
 from ..shardformer import Checkpoint, CheckpointError
 from ..shardformer.attention import attention_spec
-from ..shardformer.backends import BACKENDS, AttentionSpec, why_not
+from ..shardformer.backends import BACKENDS, CHOICES, AttentionSpec, why_not
 from ..shardformer.shard import Shards, split_layers, stage_num_elements
 from ..shardformer.shardformer import choose_dtype, max_model_len
 from .executor import rank_name
@@ -156,16 +156,15 @@ def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
 
 def check_backend_name(name: str) -> None:
     """Raises ConfigError if no attention backend is called so."""
-    if name not in ("auto", *BACKENDS):
-        raise ConfigError(
-            f"InferenceConfig.attention_backend: {name!r} is not known; known: auto, {', '.join(BACKENDS)}"
-        )
+    known = (*CHOICES, *BACKENDS)
+    if name not in known:
+        raise ConfigError(f"InferenceConfig.attention_backend: {name!r} is not known; known: {', '.join(known)}")
 
 
 def _check_backend(config: InferenceConfig, asked: AttentionSpec) -> None:
     """Raises ConfigError if the attention backend that the config names cannot serve a rank's layers."""
     name = config.attention_backend
-    reason = why_not(name, asked) if name != "auto" else None
+    reason = None if name in CHOICES else why_not(name, asked)
     if reason is not None:
         raise ConfigError(f"InferenceConfig.attention_backend: {name!r} cannot serve here: {reason}")
 

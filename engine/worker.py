@@ -11,7 +11,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -27,7 +27,7 @@ from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
 from ..shardformer.backends import AttentionBackend, Bound, describe_bound
 from ..shardformer.rebinding import bind, try_backend
-from ..shardformer.shardformer import max_model_len
+from ..shardformer.shardformer import max_model_len, workload_of
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner, RunningStep
 from .sampler import Sampler
@@ -136,7 +136,8 @@ class Worker:
         started, baseline = time.monotonic(), rss_bytes()
         shardformer = InferenceShardformer(self.config, self.mesh, self.device)
         self.stage = stage = shardformer.optimize(checkpoint)
-        preferred = max(backend.preferred_block_size for backend in stage.backends.values())
+        bound = stage.backends.values()
+        preferred = max(b.tuning.block_size if b.tuning else b.preferred_block_size for b in bound)
         self.block_size = block_size = self.config.block_size or preferred
         tp, pp = shardformer.tp, Communicator.along(self.mesh, "pp")
         shards = shardformer.shards(checkpoint.spec)
@@ -197,7 +198,8 @@ class Worker:
         """Makes ready another attention backend for `bind_backend`; the reason if it cannot serve on this rank."""
         assert self.runner is not None
         try:
-            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last)
+            workload = replace(workload_of(self.config, self.stage.spec), block_size=self.block_size)
+            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last, workload)
             self._asked = name
         except ValueError as reason:
             return str(reason)

@@ -70,6 +70,28 @@ def tile_sizes(rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) 
     return tile
 
 
+def tile_choices(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tile], list[Tile]]:
+    """Tiles that are worth timing, narrow ones for decodes and wide ones for prompts; the first of each is the usual.
+
+    group: rows of a decode, which are the query heads of a KV head.
+    """
+    shared_bytes, dim = _device(device)[1], max(16, triton.next_power_of_2(head_dim))
+    narrow = tile_sizes(min(group, _NARROW_ROWS), head_dim, dtype, shared_bytes)
+    wide = tile_sizes(1 << 16, head_dim, dtype, shared_bytes)
+    if dtype is torch.float32:
+        narrows = [(narrow.rows, 16, 4, 2, 3), (narrow.rows, 32, 4, 2, 3), (narrow.rows, 64, 8, 2, 2)]
+        wides = [(16, 32, 8, 2, 3), (32, 32, 8, 2, 2), (64, 16, 8, 2, 2)]
+    else:
+        narrows = [(narrow.rows, *rest) for rest in ((32, 4, 5, 4), (64, 4, 3, 4), (128, 4, 3, 2), (128, 8, 5, 1))]
+        wides = [(64, 64, 4, 3, 2), (128, 32, 8, 3, 1), (128, 64, 4, 3, 1), (128, 128, 8, 3, 1)]
+
+    def choices(usual: Tile, others: list[tuple[int, int, int, int, int]]) -> list[Tile]:
+        tiles = [Tile(*other) for other in others]
+        return [usual, *(t for t in tiles if t != usual and _shared_bytes(t, dim, dtype) <= shared_bytes)]
+
+    return choices(narrow, narrows), choices(wide, wides)
+
+
 def _shared_bytes(tile: Tile, dim: int, dtype: torch.dtype) -> int:
     """What a program needs, about: its queries, and keys and values once for each two stages."""
     held = max(1, tile.num_stages // 2) + (tile.rows >= 64)  # Hopper's products of 64 rows and more run behind

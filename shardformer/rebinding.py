@@ -5,11 +5,9 @@ from dataclasses import replace
 import torch
 
 from .attention import PagedAttention
-from .backends import AttentionBackend, Sequences, create_backend
+from .backends import AttentionBackend, Sequences, Workload, create_backend, tune
+from .backends.proof import difference
 from .stage import PipelineStage
-
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
-"""How far from eager, as a share of the largest value: a few roundings, far below what a wrong mask does."""
 
 _TRIAL = Sequences(  # a decode, a chunk, a prompt, a second decode: over blocks in no order
     query_lens=(1, 3, 5, 1),
@@ -19,18 +17,20 @@ _TRIAL = Sequences(  # a decode, a chunk, a prompt, a second decode: over blocks
 )
 
 
-def try_backend(stage: PipelineStage, name: str, block_size: int, live: Sequences | None) -> list[AttentionBackend]:
-    """A backend of that name (or "auto"'s choice) for each attention layer, in order; the stage keeps its own.
+def try_backend(
+    stage: PipelineStage, name: str, block_size: int, live: Sequences | None, workload: Workload
+) -> list[AttentionBackend]:
+    """A backend of that name (or what "auto" or "tuned" choose) for each attention layer, in order; the stage keeps its
+    own. workload: what "tuned" is to be fast at.
 
     Each must reproduce eager on random keys and values, and on the layer's cache with the sequences of the last step
     (`live`), where there was one. Raises ValueError with the reason.
     """
-    backends = []
+    specs = [replace(attention.backend.spec, block_size=block_size) for attention in stage.attentions]
+    backends = tune(specs, workload) if name == "tuned" else [create_backend(name, spec) for spec in specs]
     tried = set()
-    for attention in stage.attentions:
-        backend = create_backend(name, replace(attention.backend.spec, block_size=block_size))
-        backends.append(backend)
-        if backend.spec in tried or type(backend) is type(attention.backend):
+    for attention, backend in zip(stage.attentions, backends, strict=True):
+        if backend.spec in tried or (type(backend) is type(attention.backend) and backend.tuning is None):
             continue
         tried.add(backend.spec)
         sequences = _trial(block_size)
@@ -65,12 +65,11 @@ def _compare(
     query = torch.randn(sum(sequences.query_lens), spec.num_heads, spec.head_dim, dtype=spec.dtype, device=spec.device)
     sinks = torch.randn(spec.num_heads, dtype=spec.dtype, device=spec.device) if spec.has_sinks else None
     eager = create_backend("eager", spec)
-    expected = eager.forward(query, key_cache, value_cache, eager.prepare(sequences), sinks).float()
-    ours = backend.forward(query, key_cache, value_cache, backend.prepare(sequences), sinks).float()
-    limit = TOLERANCE[spec.dtype] * max(1.0, expected.abs().max().item())
-    error = (ours - expected).abs().max().item()
-    if not error <= limit:  # NaN too
+    expected = eager.forward(query, key_cache, value_cache, eager.prepare(sequences), sinks)
+    ours = backend.forward(query, key_cache, value_cache, backend.prepare(sequences), sinks)
+    wrong = difference(ours, expected)
+    if wrong is not None:
         raise ValueError(
-            f"attention_backend={backend.name!r} does not reproduce eager here: off by {error:.2g} where {limit:.2g} "
-            f"is rounding ({spec.dtype}, head_dim={spec.head_dim}, {len(sequences.query_lens)} sequences)"
+            f"attention_backend={backend.name!r} does not reproduce eager here: {wrong} "
+            f"({spec.dtype}, head_dim={spec.head_dim}, {len(sequences.query_lens)} sequences)"
         )

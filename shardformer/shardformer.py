@@ -15,7 +15,9 @@ from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import ModelSpec, RotarySpec, find_policy
+from .backends import Workload, tune
 from .linear import Slices
+from .rebinding import bind
 from .shard import Shards, split_layers
 from .stage import PipelineStage
 from .weights import (
@@ -198,16 +200,20 @@ class InferenceShardformer:
         dtype = choose_dtype(self.config, spec)
         pp_size, pp_rank = self.mesh.size("pp"), self.mesh.coordinate("pp")
         slices = Slices(self.shards(spec), self.tp, dtype)
+        is_tuned = self.config.attention_backend == "tuned"
         stage = PipelineStage(
             spec,
             split_layers(spec, pp_size)[pp_rank],
             slices,
             select_ops(self.device, dtype),
-            backend=self.config.attention_backend,
+            backend="auto" if is_tuned else self.config.attention_backend,
             max_model_len=max_model_len(self.config, spec),
             device=self.device,
             block_size=self.config.block_size,
         )
+        if is_tuned:
+            specs = [attention.backend.spec for attention in stage.attentions]
+            bind(stage, tune(specs, workload_of(self.config, spec)))
         stage.weight_bytes = load_weights(stage, checkpoint.source, self.device)
         return stage.eval()
 
@@ -218,6 +224,16 @@ def choose_dtype(config: InferenceConfig, spec: ModelSpec) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"dtype='auto': the checkpoint's dtype is {name}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def workload_of(config: InferenceConfig, spec: ModelSpec) -> Workload:
+    """What "tuned" attention is to be fast at."""
+    return Workload(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_model_len=max_model_len(config, spec),
+        block_size=config.block_size,
+    )
 
 
 def max_model_len(config: InferenceConfig, spec: ModelSpec) -> int:

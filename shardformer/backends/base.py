@@ -3,12 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ...kernels.eager import AttentionFeatures
+
+if TYPE_CHECKING:
+    from .tuning import Tuning
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     preferred_block_size: int = 16  # tokens; may depend on the layer
+    tuning: "Tuning | None" = None  # what timing has found, where that is how it was chosen
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
@@ -80,8 +84,13 @@ class AttentionBackend(ABC):
 
     @staticmethod
     def is_automatic(spec: AttentionSpec) -> bool:
-        """Whether "auto" may choose this backend where it validates, or only its name."""
+        """Whether "auto" and "tuned" may choose this backend where it validates, or only its name."""
         return True
+
+    @staticmethod
+    def variants(spec: AttentionSpec) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        """More arguments of the constructor, each worth timing, for "decode" and for "prefill"; plain data."""
+        return {}
 
     @property
     def label(self) -> str:

@@ -17,7 +17,7 @@ _BACKENDS: tuple[type[AttentionBackend], ...] = (
     EagerBackend,
 )
 BACKENDS: dict[str, type[AttentionBackend]] = {backend.name: backend for backend in _BACKENDS}
-CHOICES = ("auto",)  # names that are no backend's: layers choose each for itself
+CHOICES = ("auto", "tuned")  # names that are no backend's: each layer has one chosen for it
 
 
 def automatic_backends(spec: AttentionSpec) -> Iterator[str]:

@@ -1,6 +1,8 @@
 """Attention as a Triton kernel, which is imported when a layer binds it."""
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from importlib.util import find_spec
 from typing import Any
 
@@ -19,11 +21,22 @@ class TritonBackend(AttentionBackend):
 
     name = "triton"
 
-    def __init__(self, spec: AttentionSpec) -> None:
-        from ...kernels.paged_attention import paged_attention
+    def __init__(
+        self, spec: AttentionSpec, narrow: Sequence[int] | None = None, wide: Sequence[int] | None = None
+    ) -> None:
+        """narrow, wide: the numbers of a `Tile` for decodes and one for prompts, in place of the usual ones."""
+        from ...kernels.paged_attention import Tile, paged_attention, tile_choices
 
         super().__init__(spec)
         self.paged_attention = paged_attention
+        self.group = spec.num_heads // spec.num_kv_heads
+        self.tiles: tuple[Tile, Tile] | None = None
+        if narrow is not None or wide is not None:
+            usual = [tiles[0] for tiles in tile_choices(self.group, spec.head_dim, spec.dtype, spec.device)]
+            given = [
+                kind if numbers is None else Tile(*numbers) for kind, numbers in zip(usual, (narrow, wide), strict=True)
+            ]
+            self.tiles = given[0], given[1]
 
     @staticmethod
     def validate(spec: AttentionSpec) -> list[str]:
@@ -48,6 +61,17 @@ class TritonBackend(AttentionBackend):
     def is_automatic(spec: AttentionSpec) -> bool:
         return spec.device.type == "cuda"  # the interpreter is for tests
 
+    @staticmethod
+    def variants(spec: AttentionSpec) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+        from ...kernels.paged_attention import tile_choices
+
+        group = spec.num_heads // spec.num_kv_heads
+        narrow, wide = (
+            [astuple(tile) for tile in tiles[1:]]
+            for tiles in tile_choices(group, spec.head_dim, spec.dtype, spec.device)
+        )
+        return {"decode": [{"narrow": tile} for tile in narrow], "prefill": [{"wide": tile} for tile in wide]}
+
     def prepare(self, sequences: Sequences) -> PagedBatch:
         return PagedBatch.of(
             sequences.query_lens,
@@ -60,7 +84,11 @@ class TritonBackend(AttentionBackend):
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
     ) -> Tensor:
-        return self.paged_attention(query, key_cache, value_cache, plan, self.spec.scale, self.features(sinks))
+        features = self.features(sinks)
+        tiles = self.tiles
+        if tiles is not None and tiles[0].rows < plan.max_query_len * self.group < tiles[1].rows:
+            tiles = None  # between a decode and a prompt, which were timed: for a few queries there are better ones
+        return self.paged_attention(query, key_cache, value_cache, plan, self.spec.scale, features, tiles=tiles)
 
 
 def _is_interpreted() -> bool:
