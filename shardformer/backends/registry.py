@@ -46,7 +46,7 @@ def create_backend(name: str, spec: AttentionSpec) -> AttentionBackend:
                 reason = str(error)
                 warnings.warn(f"attention_backend='auto' passes over {choice!r}: {reason}", stacklevel=2)
     elif name not in BACKENDS:
-        raise ValueError(f"attention_backend={name!r} is unknown; known: auto, {', '.join(BACKENDS)}")
+        raise ValueError(f"attention_backend={name!r} is unknown; known: {', '.join((*CHOICES, *BACKENDS))}")
     else:
         reason = why_not(name, spec)
         if reason is None:

@@ -113,7 +113,7 @@ def test_a_backend_that_cannot_serve_is_refused(sizes: dict[str, int]) -> None:
         where = r"rank 0 \(dp 0, pp 0, tp 0\): " if sizes else ""
         with pytest.raises(ValueError, match=rf"^{where}attention_backend='cpu' cannot serve here: head_dim=20"):
             engine.set_attention_backend("cpu")
-        with pytest.raises(ValueError, match=r"attention_backend: 'flesh' is not known; known: auto, "):
+        with pytest.raises(ValueError, match=r"attention_backend: 'flesh' is not known; known: auto, tuned, "):
             engine.set_attention_backend("flesh")
         assert engine.ranks[0].attention_backends == ("eager",)
         after = engine.generate(PROMPTS, PARAMS, progress=False)

@@ -74,7 +74,7 @@ def test_every_reason_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_an_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"^attention_backend='telepathy' is unknown; known: auto, flash, triton, cpu"):
+    with pytest.raises(ValueError, match=r"^attention_backend='telepathy' is unknown; known: auto, tuned, flash, triton, cpu"):
         create_backend("telepathy", SPEC)
 
 

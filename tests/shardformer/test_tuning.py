@@ -250,7 +250,7 @@ def test_a_damaged_file_is_written_anew(name: str, table: dict[str, Any], cache:
 
 
 def test_a_folder_that_cannot_be_written(table: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "meshlm").write_text("a file where the folder would be")
+    (tmp_path / "tuning").write_text("a file where the folder would be")
     with pytest.warns(UserWarning, match="what tuning has found is not kept: "):
         assert found().name == "eager"
 
