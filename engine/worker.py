@@ -137,9 +137,8 @@ class Worker:
         shards = shardformer.shards(checkpoint.spec)
         vocabulary = [shards.range(Dim.VOCABULARY, rank) for rank in range(tp.size)]
         ops = select_ops(self.device, stage.dtype)
-        self.runner = ModelRunner(
-            stage, block_size, pp, Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
-        )
+        sampler = Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
+        self.runner = ModelRunner(stage, block_size, pp, sampler, self.config.max_num_seqs)
         activations = self._activation_bytes(max_model_len(self.config, checkpoint.spec))
         return RankInfo(
             rank=self.mesh.rank,
@@ -192,7 +191,7 @@ class Worker:
         """Makes ready another attention backend for `bind_backend`; the reason if it cannot serve on this rank."""
         assert self.runner is not None
         try:
-            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last)
+            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last_sequences)
         except ValueError as reason:
             return str(reason)
         return None

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...kernels.batch import PagedBatch
 from ...kernels.eager import AttentionFeatures
 
 
@@ -44,6 +45,19 @@ class Sequences:
     key_lens: Sequence[int]  # keys to attend to, the new tokens' own included
     block_tables: Sequence[Sequence[int]]
     block_size: int
+    batch: PagedBatch  # the same on the device, for all backends that want it so
+
+    @classmethod
+    def of(
+        cls,
+        query_lens: Sequence[int],
+        key_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+        device: torch.device,
+    ) -> "Sequences":
+        batch = PagedBatch.of(query_lens, key_lens, block_tables, block_size, device)
+        return cls(query_lens, key_lens, block_tables, block_size, batch)
 
 
 class AttentionBackend(ABC):

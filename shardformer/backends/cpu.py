@@ -43,13 +43,7 @@ class CpuBackend(AttentionBackend):
         return reasons
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
-        return PagedBatch.of(
-            sequences.query_lens,
-            sequences.key_lens,
-            sequences.block_tables,
-            sequences.block_size,
-            self.spec.device,
-        )
+        return sequences.batch
 
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None

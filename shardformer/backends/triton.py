@@ -49,13 +49,7 @@ class TritonBackend(AttentionBackend):
         return spec.device.type == "cuda"  # the interpreter is for tests
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
-        return PagedBatch.of(
-            sequences.query_lens,
-            sequences.key_lens,
-            sequences.block_tables,
-            sequences.block_size,
-            self.spec.device,
-        )
+        return sequences.batch
 
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None

@@ -13,7 +13,7 @@ from meshlm.shardformer.backends import AttentionSpec, EagerBackend, Sequences, 
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SPEC = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=8, scale=0.3, dtype=torch.float32, device=CPU)
-SEQUENCES = Sequences(query_lens=[5, 1], key_lens=[9, 12], block_tables=[[3, 1, 0], [2, 4, 5]], block_size=4)
+SEQUENCES = Sequences.of([5, 1], [9, 12], [[3, 1, 0], [2, 4, 5]], block_size=4, device=CPU)
 
 
 @pytest.fixture
