@@ -10,6 +10,7 @@ from torch import Tensor
 from ..mesh.collectives import Communicator, Pending
 from ..shardformer.backends import AttentionMetadata, Sequences
 from ..shardformer.stage import PipelineStage
+from .cuda_graphs import DecodeGraphs
 from .sampler import Draw, Draws, Sampler
 from .staging import Sent, Staging
 from .step import StepInput, StepOutput
@@ -40,6 +41,7 @@ class ModelRunner:
         self.backends = stage.backends
         self.busy = BusyTime()
         self.drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=stage.device)  # by the last step's samples
+        self.graphs: DecodeGraphs | None = None
         self._staging = Staging(stage.device)
         self._last: StepInput | None = None
         self._sent: Pending | None = None
@@ -51,7 +53,9 @@ class ModelRunner:
         started = time.monotonic()
         stage = self.stage
         draws = None if self.sampler is None else self.sampler.plan(step.samples)
-        staged = self._staging.open({**step_shapes(step), **({} if draws is None else draws.shapes)})
+        size = None if self.graphs is None else self.graphs.size_for(step)
+        padding = 0 if size is None else size - step.num_tokens
+        staged = self._staging.open({**step_shapes(step, padding), **({} if draws is None else draws.shapes)})
         write_step(step, self.block_size, staged.host)
         if draws is not None:
             draws.write(staged.host)
@@ -63,16 +67,7 @@ class ModelRunner:
         sent = staged.send()
         self._last = step
 
-        waited = 0.0
-        metadata = self._metadata(step, sent)
-        if stage.is_first:
-            x = sent.arrays["token_ids"]
-            if min(step.token_ids) < 0:
-                x = known_tokens(x, self.drawn)
-        else:
-            x = torch.empty(step.num_tokens, stage.spec.hidden_size, dtype=stage.dtype, device=stage.device)
-            waited += self._receive(x)
-        hidden = stage(x, metadata)
+        hidden, waited = self._forward(step, sent) if size is None else self._replay(step, size, sent)
         draw = None
         if stage.is_last:
             assert draws is not None
@@ -83,6 +78,27 @@ class ModelRunner:
         if draw is not None and draw.complete is not None:
             self._uncertain = running
         return running
+
+    def _forward(self, step: StepInput, sent: Sent) -> tuple[Tensor, float]:
+        """Hidden states [num_tokens, hidden], and seconds waited."""
+        stage, waited = self.stage, 0.0
+        metadata = self._metadata(step, sent)
+        if stage.is_first:
+            x = sent.arrays["token_ids"]
+            if min(step.token_ids) < 0:
+                x = known_tokens(x, self.drawn)
+        else:
+            x = torch.empty(step.num_tokens, stage.spec.hidden_size, dtype=stage.dtype, device=stage.device)
+            waited = self._receive(x)
+        return stage(x, metadata), waited
+
+    def _replay(self, step: StepInput, size: int, sent: Sent) -> tuple[Tensor, float]:
+        """The same from a recording."""
+        assert self.graphs is not None
+        self.graphs.load(size, sent)
+        waited = 0.0 if self.stage.is_first else self._receive(self.graphs.hidden_in[: step.num_tokens])
+        hidden = self.graphs.replay(size)[: step.num_tokens]
+        return hidden if self.stage.is_last else hidden.clone(), waited  # it is sent while the next step is replayed
 
     @property
     def last_sequences(self) -> Sequences | None:

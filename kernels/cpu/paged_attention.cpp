@@ -258,7 +258,7 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
     accumulate<V>(tile.out, tile.values, tile.weights, head_dim, count, 1, head_dim);
   }
   alignas(64) float inverse[ROWS];
-  for (int v = 0; v < V; v++) store(inverse + v * W, 1.0f / total[v]);
+  for (int v = 0; v < V; v++) store(inverse + v * W, total[v] > vfloat{} ? 1.0f / total[v] : vfloat{});
   for (int r = 0; r < task.rows; r++) {
     T* to = (T*)a.out + rows.offset(task.row + r);
     for (int d = 0; d < head_dim; d++) store_one(to + d, tile.out[d * ROWS + r] * inverse[r]);
@@ -328,8 +328,8 @@ template <class T> void attend(const Arguments& a) {
 }  // namespace
 
 // query, out: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]; block_tables:
-// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs]; all contiguous, head_dim a multiple of
-// `head_dim_multiple()` up to 256.
+// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs], 0 where the output is to be zeros; all
+// contiguous, head_dim a multiple of `head_dim_multiple()` up to 256.
 extern "C" void paged_attention(int dtype, const void* query, const void* key_cache, const void* value_cache, void* out,
                                 const int32_t* block_tables, const int32_t* query_starts, const int32_t* key_lens,
                                 long num_seqs, long max_blocks, long heads, long kv_heads, long head_dim,

@@ -65,6 +65,9 @@ class AttentionBackend(ABC):
 
     name: ClassVar[str]
     preferred_block_size: ClassVar[int] = 16
+    supports_graphs: ClassVar[bool] = False
+    """Whether `prepare` and `forward` can be recorded and replayed: of a step of one query each, they take what differs
+    from step to step from the tensors of `Sequences.batch` alone, and wait for nothing."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

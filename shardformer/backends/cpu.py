@@ -15,6 +15,7 @@ class CpuBackend(AttentionBackend):
     """One kernel for prompts, chunks and decodes, for plain causal attention."""
 
     name = "cpu"
+    supports_graphs = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)

@@ -18,6 +18,7 @@ class TritonBackend(AttentionBackend):
     """One kernel for prompts, chunks and decodes, on NVIDIA GPUs; on the CPU in Triton's interpreter, for tests."""
 
     name = "triton"
+    supports_graphs = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         from ...kernels.paged_attention import paged_attention
