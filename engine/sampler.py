@@ -43,17 +43,22 @@ class Draws:
     @property
     def shapes(self) -> Shapes:
         num_rows, num_filtered = len(self.samples), len(self.filtered)
-        return {
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
             "temperatures": (torch.float32, (num_rows,)),  # 0: greedy, and filtered, which come later
             "keys": (torch.int32, (num_rows, 2)),
-            "banned": (torch.int64, (len(self.banned), 2)),
-            "filtered": (torch.int64, (num_filtered,)),
-            "filtered_temperatures": (torch.float32, (num_filtered, 1)),
-            "filters": (torch.float64, (3, num_filtered, 1)),  # top-k, top-p, min-p
         }
+        if self.banned:
+            shapes["banned"] = (torch.int64, (len(self.banned), 2))
+        if self.filtered:
+            shapes["filtered"] = (torch.int64, (num_filtered,))
+            shapes["filtered_temperatures"] = (torch.float32, (num_filtered, 1))
+            shapes["filters"] = (torch.float64, (3, num_filtered, 1))  # top-k, top-p, min-p
+        return shapes
 
     def write(self, host: Mapping[str, Any]) -> None:
         """Fills what `shapes` has made room for."""
+        if not self.samples:
+            return
         host["temperatures"][:] = [max(s.temperature, _COLDEST) if s.temperature else 0.0 for s in self.samples]
         host["keys"][:] = [s.key for s in self.samples]
         if self.banned:

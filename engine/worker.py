@@ -193,10 +193,11 @@ class Worker:
             return 0
         config = self.config
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        longest = min(config.max_num_batched_tokens - (num_seqs - 1), self._longest)
-        query_lens = (longest, *[1] * (num_seqs - 1))
-        num_blocks = -(-longest // self.block_size)
-        self.allocate(num_blocks)
+        query_lens, spare = [], config.max_num_batched_tokens - num_seqs  # the first are long, and all draw a token
+        for _ in range(num_seqs):
+            query_lens.append(min(1 + spare, self._longest))
+            spare -= query_lens[-1] - 1
+        self.allocate(-(-query_lens[0] // self.block_size))  # for all, since it is only the memory that matters
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         samples = tuple(
@@ -205,7 +206,7 @@ class Worker:
         )
         tables = tuple(array("i", range(-(-count // self.block_size))) for count in query_lens)
         token_ids = array("q", bytes(8 * sum(query_lens)))
-        self.launch(StepInput(0, token_ids, query_lens, (0,) * num_seqs, tables, samples)).wait()
+        self.launch(StepInput(0, token_ids, tuple(query_lens), (0,) * num_seqs, tables, samples)).wait()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def allocate(self, num_blocks: int) -> None:
@@ -277,7 +278,13 @@ class Worker:
     def capture(self, size: int) -> None:
         """Captures the decode step of a batch size; the larger come first."""
         assert self.runner is not None and self.runner.graphs is not None
-        self.runner.graphs.record(size)
+        try:
+            self.runner.graphs.record(size)
+        except Exception as error:
+            raise RuntimeError(
+                f"a step of {size} sequences could not be captured as a CUDA graph; cuda_graphs=False does without: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def graph_bytes(self) -> int:
         """What the graphs take that were captured since `begin_graphs`."""
