@@ -79,7 +79,9 @@ def stage_of(engine: InferenceEngine) -> PipelineStage:
 def measure(model: Any, dtype: str, num_seqs: int, num_steps: int) -> Row:
     engines, specs = {}, []
     for way, wrap in WAYS.items():
-        engine = engines[way] = InferenceEngine(model, InferenceConfig(dtype=dtype, num_kv_blocks=64 * num_seqs))
+        engine = engines[way] = InferenceEngine(
+            model, InferenceConfig(dtype=dtype, num_kv_blocks=64 * num_seqs, cuda_graphs=False)
+        )
         for module in stage_of(engine).modules():
             if isinstance(module, PagedAttention):
                 if way == "bound":

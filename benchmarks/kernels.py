@@ -316,7 +316,8 @@ class Cache:
         for index in range(sets):
             blocks = iter(self.order[index * batch * each : (index + 1) * batch * each])
             tables = [[next(blocks) for _ in range(each)] for _ in range(batch)]
-            plan = backend.prepare(Sequences([queries] * batch, [context] * batch, tables, bench.block_size))
+            sequences = Sequences.of([queries] * batch, [context] * batch, tables, bench.block_size, bench.spec.device)
+            plan = backend.prepare(sequences)
             query = bench.randn(batch * queries, bench.shape.heads, bench.shape.head_dim)
             calls.append(partial(backend.forward, query, self.key, self.value, plan))
         return calls

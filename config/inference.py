@@ -93,6 +93,11 @@ class InferenceConfig(BaseSettings):
         description="schedule each step while the one before it runs, whose tokens are not known yet; needs pp_size=1; "
         "None: where it pays, on a GPU",
     )
+    cuda_graphs: bool | None = Field(
+        default=None,
+        description="steps of one token for each sequence run from CUDA graphs, captured at the start; None: on a GPU, "
+        "where the attention backend allows it",
+    )
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of requests that bring none of their own")

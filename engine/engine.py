@@ -13,7 +13,6 @@ from typing import Any
 from ..config import ConfigError, InferenceConfig
 from ..mesh.launch import torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
-from ..shardformer.backends import Bound
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
 from .description import describe_bound
@@ -98,7 +97,8 @@ class InferenceEngine:
             self._core = EngineCore(
                 self._world.executor, self.config, num_blocks, ranks[0].block_size, look_ahead(self.config, ranks)
             )
-            return ranks, num_blocks, min(longest, num_blocks * ranks[0].block_size)
+            longest = min(longest, num_blocks * ranks[0].block_size)
+            return self._capture(ranks, longest), num_blocks, longest
 
         self.ranks, self.num_blocks, self.max_model_len = self._world.everywhere(settle)
         self.block_size = self.ranks[0].block_size
@@ -115,6 +115,23 @@ class InferenceEngine:
         self._fresh_ids = (f"request-{number}" for number in count())
         self._claimed: set[str] = set()  # ids of the requests that a running `generate` or `stream` waits for
         self._unclaimed: list[RequestOutput] = []  # outputs that moved on while another call was stepping
+
+    def _capture(self, ranks: Sequence[RankInfo], longest: int) -> list[RankInfo]:
+        """Lets every rank capture its CUDA graphs, if all of them can; the ranks as they are then.
+
+        longest: tokens of a sequence.
+        """
+        from tqdm import tqdm
+
+        call = self._world.executor.call
+        sizes = ranks[0].graph_sizes if all(rank.graph_sizes for rank in ranks) else ()
+        if not sizes:
+            return [replace(rank, graph_sizes=(), graph_bytes=0) for rank in ranks]
+        call("begin_graphs", sizes[0], longest)
+        for size in tqdm(sizes, desc="Capturing CUDA graphs", unit="graph"):
+            call("capture", size)
+        taken = call("graph_bytes")
+        return [replace(rank, graph_sizes=sizes, graph_bytes=size) for rank, size in zip(ranks, taken, strict=True)]
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -264,20 +281,21 @@ class InferenceEngine:
         """Binds another attention backend in every layer of every rank, between two steps; or in none.
 
         name: as `InferenceConfig.attention_backend`. Requests in flight go on. Each rank first proves that the new one
-        gives what eager gives, on the shapes of its last step too. Raises ValueError with the reason of the first rank
-        that cannot take it; all keep what they have.
+        gives what eager gives, on the shapes of its last step too; CUDA graphs are captured again. Raises ValueError
+        with the reason of the first rank that cannot take it; all keep what they have.
         """
 
-        def rebind() -> list[tuple[Bound, ...]]:
+        def rebind() -> list[RankInfo]:
             check_backend_name(name)
             self._unclaimed += [request.output() for request in self._core.drain()]
             for rank, reason in enumerate(self._world.executor.call("try_backend", name)):
                 if reason is not None:
                     raise ValueError(reason if len(self.ranks) == 1 else f"{rank_name(self.config, rank)}: {reason}")
-            return self._world.executor.call("bind_backend")
+            changes = self._world.executor.call("bind_backend")
+            ranks = [replace(rank, **changed) for rank, changed in zip(self.ranks, changes, strict=True)]
+            return self._capture(ranks, self.max_model_len)
 
-        bound = self._world.everywhere(rebind)
-        self.ranks = [replace(rank, attention=now) for rank, now in zip(self.ranks, bound, strict=True)]
+        self.ranks = self._world.everywhere(rebind)
 
     def describe(self) -> str:
         """The mesh and what each rank holds; what was bound in each layer, and why nothing else; where each setting

@@ -5,13 +5,16 @@ softmax). The noise depends on (seed, request, position, token id) alone, so eac
 one all-gather of (best score, token id) a row settles the draw: the same on any mesh and in any batch.
 
 Top-k, top-p and min-p keep some of the likeliest tokens. Each rank contributes its likeliest few (`_CANDIDATES`) and
-its part of the normaliser, one all-gather again; where that proves too few, four times as many, until it is enough:
-the result is exact, and the same on every rank.
+its part of the normaliser, one all-gather again. Whether these were enough is known with the draw (`Draw.complete`);
+rows for which they were not are drawn again from four times as many, until it is enough: the result is exact, and the
+same on every rank.
 
 Order as in transformers: temperature, top-k, top-p over what top-k left, min-p.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,88 +22,171 @@ from torch import Tensor
 from ..kernels import Ops
 from ..mesh.collectives import Communicator
 from ..shardformer.shard import Range
+from .staging import Shapes
 from .step import SampleRequest
 
 _CANDIDATES = 128
+_REDRAWN_AT_ONCE = 8  # rows: with up to the whole vocabulary for candidates, they take much memory
 _NEVER = float("-inf")
 _COLDEST = 1e-6  # temperatures below it are taken for it: greedy but for equals, and no logit overflows
 
 
+@dataclass(frozen=True)
+class Draws:
+    """What a step draws, as arrays that are still on the host; made by `Sampler.plan`."""
+
+    samples: Sequence[SampleRequest]
+    filtered: list[int]  # rows with top-k, top-p or min-p
+    banned: list[tuple[int, int]]  # (row, place in this rank's vocabulary)
+    num_candidates: int  # of each rank, for a filtered row
+
+    @property
+    def shapes(self) -> Shapes:
+        num_rows, num_filtered = len(self.samples), len(self.filtered)
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            "temperatures": (torch.float32, (num_rows,)),  # 0: greedy, and filtered, which come later
+            "keys": (torch.int32, (num_rows, 2)),
+        }
+        if self.banned:
+            shapes["banned"] = (torch.int64, (len(self.banned), 2))
+        if self.filtered:
+            shapes["filtered"] = (torch.int64, (num_filtered,))
+            shapes["filtered_temperatures"] = (torch.float32, (num_filtered, 1))
+            shapes["filters"] = (torch.float64, (3, num_filtered, 1))  # top-k, top-p, min-p
+        return shapes
+
+    def write(self, host: Mapping[str, Any]) -> None:
+        """Fills what `shapes` has made room for."""
+        if not self.samples:
+            return
+        host["temperatures"][:] = [max(s.temperature, _COLDEST) if s.temperature else 0.0 for s in self.samples]
+        host["keys"][:] = [s.key for s in self.samples]
+        if self.banned:
+            host["banned"][:] = self.banned
+        if self.filtered:
+            samples = [self.samples[row] for row in self.filtered]
+            host["temperatures"][self.filtered] = 0.0
+            host["filtered"][:] = self.filtered
+            host["filtered_temperatures"][:, 0] = [max(s.temperature, _COLDEST) for s in samples]
+            host["filters"][0, :, 0] = [s.top_k or float("inf") for s in samples]
+            host["filters"][1, :, 0] = [s.top_p for s in samples]
+            host["filters"][2, :, 0] = [s.min_p for s in samples]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens that were drawn, on the device."""
+
+    token_ids: Tensor  # [num_rows] int64, the same on every rank of `tp`
+    complete: Tensor | None = None  # [num_filtered] bool: whether a filtered row is final; None: all rows are
+    filtered: "Filtered | None" = None
+
+    @property
+    def numbers(self) -> Tensor:
+        """Token ids, and after them whether the filtered rows are complete: int64."""
+        return self.token_ids if self.complete is None else torch.cat((self.token_ids, self.complete.long()))
+
+
+@dataclass(frozen=True)
+class Filtered:
+    """Rows that are drawn after top-k, top-p and min-p."""
+
+    rows: Tensor  # [num_filtered] int64
+    scaled: Tensor  # [num_filtered, local_vocab]: logits / temperature
+    keys: Tensor  # [num_filtered, 2] int32
+    filters: Tensor  # [3, num_filtered, 1] float64
+    num_candidates: int
+
+    def select(self, index: Tensor) -> "Filtered":
+        return Filtered(
+            rows=self.rows.index_select(0, index),
+            scaled=self.scaled.index_select(0, index),
+            keys=self.keys.index_select(0, index),
+            filters=self.filters.index_select(1, index),
+            num_candidates=self.num_candidates,
+        )
+
+
 class Sampler:
-    """Samples over one vocabulary shard, with the other ranks of `tp`. `vocabulary`: each rank's (start, stop)."""
+    """Samples over one vocabulary shard, with the other ranks of `tp`. `vocabulary`: each rank's (start, stop).
+
+    The host waits for nothing but in `redraw`.
+    """
 
     def __init__(self, tp: Communicator, vocabulary: Sequence[Range], ops: Ops, device: torch.device) -> None:
         self.tp, self.device = tp, device
         self.start, self.stop = vocabulary[tp.rank]
         self.largest_shard = max(stop - start for start, stop in vocabulary)
-        self.noise = ops.counter_noise
-        self.token_ids = torch.arange(self.start, self.stop, dtype=torch.int32, device=device)
+        self.noise, self.sample_shard = ops.counter_noise, ops.sample_shard
 
-    def __call__(self, logits: Tensor, samples: Sequence[SampleRequest]) -> Tensor:
-        """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten.
+    def plan(self, samples: Sequence[SampleRequest]) -> Draws:
+        """What drawing takes, for the host to send to the device."""
+        filtered = [r for r, s in enumerate(samples) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
+        banned = [(r, i - self.start) for r, s in enumerate(samples) for i in s.banned if self.start <= i < self.stop]
+        count = max(_CANDIDATES, *(samples[r].top_k + 1 for r in filtered)) if filtered else 0
+        return Draws(samples, filtered, banned, min(count, self.largest_shard))
 
-        Returns token ids [num_rows], int64, the same on every rank of `tp`.
-        """
-        for row, sample in enumerate(samples):
-            banned = [i - self.start for i in sample.banned if self.start <= i < self.stop]
-            if banned:
-                logits[row, banned] = _NEVER
-        sampled = [r for r, s in enumerate(samples) if s.temperature]
-        filtered = [r for r in sampled if samples[r].top_k or samples[r].top_p < 1 or samples[r].min_p]
-        plain = sorted(set(sampled).difference(filtered))
-        if plain:
-            self._add_noise(logits, plain, samples)
-        drawn = self._best(logits)
-        if filtered:
-            rows = torch.tensor(filtered, device=self.device)
-            chosen = self._draw_filtered(logits.index_select(0, rows), [samples[r] for r in filtered])
-            drawn.index_copy_(0, rows, chosen)
-        return drawn
+    def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
+        """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten. arrays: those of `draws`,
+        on the device."""
+        if draws.banned:
+            logits[arrays["banned"][:, 0], arrays["banned"][:, 1]] = _NEVER
+        if not draws.filtered:
+            return Draw(self._best(logits, arrays))
+        filtered = Filtered(
+            rows=arrays["filtered"],
+            scaled=logits.index_select(0, arrays["filtered"]).div_(arrays["filtered_temperatures"]),
+            keys=arrays["keys"].index_select(0, arrays["filtered"]),
+            filters=arrays["filters"],
+            num_candidates=draws.num_candidates,
+        )
+        drawn, complete = self._draw_filtered(filtered)
+        if len(draws.filtered) < len(draws.samples):
+            drawn = self._best(logits, arrays).index_copy_(0, filtered.rows, drawn)
+        if draws.num_candidates == self.largest_shard:  # all there are
+            return Draw(drawn)
+        return Draw(drawn, complete, filtered)
 
-    def _best(self, scores: Tensor) -> Tensor:
-        """[num_rows, local_vocab] -> the token id of the best score over all shards [num_rows]; ties to the lowest."""
-        value, index = scores.max(dim=-1)
+    def redraw(self, draw: Draw, complete: Sequence[bool]) -> Tensor:
+        """A draw's token ids, made final. complete: what the draw says, which every rank of `tp` knows alike."""
+        assert draw.filtered is not None
+        token_ids = draw.token_ids.clone()
+        short = [row for row, is_complete in enumerate(complete) if not is_complete]
+        for first in range(0, len(short), _REDRAWN_AT_ONCE):
+            index = torch.tensor(short[first : first + _REDRAWN_AT_ONCE], device=self.device)
+            filtered = draw.filtered.select(index)
+            drawn, enough = self._draw_filtered(filtered)
+            while not enough.all():
+                count = min(4 * filtered.num_candidates, self.largest_shard)
+                filtered = replace(filtered, num_candidates=count)
+                drawn, enough = self._draw_filtered(filtered)
+            token_ids.index_copy_(0, filtered.rows, drawn)
+        return token_ids
+
+    def _best(self, logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+        """The token id of the best score over all shards [num_rows]; ties to the lowest."""
+        value, token_id = self.sample_shard(logits, arrays["temperatures"], arrays["keys"], self.start)
         if self.tp.size == 1:
-            return index
-        pairs = torch.stack((value.double(), index.double() + self.start))  # float64 holds both exactly
-        gathered = self.tp.all_gather(pairs)  # [tp, 2, num_rows], shards in the order of their ids
-        winner = gathered[:, 0].argmax(dim=0)
-        return gathered[:, 1].gather(0, winner.unsqueeze(0)).squeeze(0).long()
+            return token_id
+        gathered = self.tp.all_gather(torch.stack((value.double(), token_id.double())))  # float64 holds both exactly
+        winner = gathered[:, 0].argmax(dim=0, keepdim=True)  # [tp, 2, num_rows], shards in the order of their ids
+        return gathered[:, 1].gather(0, winner).squeeze(0).long()
 
-    def _add_noise(self, logits: Tensor, rows: list[int], samples: Sequence[SampleRequest]) -> None:
-        index = torch.tensor(rows, device=self.device)
-        temperature = self._temperatures([samples[r] for r in rows])
-        keys = torch.tensor([samples[r].key for r in rows], dtype=torch.int32, device=self.device)
-        scores = logits.index_select(0, index).div_(temperature).add_(self.noise(keys, self.token_ids))
-        logits.index_copy_(0, index, scores)
-
-    def _temperatures(self, samples: Sequence[SampleRequest]) -> Tensor:
-        """[num_rows, 1]"""
-        return torch.tensor([[max(s.temperature, _COLDEST)] for s in samples], device=self.device)
-
-    def _draw_filtered(self, logits: Tensor, samples: Sequence[SampleRequest]) -> Tensor:
-        """Token ids [num_rows] drawn after top-k, top-p and min-p."""
-        scaled = logits.div_(self._temperatures(samples))
-        keys = torch.tensor([s.key for s in samples], dtype=torch.int32, device=self.device)
-        local_mass = scaled.logsumexp(dim=-1, keepdim=True).double()
-        count = max(_CANDIDATES, *(s.top_k + 1 for s in samples))
-        while True:
-            count = min(count, self.largest_shard)
-            values, token_ids, mass, floor = self._candidates(scaled, local_mass, count)
-            keep, complete = _filter(values, mass, floor, samples)
-            if complete:
-                break
-            count *= 4
-        scores = values.float() + self.noise(keys, token_ids.int())
+    def _draw_filtered(self, filtered: Filtered) -> tuple[Tensor, Tensor]:
+        """Token ids [num_filtered], and whether all that may be drawn were among the candidates."""
+        values, token_ids, mass, floor = self._candidates(filtered.scaled, filtered.num_candidates)
+        keep, complete = _filter(values, mass, floor, *filtered.filters)
+        scores = values.float() + self.noise(filtered.keys, token_ids.int())
         winner = scores.masked_fill_(~keep, _NEVER).argmax(dim=-1, keepdim=True)
-        return token_ids.gather(1, winner).squeeze(1)
+        return token_ids.gather(1, winner).squeeze(1), complete
 
-    def _candidates(self, scaled: Tensor, mass: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _candidates(self, scaled: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The likeliest tokens of all shards, `count` or fewer from each, descending.
 
         Returns float64 values and int64 token ids [num_rows, n], the log of the sum of exp over the whole vocabulary
         [num_rows, 1], and the value below which tokens may be missing [num_rows, 1].
         """
+        mass = scaled.logsumexp(dim=-1, keepdim=True).double()
         size = min(count, scaled.shape[1])
         values, index = scaled.topk(size, dim=-1)
         floor = values[:, -1:].double() if size < scaled.shape[1] else torch.full_like(mass, _NEVER)
@@ -117,15 +203,14 @@ class Sampler:
         return all_values, all_ids.gather(1, order).long(), masses.logsumexp(dim=0), floors.amax(dim=0)
 
 
-def _filter(values: Tensor, mass: Tensor, floor: Tensor, samples: Sequence[SampleRequest]) -> tuple[Tensor, bool]:
-    """Which candidates remain [num_rows, n], and whether every token that should is among the candidates.
+def _filter(
+    values: Tensor, mass: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Which candidates remain [num_rows, n], and whether every token that should is among the candidates [num_rows].
 
-    values: descending; mass: log-sum-exp over the whole vocabulary; floor: tokens below it may be missing.
+    values: descending; mass: log-sum-exp over the whole vocabulary; floor: tokens below it may be missing; top_k: inf
+    where it is off. All but values [num_rows, 1].
     """
-    column = lambda numbers: torch.tensor(numbers, dtype=torch.float64, device=values.device).unsqueeze(1)  # noqa: E731
-    top_k = column([s.top_k or float("inf") for s in samples])
-    top_p, min_p = column([s.top_p for s in samples]), column([s.min_p for s in samples])
-
     place = torch.arange(values.shape[1], device=values.device, dtype=torch.float64)
     kth = values.gather(1, (top_k.clamp(max=values.shape[1]) - 1).long())
     keep = (place < top_k) | (values >= kth)  # equals of the k-th stay, as in transformers
@@ -141,4 +226,4 @@ def _filter(values: Tensor, mass: Tensor, floor: Tensor, samples: Sequence[Sampl
 
     lowest = values.masked_fill(~keep, float("inf")).amin(dim=-1, keepdim=True)
     complete = nothing_missing | (lowest > floor)  # or nothing that would be kept
-    return keep, bool((complete & all_of_top_k).all())
+    return keep, (complete & all_of_top_k).squeeze(1)

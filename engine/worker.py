@@ -9,16 +9,17 @@ import socket
 import time
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from ..config import InferenceConfig
+from ..config import ConfigError, InferenceConfig
 from ..kernels import select_ops
 from ..mesh.collectives import Communicator
 from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gpu_of, init_process_group
@@ -28,6 +29,7 @@ from ..shardformer import Checkpoint, InferenceShardformer
 from ..shardformer.backends import AttentionBackend, Bound, describe_bound
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len, workload_of
+from .cuda_graphs import CudaCapture, DecodeGraphs, ladder, rerun
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner, RunningStep
 from .sampler import Sampler
@@ -89,6 +91,8 @@ class RankInfo:
     available_bytes: int  # on its device, once the weights are there
     block_size: int
     block_bytes: int  # one block of the KV cache
+    graph_sizes: tuple[int, ...]  # batches that run from CUDA graphs, the largest first
+    graph_bytes: int  # what these graphs take: before they are captured, about
     attention: tuple[Bound, ...]
     ops: str
 
@@ -117,7 +121,12 @@ class RankInfo:
             "vocabulary": f"{span(self.vocabulary)} ({', '.join(extra)})" if extra else "",
             "weights": f"{self.weight_bytes / 2**20:.0f} MiB",
             "KV cache, up to": f"{self.block_bytes * num_blocks / 2**20:.0f} MiB",
+            **({"CUDA graphs": self._graphs} if self.graph_sizes else {}),
         }
+
+    @property
+    def _graphs(self) -> str:
+        return f"{len(self.graph_sizes)} ({self.graph_bytes / 2**20:.0f} MiB)"
 
 
 class Worker:
@@ -128,6 +137,8 @@ class Worker:
         self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
         self.runner: ModelRunner | None = None
         self._asked, self._candidates = "", list[AttentionBackend]()
+        self._longest = 0  # tokens of a sequence
+        self._free_before_graphs = 0
 
     def load(self, checkpoint: Checkpoint | None = None) -> RankInfo:
         """Builds this rank's stage and reads its weights."""
@@ -143,10 +154,14 @@ class Worker:
         shards = shardformer.shards(checkpoint.spec)
         vocabulary = [shards.range(Dim.VOCABULARY, rank) for rank in range(tp.size)]
         ops = select_ops(self.device, stage.dtype)
-        self.runner = ModelRunner(
-            stage, block_size, pp, Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
-        )
-        activations = self._activation_bytes(max_model_len(self.config, checkpoint.spec))
+        sampler = Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
+        self.runner = ModelRunner(stage, block_size, pp, sampler, self.config.max_num_seqs)
+        self._longest = max_model_len(self.config, checkpoint.spec)
+        self._check_graphs()
+        beside_cache = self._activation_bytes()
+        graph_sizes = self.graph_sizes()
+        graph_bytes = self._estimate_graph_bytes(graph_sizes)
+        beside_cache += graph_bytes
         return RankInfo(
             rank=self.mesh.rank,
             coordinate=dict(zip(self.mesh.axis_names, self.mesh.coordinate(), strict=True)),
@@ -166,55 +181,148 @@ class Worker:
             load_s=time.monotonic() - started,
             baseline_rss_bytes=baseline,
             peak_rss_bytes=peak_rss_bytes(),
-            available_bytes=available_bytes(self.device) - activations,
+            available_bytes=available_bytes(self.device) - beside_cache,
             block_size=block_size,
             block_bytes=block_bytes(stage, block_size),
+            graph_sizes=graph_sizes,
+            graph_bytes=graph_bytes,
             attention=self._bound(self.config.attention_backend),
             ops=ops.name,
         )
 
-    def _activation_bytes(self, max_model_len: int) -> int:
+    def _activation_bytes(self) -> int:
         """What the largest step takes beside weights and cache; measured on a GPU, with a step of zeros.
 
         On a CPU it is small beside what is left free, and it would cost a prefill at each start.
         """
         if self.device.type != "cuda":
             return 0
-        count = min(self.config.max_num_batched_tokens, max_model_len)
-        num_blocks = -(-count // self.block_size)
-        self.allocate(num_blocks)
+        config = self.config
+        num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
+        query_lens, spare = [], config.max_num_batched_tokens - num_seqs  # the first are long, and all draw a token
+        for _ in range(num_seqs):
+            query_lens.append(min(1 + spare, self._longest))
+            spare -= query_lens[-1] - 1
+        self.allocate(-(-query_lens[0] // self.block_size))  # for all, since it is only the memory that matters
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
-        sample = SampleRequest(sequence=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, key=(0, 0), banned=())
-        table = array("i", range(num_blocks))
-        self.launch(StepInput(0, array("q", bytes(8 * count)), (count,), (0,), (table,), (sample,))).wait()
+        samples = tuple(
+            SampleRequest(sequence, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=(0, 0), banned=())
+            for sequence in range(num_seqs)
+        )
+        tables = tuple(array("i", range(-(-count // self.block_size))) for count in query_lens)
+        token_ids = array("q", bytes(8 * sum(query_lens)))
+        self.launch(StepInput(0, token_ids, tuple(query_lens), (0,) * num_seqs, tables, samples)).wait()
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def allocate(self, num_blocks: int) -> None:
-        """Allocates the KV cache; from here on `execute` works."""
+        """Allocates the KV cache; from here on `launch` works."""
         KVCache(self.stage, num_blocks, self.block_size)
+
+    # ---- CUDA graphs --------------------------------------------------------------------------------------------
+
+    def _why_no_graphs(self) -> list[str]:
+        """Every reason why this rank's steps cannot run from graphs."""
+        tp = Communicator.along(self.mesh, "tp")
+        reasons = [
+            f"attention_backend={backend.name!r} cannot be captured"
+            for backend in self.stage.backends.values()
+            if not backend.supports_graphs
+        ]
+        if tp.size > 1 and not tp.in_graphs:
+            reasons.append(f"the {tp.size} ranks of a layer share {self.device} and sum over the CPU")
+        return reasons
+
+    def _check_graphs(self) -> None:
+        """Raises ConfigError if they are asked for and cannot be."""
+        if self.config.cuda_graphs and (reasons := self._why_no_graphs()):
+            raise ConfigError(f"InferenceConfig.cuda_graphs: True cannot be here: {'; '.join(reasons)}")
+
+    def graph_sizes(self) -> tuple[int, ...]:
+        """Batch sizes to be captured, the largest first; none where graphs are off or cannot be."""
+        config = self.config
+        is_on = self.device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
+        if not is_on or self._why_no_graphs():
+            return ()
+        return ladder(min(config.max_num_seqs, config.max_num_batched_tokens))
+
+    def _new_graphs(self, largest: int, longest: int) -> DecodeGraphs:
+        assert self.runner is not None
+        capture = CudaCapture(self.device) if self.device.type == "cuda" else rerun
+        return DecodeGraphs(self.stage, largest, longest, self.block_size, self.runner.drawn, capture)
+
+    def _estimate_graph_bytes(self, sizes: Sequence[int]) -> int:
+        """What graphs of these sizes will take; measured on the largest two, since all share one pool and each has a
+        little of its own. On a CPU nothing is captured."""
+        if self.device.type != "cuda":
+            return 0
+        graphs, free = None, [self._free_bytes()]
+        for size in sizes[:2]:
+            graphs = graphs or self._new_graphs(size, self._longest)
+            graphs.record(size)
+            free.append(self._free_bytes())
+        del graphs
+        self.allocate(0)  # what `_activation_bytes` allocated
+        torch.cuda.empty_cache()
+        taken = [max(0, before - after) for before, after in pairwise(free)]
+        return sum(taken) + (len(sizes) - len(taken)) * taken[-1] if taken else 0
+
+    def _free_bytes(self) -> int:
+        """On a GPU, with nothing of this process's held back; what graphs hold is not free to others."""
+        if self.device.type != "cuda":
+            return 0
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        return int(torch.cuda.mem_get_info(self.device)[0])
+
+    def begin_graphs(self, largest: int, longest: int) -> None:
+        """Makes ready for `capture`. largest: batch; longest: tokens of a sequence."""
+        assert self.runner is not None
+        self._free_before_graphs = self._free_bytes()
+        self.runner.graphs = self._new_graphs(largest, longest)
+
+    def capture(self, size: int) -> None:
+        """Captures the decode step of a batch size; the larger come first."""
+        assert self.runner is not None and self.runner.graphs is not None
+        try:
+            self.runner.graphs.record(size)
+        except Exception as error:
+            raise RuntimeError(
+                f"a step of {size} sequences could not be captured as a CUDA graph; cuda_graphs=False does without: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+
+    def graph_bytes(self) -> int:
+        """What the graphs take that were captured since `begin_graphs`."""
+        return max(0, self._free_before_graphs - self._free_bytes())
+
+    # ---- attention backends -------------------------------------------------------------------------------------
 
     def try_backend(self, name: str) -> str | None:
         """Makes ready another attention backend for `bind_backend`; the reason if it cannot serve on this rank."""
         assert self.runner is not None
         try:
             workload = replace(workload_of(self.config, self.stage.spec), block_size=self.block_size)
-            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last, workload)
+            self._candidates = try_backend(self.stage, name, self.block_size, self.runner.last_sequences, workload)
             self._asked = name
         except ValueError as reason:
             return str(reason)
         return None
 
-    def bind_backend(self) -> tuple[Bound, ...]:
-        """Takes what `try_backend` made ready; gives what is bound now."""
+    def bind_backend(self) -> dict[str, Any]:
+        """Takes what `try_backend` made ready, and lets graphs go, which have the old one in them; what this changes in
+        `RankInfo`."""
         assert self.runner is not None
+        self.runner.graphs = None
         bind(self.stage, self._candidates)
         self.runner.backends = self.stage.backends
-        return self._bound(self._asked)
+        return {"attention": self._bound(self._asked), "graph_sizes": self.graph_sizes(), "graph_bytes": 0}
 
     def _bound(self, asked: str) -> tuple[Bound, ...]:
         backends = (attention.backend for attention in self.stage.attentions)
         return describe_bound(asked, backends, self.stage.layer_range[0])
+
+    # ---- steps --------------------------------------------------------------------------------------------------
 
     def launch(self, step: StepInput) -> RunningStep:
         """Begins with a step; those that were begun are waited for in their order."""

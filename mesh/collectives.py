@@ -47,6 +47,8 @@ class Communicator:
     every rank gets bitwise the same result.
     """
 
+    in_graphs = True  # whether a CUDA graph can record what it does
+
     def __init__(self, group: dist.ProcessGroup | None, name: str, timeout_s: float | None = None) -> None:
         self.name = name
         self.timeout_s = timeout_s
@@ -189,6 +191,8 @@ class StagedCommunicator(Communicator):
 
     For tests with several ranks on one GPU, which NCCL refuses; slow, since each copy waits for the GPU.
     """
+
+    in_graphs = False
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         return tensor if self.size == 1 else tensor.copy_(super().all_reduce(_staged(tensor), op))

@@ -9,12 +9,7 @@ from .backends import AttentionBackend, Sequences, Workload, create_backend, tun
 from .backends.proof import difference
 from .stage import PipelineStage
 
-_TRIAL = Sequences(  # a decode, a chunk, a prompt, a second decode: over blocks in no order
-    query_lens=(1, 3, 5, 1),
-    key_lens=(17, 12, 5, 1),
-    block_tables=(),
-    block_size=0,
-)
+_TRIAL = ((1, 17), (3, 12), (5, 5), (1, 1))  # (queries, keys): a decode, a chunk, a prompt, a second decode
 
 
 def try_backend(
@@ -33,7 +28,7 @@ def try_backend(
         if backend.spec in tried or (type(backend) is type(attention.backend) and backend.tuning is None):
             continue
         tried.add(backend.spec)
-        sequences = _trial(block_size)
+        sequences = _trial(block_size, backend.spec.device)
         num_blocks = 1 + max(block for table in sequences.block_tables for block in table)
         shape = (2, num_blocks, block_size, backend.spec.num_kv_heads, backend.spec.head_dim)
         key_cache, value_cache = torch.randn(shape, dtype=backend.spec.dtype, device=backend.spec.device)
@@ -50,11 +45,13 @@ def bind(stage: PipelineStage, backends: list[AttentionBackend]) -> None:
         attention.backend = backend
 
 
-def _trial(block_size: int) -> Sequences:
-    counts = [-(-length // block_size) for length in _TRIAL.key_lens]
+def _trial(block_size: int, device: torch.device) -> Sequences:
+    """Over blocks in no order."""
+    query_lens, key_lens = zip(*_TRIAL, strict=True)
+    counts = [-(-length // block_size) for length in key_lens]
     blocks = list(range(sum(counts)))
-    tables = tuple([blocks.pop() for _ in range(count)] for count in counts)
-    return Sequences(_TRIAL.query_lens, _TRIAL.key_lens, tables, block_size)
+    tables = [[blocks.pop() for _ in range(count)] for count in counts]
+    return Sequences.of(query_lens, key_lens, tables, block_size, device)
 
 
 @torch.inference_mode()

@@ -298,7 +298,7 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
     for (int r = 0; r < V * W; r++) sink[r] = a.sinks[rows.head(task.row + std::min(r, task.rows - 1))];
   for (int v = 0; v < V; v++) {
     if (a.sinks) total[v] += exp(load(sink + v * W) - maximum[v]);
-    store(inverse + v * W, 1.0f / total[v]);
+    store(inverse + v * W, total[v] > vfloat{} ? 1.0f / total[v] : vfloat{});
   }
   for (int r = 0; r < task.rows; r++) {
     T* to = (T*)a.out + rows.offset(task.row + r);
@@ -369,8 +369,8 @@ template <class T> void attend(const Arguments& a) {
 }  // namespace
 
 // query, out: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]; block_tables:
-// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs]; sinks, alibi_slopes: [heads], float32, or
-// null; softcap, window: 0 for none; all contiguous, head_dim a multiple of
+// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs], 0 where the output is to be zeros; sinks,
+// alibi_slopes: [heads], float32, or null; softcap, window: 0 for none; all contiguous, head_dim a multiple of
 // `head_dim_multiple()` up to 256.
 extern "C" void paged_attention(int dtype, const void* query, const void* key_cache, const void* value_cache, void* out,
                                 const int32_t* block_tables, const int32_t* query_starts, const int32_t* key_lens,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...kernels.batch import PagedBatch
 from ...kernels.eager import AttentionFeatures
 
 if TYPE_CHECKING:
@@ -59,6 +60,19 @@ class Sequences:
     key_lens: Sequence[int]  # keys to attend to, the new tokens' own included
     block_tables: Sequence[Sequence[int]]
     block_size: int
+    batch: PagedBatch  # the same on the device, for all backends that want it so
+
+    @classmethod
+    def of(
+        cls,
+        query_lens: Sequence[int],
+        key_lens: Sequence[int],
+        block_tables: Sequence[Sequence[int]],
+        block_size: int,
+        device: torch.device,
+    ) -> "Sequences":
+        batch = PagedBatch.of(query_lens, key_lens, block_tables, block_size, device)
+        return cls(query_lens, key_lens, block_tables, block_size, batch)
 
 
 class AttentionBackend(ABC):
@@ -67,6 +81,9 @@ class AttentionBackend(ABC):
     name: ClassVar[str]
     preferred_block_size: int = 16  # tokens; may depend on the layer
     tuning: "Tuning | None" = None  # what timing has found, where that is how it was chosen
+    supports_graphs: ClassVar[bool] = False
+    """Whether `prepare` and `forward` can be recorded and replayed: of a step of one query each, they take what differs
+    from step to step from the tensors of `Sequences.batch` alone, and wait for nothing."""
 
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec

@@ -15,6 +15,7 @@ class CpuBackend(AttentionBackend):
     """One kernel for prompts, chunks and decodes."""
 
     name = "cpu"
+    supports_graphs = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
@@ -32,13 +33,7 @@ class CpuBackend(AttentionBackend):
         return [] if fits else [f"head_dim={spec.head_dim} is not a multiple of {multiple} up to {_MAX_HEAD_DIM}"]
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
-        return PagedBatch.of(
-            sequences.query_lens,
-            sequences.key_lens,
-            sequences.block_tables,
-            sequences.block_size,
-            self.spec.device,
-        )
+        return sequences.batch
 
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None

@@ -80,7 +80,9 @@ class FlashBackend(AttentionBackend):
             mine = [index for index, other in enumerate(backends) if other is backend]
             is_all = len(mine) == len(backends)
             rows = None if is_all else _rows(sequences.query_lens, mine).to(self.spec.device)
-            parts.append(Part(backend, backend.prepare(sequences if is_all else _only(sequences, mine)), rows))
+            parts.append(
+                Part(backend, backend.prepare(sequences if is_all else _only(sequences, mine, self.spec.device)), rows)
+            )
         return parts
 
     def forward(
@@ -114,12 +116,13 @@ def _load(spec: AttentionSpec) -> Library:
     raise ImportError("; ".join(failed))
 
 
-def _only(sequences: Sequences, which: Sequence[int]) -> Sequences:
-    return Sequences(
+def _only(sequences: Sequences, which: Sequence[int], device: torch.device) -> Sequences:
+    return Sequences.of(
         query_lens=[sequences.query_lens[i] for i in which],
         key_lens=[sequences.key_lens[i] for i in which],
         block_tables=[sequences.block_tables[i] for i in which],
         block_size=sequences.block_size,
+        device=device,
     )
 
 

@@ -78,13 +78,7 @@ class Library(AttentionBackend):
         return self.serves_all or query_len > 1
 
     def prepare(self, sequences: Sequences) -> Any:
-        return PagedBatch.of(
-            sequences.query_lens,
-            sequences.key_lens,
-            sequences.block_tables,
-            sequences.block_size,
-            self.spec.device,
-        )
+        return sequences.batch
 
 
 class FlashAttention3(Library):

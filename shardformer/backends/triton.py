@@ -20,6 +20,7 @@ class TritonBackend(AttentionBackend):
     """One kernel for prompts, chunks and decodes, on NVIDIA GPUs; on the CPU in Triton's interpreter, for tests."""
 
     name = "triton"
+    supports_graphs = True
 
     def __init__(
         self, spec: AttentionSpec, narrow: Sequence[int] | None = None, wide: Sequence[int] | None = None
@@ -73,13 +74,7 @@ class TritonBackend(AttentionBackend):
         return {"decode": [{"narrow": tile} for tile in narrow], "prefill": [{"wide": tile} for tile in wide]}
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
-        return PagedBatch.of(
-            sequences.query_lens,
-            sequences.key_lens,
-            sequences.block_tables,
-            sequences.block_size,
-            self.spec.device,
-        )
+        return sequences.batch
 
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None

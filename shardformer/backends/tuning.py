@@ -202,16 +202,16 @@ def _shapes(spec: AttentionSpec, workload: Workload, block_size: int) -> dict[st
     context = max(1, min(workload.max_model_len, limits.context, fitting // batches[-1]))
     chunk = max(1, min(workload.max_num_batched_tokens, workload.max_model_len, limits.chunk, fitting))
     return {
-        "decode": [_sequences([1] * batch, [context] * batch, block_size) for batch in batches],
-        "prefill": [_sequences([chunk], [chunk], block_size)],
+        "decode": [_sequences([1] * batch, [context] * batch, block_size, spec.device) for batch in batches],
+        "prefill": [_sequences([chunk], [chunk], block_size, spec.device)],
     }
 
 
-def _sequences(query_lens: list[int], key_lens: list[int], block_size: int) -> Sequences:
+def _sequences(query_lens: list[int], key_lens: list[int], block_size: int, device: torch.device) -> Sequences:
     """Each with blocks of its own, which lie in turn: a cache that has been used for a while is in no order."""
     counts = [-(-length // block_size) for length in key_lens]
     tables = [range(first, max(counts) * len(counts), len(counts)) for first in range(len(counts))]
-    return Sequences(query_lens, key_lens, tables, block_size)
+    return Sequences.of(query_lens, key_lens, tables, block_size, device)
 
 
 @torch.inference_mode()

@@ -215,7 +215,8 @@ def test_fields(values: dict[str, Any], message: str) -> None:
         ({"max_model_len": 65}, "max_model_len=65 is more than the model's 64 positions"),
         (
             {"tp_size": 2, "attention_backend": "telepathy"},
-            "InferenceConfig.attention_backend: 'telepathy' is not known; known: auto, tuned, flash, triton, cpu, eager",
+            "InferenceConfig.attention_backend: 'telepathy' is not known; "
+            "known: auto, tuned, flash, triton, cpu, eager",
         ),
         (
             {"pp_size": 2, "device": "cuda"},

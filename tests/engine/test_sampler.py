@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from transformers.generation.logits_process import (
 
 from meshlm.engine.sampler import Sampler
 from meshlm.engine.scheduler import noise_key
+from meshlm.engine.staging import Staging
 from meshlm.engine.step import SampleRequest
 from meshlm.kernels import select_ops
 from meshlm.shardformer.shard import Range, aligned_split, even_split
@@ -50,7 +52,7 @@ def draw(
 ) -> list[int]:
     """Token ids drawn by every rank of a tp group that holds `shards` of the vocabulary."""
     shards = shards or [(0, logits.shape[1])]
-    ops = OPS if noise is None else replace(OPS, counter_noise=noise)
+    ops = OPS if noise is None else replace(OPS, counter_noise=noise, sample_shard=partial(sample_shard, noise))
     parts: list[Any] = [None] * len(shards)
     barrier = threading.Barrier(len(shards))
     drawn: list[Any] = [None] * len(shards)
@@ -58,8 +60,15 @@ def draw(
     def rank(index: int) -> None:
         tp: Any = FakeTp(index, parts, barrier)
         start, stop = shards[index]
+        sampler = Sampler(tp, shards, ops, CPU)
+        draws = sampler.plan(samples)
+        staged = Staging(CPU).open(draws.shapes)
+        draws.write(staged.host)
         try:
-            drawn[index] = Sampler(tp, shards, ops, CPU)(logits[:, start:stop].clone(), samples).tolist()
+            result = sampler(logits[:, start:stop].clone(), draws, staged.send().arrays)
+            assert (result.complete is None) == (not draws.filtered or draws.num_candidates == sampler.largest_shard)
+            complete = [True] if result.complete is None else result.complete.tolist()
+            drawn[index] = (result.token_ids if all(complete) else sampler.redraw(result, complete)).tolist()
         except BaseException as error:
             drawn[index] = error
             barrier.abort()
@@ -74,6 +83,13 @@ def draw(
             raise result
     assert all(result == drawn[0] for result in drawn), "ranks disagree"
     return list(drawn[0])
+
+
+def sample_shard(noise: Any, logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
+    """The op with another noise; every row's temperature is 1."""
+    assert (temperatures == 1).all()
+    scores = logits + noise(keys, torch.arange(start, start + logits.shape[1], dtype=torch.int32))
+    return scores.max(dim=-1).values, scores.argmax(dim=-1) + start
 
 
 def request(row: int = 0, temperature: float = 0.0, **values: Any) -> SampleRequest:

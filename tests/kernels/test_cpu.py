@@ -165,6 +165,16 @@ def test_paged_attention_of_nothing(ops: CpuOps, dtype: torch.dtype) -> None:
     assert out.shape == (0, 2, 16)
 
 
+@pytest.mark.parametrize("heads", [2, 12], ids=["few rows", "many rows"])
+def test_sequences_without_keys_pad(heads: int, ops: CpuOps, dtype: torch.dtype) -> None:
+    """They get zeros, and change nothing for others."""
+    caches, query = torch.randn(2, 3, 4, 1, 16).to(dtype), torch.randn(4, heads, 16).to(dtype)
+    alone = ops.paged_attention(query[:2], *caches, PagedBatch.of([1, 1], [5, 9], [[2, 1], [1, 0, 2]], 4, CPU), 0.2)
+    batch = PagedBatch.of([1, 1, 1, 1], [5, 9, 0, 0], [[2, 1], [1, 0, 2], [], []], 4, CPU)
+    padded = ops.paged_attention(query, *caches, batch, 0.2)
+    assert torch.equal(padded[:2], alone) and torch.equal(padded[2:], torch.zeros_like(padded[2:]))
+
+
 def test_large_scores_do_not_overflow(ops: CpuOps, dtype: torch.dtype) -> None:
     """Attention to one key alone, by scores of thousands; both forms."""
     caches = torch.zeros(2, 40, 1, 1, 16).to(dtype)

@@ -397,15 +397,15 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-def sequences_of(step: tuple[list[int], list[int]], block_size: int) -> Sequences:
+def sequences_of(step: tuple[list[int], list[int]], block_size: int, device: torch.device = CPU) -> Sequences:
     """Over blocks in no order, each table longer than it need be."""
     counts = [-(-length // block_size) + 1 for length in step[1]]
     order = torch.randperm(sum(counts)).split(counts)
-    return Sequences(step[0], step[1], [blocks.tolist() for blocks in order], block_size)
+    return Sequences.of(step[0], step[1], [blocks.tolist() for blocks in order], block_size, device)
 
 
 def compare(backend: Any, spec: AttentionSpec, step: tuple[list[int], list[int]], block_size: int) -> None:
-    sequences = sequences_of(step, block_size)
+    sequences = sequences_of(step, block_size, spec.device)
     num_blocks = sum(map(len, sequences.block_tables))
     shape = (2, num_blocks, block_size, spec.num_kv_heads, spec.head_dim)
     keys, values = torch.randn(shape).to(spec.device, spec.dtype)
@@ -482,7 +482,7 @@ def test_an_empty_step(installed: Installed) -> None:
     installed.add(FlashAttention3)
     backend = create_backend("flash", SPEC)
     query, cache = torch.empty(0, 6, 16, dtype=SPEC.dtype), torch.zeros(2, 16, 2, 16, dtype=SPEC.dtype)
-    assert backend.forward(query, cache, cache, backend.prepare(Sequences([], [], [], 16))).shape == query.shape
+    assert backend.forward(query, cache, cache, backend.prepare(Sequences.of([], [], [], 16, CPU))).shape == query.shape
     assert not CALLS
 
 

@@ -294,7 +294,7 @@ def test_tiles_give_what_eager_gives(dtype: torch.dtype, interpreted: None) -> N
     variants = TritonBackend.variants(spec)
     assert len({str(v) for of_kind in variants.values() for v in of_kind}) == (6 if dtype == torch.float32 else 8)
     for kind, query_lens in (("decode", [1, 1]), ("prefill", [17, 1]), ("decode", [9])):
-        step = tuning._Step(spec, tuning._sequences(query_lens, [21] * len(query_lens), 4))
+        step = tuning._Step(spec, tuning._sequences(query_lens, [21] * len(query_lens), 4, spec.device))
         for variant in variants[kind]:
             backend = TritonBackend(spec, **json.loads(json.dumps(variant)))
             assert backend.tiles is not None
