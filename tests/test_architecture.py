@@ -136,3 +136,10 @@ def test_optional_packages_are_not_needed_to_import(module: str) -> None:
 def test_importing_the_package_does_not_import_torch() -> None:
     program = "import sys, meshlm; meshlm.SamplingParams; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=ROOT.parent)
+
+
+def test_a_program_started_in_this_folder_can_use_transformers() -> None:
+    """There `import kernels`, which transformers tries, finds our folder: it must do no harm, and so imports no other
+    room before something is called."""
+    program = "import kernels; from transformers import LlamaConfig; LlamaConfig()"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

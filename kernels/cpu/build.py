@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
-from ...config.cache import cache_folder
-
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
 
 
@@ -73,6 +71,8 @@ def _sources() -> list[Path]:
 
 def _library_file() -> Path:
     """Where the library is kept: a name for these sources, flags and this processor."""
+    from ...config.cache import cache_folder  # not sooner: see the test of `import kernels`
+
     digest = hashlib.sha256(" ".join(_FLAGS).encode())
     for source in [*_sources(), Path(__file__).with_name("vector.h")]:
         digest.update(source.read_bytes())

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from meshlm.policies import Dim, ModelSpec, find_policy
 from meshlm.shardformer.shard import (
-    _LAYER_EXTRA,
     Range,
     Shards,
     aligned_split,
@@ -130,7 +129,7 @@ def test_more_ranks_than_vocabulary_or_intermediate_size_is_refused() -> None:
 def stage_costs(spec: ModelSpec, ranges: list[Range]) -> list[int]:
     """What a decode step costs each stage, in weight elements."""
     sizes = {name: _product(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
-    layer = _LAYER_EXTRA + sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
+    layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     costs = [(stop - start) * layer for start, stop in ranges]
     costs[0] += spec.hidden_size
     costs[-1] += spec.vocab_size * spec.hidden_size + spec.hidden_size
@@ -163,7 +162,7 @@ def test_the_lm_head_takes_layers_off_the_last_stage() -> None:
     demo = make_spec(
         hidden_size=576, intermediate_size=1536, vocab_size=49152, num_hidden_layers=30, tie_word_embeddings=True
     )
-    assert split_layers(demo, 2) == [(0, 18), (18, 30)]
+    assert split_layers(demo, 2) == [(0, 19), (19, 30)]
     lengths = [stop - start for start, stop in split_layers(demo, 4)]
     assert lengths[-1] == min(lengths) and max(lengths) - min(lengths[:-1]) <= 1
 
