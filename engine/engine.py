@@ -62,6 +62,10 @@ class InferenceEngine:
     """
 
     def __init__(self, model: Model, config: InferenceConfig | None = None, tokenizer: Any = None) -> None:
+        if not isinstance(config, InferenceConfig | None):
+            raise TypeError(
+                f"config: a {type(config).__name__} is no InferenceConfig; give InferenceConfig(tp_size=2, …)"
+            )
         self.config = config = config or InferenceConfig()
         place = torchrun_place()
         if place is not None and (place.world_size > 1 or config.world_size > 1):
@@ -129,7 +133,8 @@ class InferenceEngine:
             return [replace(rank, graph_sizes=(), graph_bytes=0) for rank in ranks]
         call("begin_graphs", sizes[0], longest)
         for size in tqdm(sizes, desc="Capturing CUDA graphs", unit="graph"):
-            call("capture", size)
+            if failed := [reason for reason in call("capture", size) if reason is not None]:
+                raise RuntimeError(failed[0])
         taken = call("graph_bytes")
         return [replace(rank, graph_sizes=sizes, graph_bytes=size) for rank, size in zip(ranks, taken, strict=True)]
 
@@ -286,11 +291,18 @@ class InferenceEngine:
         """
 
         def rebind() -> list[RankInfo]:
-            check_backend_name(name)
+            check_backend_name("set_attention_backend", name)
             self._unclaimed += [request.output() for request in self._core.drain()]
             for rank, reason in enumerate(self._world.executor.call("try_backend", name)):
                 if reason is not None:
                     raise ValueError(reason if len(self.ranks) == 1 else f"{rank_name(self.config, rank)}: {reason}")
+            try:
+                return swap()
+            except RuntimeError as error:  # of capturing
+                swap()
+                raise ValueError(f"set_attention_backend({name!r}): {error}") from error
+
+        def swap() -> list[RankInfo]:
             changes = self._world.executor.call("bind_backend")
             ranks = [replace(rank, **changed) for rank, changed in zip(self.ranks, changes, strict=True)]
             return self._capture(ranks, self.max_model_len)

@@ -126,7 +126,7 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
     if not runs_on(dtype, devices[0]):
         raise ConfigError(f"InferenceConfig.dtype: {dtype} is not supported on {devices[0]}; use 'float32'")
     max_model_len(config, spec)
-    check_backend_name(config.attention_backend)
+    check_backend_name("InferenceConfig.attention_backend", config.attention_backend)
     needed: Counter[torch.device] = Counter()
     for rank, device in enumerate(devices, first_rank):
         _, rest = divmod(rank, config.pp_size * config.tp_size)
@@ -154,11 +154,11 @@ def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
     return config.pp_size == 1 and ranks[0].device.startswith("cuda")
 
 
-def check_backend_name(name: str) -> None:
+def check_backend_name(where: str, name: str) -> None:
     """Raises ConfigError if no attention backend is called so."""
     known = (*CHOICES, *BACKENDS)
     if name not in known:
-        raise ConfigError(f"InferenceConfig.attention_backend: {name!r} is not known; known: {', '.join(known)}")
+        raise ConfigError(f"{where}: {name!r} is not known; known: {', '.join(known)}")
 
 
 def _check_backend(config: InferenceConfig, asked: AttentionSpec) -> None:

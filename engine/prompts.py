@@ -111,13 +111,13 @@ def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
     """One (prompt, parameters) for each prompt of whatever `generate` was given. Raises ValueError."""
     if isinstance(prompts, str):
         each: list[Prompt] = [prompts]
-    elif not isinstance(prompts, Sequence):
+    elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
         raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
     elif prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
         each = [prompts]  # one chat, or one list of token ids
     else:
         each = list(prompts)
-    if not isinstance(params, Sequence):
+    if not isinstance(params, Sequence) or isinstance(params, str):
         return [(prompt, params) for prompt in each]
     if len(params) != len(each):
         raise ValueError(f"sampling_params: {len(params)} given for {len(each)} prompts; give one, or one for each")

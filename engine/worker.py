@@ -136,7 +136,8 @@ class Worker:
         self.config, self.mesh, self.device = config, mesh, device
         self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
         self.runner: ModelRunner | None = None
-        self._asked, self._candidates = "", list[AttentionBackend]()
+        self._bound_as = config.attention_backend
+        self._asked, self._candidates = "", list[AttentionBackend]()  # what `try_backend` made ready
         self._longest = 0  # tokens of a sequence
         self._free_before_graphs = 0
 
@@ -186,7 +187,7 @@ class Worker:
             block_bytes=block_bytes(stage, block_size),
             graph_sizes=graph_sizes,
             graph_bytes=graph_bytes,
-            attention=self._bound(self.config.attention_backend),
+            attention=self._bound(self._bound_as),
             ops=ops.name,
         )
 
@@ -281,16 +282,17 @@ class Worker:
         self._free_before_graphs = self._free_bytes()
         self.runner.graphs = self._new_graphs(largest, longest)
 
-    def capture(self, size: int) -> None:
-        """Captures the decode step of a batch size; the larger come first."""
+    def capture(self, size: int) -> str | None:
+        """Captures the decode step of a batch size; the larger come first. Gives the reason if that fails."""
         assert self.runner is not None and self.runner.graphs is not None
         try:
             self.runner.graphs.record(size)
         except Exception as error:
-            raise RuntimeError(
+            return (
                 f"a step of {size} sequences could not be captured as a CUDA graph; cuda_graphs=False does without: "
-                f"{type(error).__name__}: {error}"
-            ) from error
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
+        return None
 
     def graph_bytes(self) -> int:
         """What the graphs take that were captured since `begin_graphs`."""
@@ -307,16 +309,22 @@ class Worker:
             self._asked = name
         except ValueError as reason:
             return str(reason)
+        except Exception as error:  # a kernel that does not compile, or does not fit on the device, has many
+            return f"attention_backend={name!r} failed when it was tried: {type(error).__name__}: " + " ".join(
+                str(error).split()
+            )
         return None
 
     def bind_backend(self) -> dict[str, Any]:
-        """Takes what `try_backend` made ready, and lets graphs go, which have the old one in them; what this changes in
-        `RankInfo`."""
+        """Takes what `try_backend` made ready, and lets graphs go, which have the old one in them; gives what this
+        changes in `RankInfo`. Called again, it takes back the old one."""
         assert self.runner is not None
         self.runner.graphs = None
+        former = [attention.backend for attention in self.stage.attentions]
         bind(self.stage, self._candidates)
+        self._candidates, (self._asked, self._bound_as) = former, (self._bound_as, self._asked)
         self.runner.backends = self.stage.backends
-        return {"attention": self._bound(self._asked), "graph_sizes": self.graph_sizes(), "graph_bytes": 0}
+        return {"attention": self._bound(self._bound_as), "graph_sizes": self.graph_sizes(), "graph_bytes": 0}
 
     def _bound(self, asked: str) -> tuple[Bound, ...]:
         backends = (attention.backend for attention in self.stage.attentions)

@@ -44,11 +44,6 @@ def bind_shared(weight: Tensor) -> Linear:
     return linear
 
 
-def packs(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether `bind_packed` works here."""
-    return why_plain(device, dtype) is None
-
-
 def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why `bind_packed` does not work here, which is tried on a small product: it stands on operators that torch keeps
     to itself."""

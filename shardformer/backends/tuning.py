@@ -28,7 +28,7 @@ from torch import Tensor
 from ...config.cache import cache_folder
 from .base import AttentionBackend, AttentionSpec, Sequences
 from .proof import difference
-from .registry import BACKENDS, auto_backend
+from .registry import BACKENDS, auto_backend, automatic_backends
 
 _BATCHES = (1, 8, 32)  # sequences of a decode
 _WORTHWHILE = 1.03  # a variant that is faster by less is taken for chance
@@ -130,7 +130,7 @@ def package_version(package: str) -> str | None:
 
 
 def _find(spec: AttentionSpec, workload: Workload) -> Tuning:
-    names = [n for n, backend in BACKENDS.items() if backend.is_automatic(spec) and not backend.validate(spec)]
+    names = list(automatic_backends(spec))
     block_size = workload.block_size or max(BACKENDS[name](spec).preferred_block_size for name in names)
     key = _key(spec, workload, names, block_size)
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]

@@ -97,6 +97,7 @@ def test_prompts(engine: InferenceEngine, prompt: Any, message: str) -> None:
     [
         (7, "prompts: int is not a prompt or a list of prompts"),
         (None, "prompts: NoneType is not a prompt or a list of prompts"),
+        (b"a", "prompts: bytes is not a prompt or a list of prompts"),
         ([[1, 2.5]], "prompt: 2.5 is not a token id"),
         ([[1, "a"]], "prompt: 'a' is not a token id"),
         ([None], "prompt: NoneType is not a text, a list of token ids, or a chat's messages"),
@@ -105,6 +106,14 @@ def test_prompts(engine: InferenceEngine, prompt: Any, message: str) -> None:
 )
 def test_prompts_of_another_type(engine: InferenceEngine, prompt: Any, message: str) -> None:
     assert refused(engine, lambda: engine.generate(prompt, progress=False), TypeError) == message
+
+
+def test_params_and_config_of_another_type(engine: InferenceEngine) -> None:
+    with pytest.raises(TypeError) as error:
+        engine.generate([1], "greedy", progress=False)
+    assert "str" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(TypeError, match=r"^config: a dict is no InferenceConfig; give InferenceConfig"):
+        InferenceEngine("nowhere", {"tp_size": 2})  # type: ignore[arg-type]
 
 
 PARAMS: list[tuple[dict[str, Any], str]] = [

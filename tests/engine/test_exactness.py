@@ -352,6 +352,60 @@ def test_async_scheduling(fields: dict[str, int], demo_model: Path, reference: R
         assert outputs[len(FEW) :] == [reference.until_eos(index, engine.tokenizer.eos_token_id) for index in chats]
 
 
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"cuda_graphs": False, "async_scheduling": False}, {"tp_size": 2, "pp_size": 2}, {"block_size": 1}],
+    ids=str,
+)
+def test_on_a_gpu(fields: dict[str, Any], demo_model: Path, reference: Reference) -> None:
+    """Needs one CUDA device, which several ranks share. Triton's products of float32 are exact, cuBLAS's nearly."""
+    with running(demo_model, device="cuda:0", attention_backend="triton", **fields) as engine:
+        reference.check(generate(engine, reference.prompts))
+
+
+class Recorder:
+    """A sampler that keeps the logits it is given."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler, self.plan, self.redraw = sampler, sampler.plan, sampler.redraw
+        self.logits: list[torch.Tensor] = []
+
+    def __call__(self, logits: torch.Tensor, *args: Any) -> Any:
+        self.logits.append(logits.float().cpu().clone())
+        return self.sampler(logits, *args)
+
+
+def first_logits(model: Path, prompts: list[list[int]], **fields: Any) -> torch.Tensor:
+    """[num_prompts, vocab_size], after each prompt; in a step each."""
+    with running(model, enable_prefix_caching=False, **fields) as engine:
+        runner = engine._world.executor.worker.runner
+        runner.sampler = recorder = Recorder(runner.sampler)
+        for prompt in prompts:
+            engine.generate([prompt], {"max_tokens": 1, "temperature": 0}, progress=False)
+        return torch.cat(recorder.logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "backend", ["cpu", pytest.param("triton", marks=pytest.mark.cuda), pytest.param("flash", marks=pytest.mark.cuda)]
+)
+def test_bfloat16_logits(backend: str, demo_model: Path, prompts: list[list[int]]) -> None:
+    """As near to float32 as eager's are: bfloat16 alone costs that much, and a mistake in a mask far more."""
+    few = [prompts[index] for index in FEW]
+    device = "cpu" if backend == "cpu" else "cuda:0"
+    try:
+        ours = first_logits(demo_model, few, device=device, dtype="bfloat16", attention_backend=backend)
+    except ValueError as reason:
+        pytest.skip(str(reason))
+    exact = first_logits(demo_model, few, device=device, attention_backend="eager")
+    eager = first_logits(demo_model, few, device=device, dtype="bfloat16", attention_backend="eager")
+    assert (eager - exact).abs().max() < 2
+    assert (ours - exact).abs().mean() < 1.25 * (eager - exact).abs().mean()
+    assert (ours - exact).abs().max() < 1.5 * (eager - exact).abs().max()
+
+
 # ---- blocks, chunks, preemption, prefixes ------------------------------------------------------------------------
 
 

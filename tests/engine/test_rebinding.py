@@ -89,6 +89,52 @@ class BrokenLater(EagerBackend):
         return out * (1.0 if max(group.key_len for group in args[2].groups) < 25 else float("nan"))
 
 
+class Raising(EagerBackend):
+    """Does not compile, say."""
+
+    name = "raising"
+
+    def forward(self, query: Tensor, *args: Any) -> Tensor:
+        raise RuntimeError("no kernel\nfor this device")
+
+
+def test_a_backend_that_raises_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(backends.BACKENDS, Raising.name, Raising)
+    reason = r"^attention_backend='raising' failed when it was tried: RuntimeError: no kernel for this device$"
+    with InferenceEngine(model_of(16), CONFIG) as engine:
+        before = engine.generate(PROMPTS, PARAMS, progress=False)
+        with pytest.raises(ValueError, match=reason):
+            engine.set_attention_backend("raising")
+        assert engine.ranks[0].attention_backends == ("cpu",)
+        after = engine.generate(PROMPTS, PARAMS, progress=False)
+        assert [o.token_ids for o in before] == [o.token_ids for o in after]
+
+
+def test_what_cannot_be_captured_leaves_the_old_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA graphs of the new backend fail: the old one, and its graphs, are there again."""
+    model = model_of(16)
+    config = CONFIG.replace(cuda_graphs=True, max_num_seqs=4)
+
+    class Uncapturable(backends.CpuBackend):
+        name = "uncapturable"
+
+        def forward(self, query: Tensor, *args: Any) -> Tensor:
+            if len(query) == 4 and args[2].max_query_len == 1:  # as the largest of the graphs
+                raise RuntimeError("not in a graph")
+            return super().forward(query, *args)
+
+    monkeypatch.setitem(backends.BACKENDS, Uncapturable.name, Uncapturable)
+    with InferenceEngine(model, config) as engine:
+        before = engine.ranks
+        with pytest.raises(
+            ValueError, match=r"^set_attention_backend\('uncapturable'\): a step of 4 .* not in a graph"
+        ):
+            engine.set_attention_backend("uncapturable")
+        assert engine.ranks == before and engine.ranks[0].graph_sizes == (4, 2, 1)
+        outputs = engine.generate(PROMPTS, PARAMS, progress=False)
+        assert [list(output.token_ids) for output in outputs] == expected(model)
+
+
 @pytest.mark.parametrize("broken", [Broken, BrokenLater])
 def test_a_backend_that_is_wrong_is_refused(broken: type[EagerBackend], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, broken.name, broken)
@@ -113,7 +159,7 @@ def test_a_backend_that_cannot_serve_is_refused(sizes: dict[str, int]) -> None:
         where = r"rank 0 \(dp 0, pp 0, tp 0\): " if sizes else ""
         with pytest.raises(ValueError, match=rf"^{where}attention_backend='cpu' cannot serve here: head_dim=20"):
             engine.set_attention_backend("cpu")
-        with pytest.raises(ValueError, match=r"attention_backend: 'flesh' is not known; known: auto, tuned, "):
+        with pytest.raises(ValueError, match=r"^set_attention_backend: 'flesh' is not known; known: auto, tuned, "):
             engine.set_attention_backend("flesh")
         assert engine.ranks[0].attention_backends == ("eager",)
         after = engine.generate(PROMPTS, PARAMS, progress=False)

@@ -18,7 +18,7 @@ def test_every_bound_form_is_the_product(dtype: torch.dtype, shape: tuple[int, i
     x, weight = torch.randn(rows, size_in).to(dtype), torch.randn(size_out, size_in).to(dtype)
     added = torch.randn(size_out).to(dtype) if bias else None
     exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
-    forms = [linear.bind_plain] + ([linear.bind_packed] if linear.packs(CPU, dtype) else [])
+    forms = [linear.bind_plain] + ([linear.bind_packed] if linear.why_plain(CPU, dtype) is None else [])
     for bind in forms:
         out = bind(weight)(x, added)
         assert out.dtype == dtype and out.shape == (rows, size_out)
@@ -26,7 +26,7 @@ def test_every_bound_form_is_the_product(dtype: torch.dtype, shape: tuple[int, i
         torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.skipif(not linear.packs(CPU, torch.float32), reason="needs oneDNN")
+@pytest.mark.skipif(linear.why_plain(CPU, torch.float32) is not None, reason="needs oneDNN")
 def test_a_packed_weight_is_a_copy_that_stays() -> None:
     weight, x = torch.randn(6, 9), torch.randn(2, 9)
     product, expected = linear.bind_packed(weight), F.linear(x, weight)
@@ -42,4 +42,4 @@ def test_without_onednn_the_plain_form_is_bound(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_accelerator_has_no_packed_form() -> None:
-    assert not linear.packs(torch.device("cuda"), torch.float32)
+    assert linear.why_plain(torch.device("cuda"), torch.float32)
