@@ -481,12 +481,19 @@ def run_part(tasks: Sequence[Task], results: Path) -> None:
                 for workload in engine.workloads:
                     if task.left() < 0:
                         raise TimeoutError(f"no time was left for {workload}")
-                    engine.prepare(workload)
-                    for result in MEASUREMENTS[workload](task, engine, partial(Result, task.model, name)):
-                        write("result", asdict(result))
-                        rate = result.failure or f"{result.tokens_per_s:.5g} tokens/s"
-                        cut = ", cut" if result.cut else ""
-                        say(f"{label}: {result.workload}: {rate}{cut}; {task.left():.0f} s left")
+                    try:
+                        engine.prepare(workload)
+                        for result in MEASUREMENTS[workload](task, engine, partial(Result, task.model, name)):
+                            write("result", asdict(result))
+                            rate = result.failure or f"{result.tokens_per_s:.5g} tokens/s"
+                            cut = ", cut" if result.cut else ""
+                            say(f"{label}: {result.workload}: {rate}{cut}; {task.left():.0f} s left")
+                    except TimeoutError:
+                        raise
+                    except Exception as error:  # one that fails to compile, say, must not take the next with it
+                        traceback.print_exc()
+                        write("note", f"{label}, {workload}: FAILED: {reason(error)}")
+                        torch._dynamo.reset()
             except Exception as error:  # a part that fails must not take the others' figures with it
                 if not isinstance(error, TimeoutError):
                     traceback.print_exc()

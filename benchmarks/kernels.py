@@ -495,10 +495,13 @@ def main() -> int:
         print(f"measured limits: {limits}\n{bound}", flush=True)
         results: list[Row] = []
         for group in args.only:
-            for row in MEASUREMENTS[group](bench):
-                results.append(row)
-                rate = "failed" if row.seconds is None else f"{row.seconds * 1e6:.1f} us"
-                print(f"  {row.kernel} {row.shape}: {rate}", flush=True)
+            try:
+                for row in MEASUREMENTS[group](bench):
+                    results.append(row)
+                    rate = "failed" if row.seconds is None else f"{row.seconds * 1e6:.1f} us"
+                    print(f"  {row.kernel} {row.shape}: {rate}", flush=True)
+            except Exception as error:  # after an illegal access nothing works; what there is, is kept
+                print(f"  {group}: FAILED: {reason(error)}", flush=True)
 
     judged = not toy
     missed = [row for row in results if row.met is False]

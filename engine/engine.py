@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from ..config import ConfigError, InferenceConfig
-from ..mesh.launch import torchrun_place
+from ..mesh.launch import RankFailure, torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
@@ -298,6 +298,8 @@ class InferenceEngine:
                     raise ValueError(reason if len(self.ranks) == 1 else f"{rank_name(self.config, rank)}: {reason}")
             try:
                 return swap()
+            except RankFailure:
+                raise
             except RuntimeError as error:  # of capturing
                 swap()
                 raise ValueError(f"set_attention_backend({name!r}): {error}") from error

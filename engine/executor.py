@@ -13,8 +13,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn, cast
@@ -62,11 +63,19 @@ class LocalExecutor(Executor):
     def __init__(self, config: InferenceConfig, device: torch.device) -> None:
         self.worker: Worker | None = make_worker(config, device)
         self._launches = device.type == "cuda"
+        # What the current device is differs from thread to thread, and with another engine.
+        self._on_device: Callable[[], AbstractContextManager[Any]] = (
+            partial(torch.cuda.device, device) if self._launches else nullcontext
+        )
         self._steps: deque[StepInput] = deque()
         self._running: deque[RunningStep] = deque()  # the first of these
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
-        return lambda: [getattr(self.worker, method)(*arguments)]
+        def call() -> list[Any]:
+            with self._on_device():
+                return [getattr(self.worker, method)(*arguments)]
+
+        return call
 
     def submit(self, replica: int, step: StepInput) -> None:
         self._steps.append(step)
@@ -77,7 +86,8 @@ class LocalExecutor(Executor):
         if not self._running:
             self._launch()
         try:
-            output = self._running[0].wait()
+            with self._on_device():
+                output = self._running[0].wait()
         except Exception as error:
             raise _failed(error) from error
         assert output is not None
@@ -88,12 +98,16 @@ class LocalExecutor(Executor):
     def _launch(self) -> None:
         assert self.worker is not None
         try:
-            self._running.append(self.worker.launch(self._steps[len(self._running)]))
+            with self._on_device():
+                self._running.append(self.worker.launch(self._steps[len(self._running)]))
         except Exception as error:
             raise _failed(error) from error
 
     def close(self) -> None:
+        if self.worker is not None:
+            self.worker.let_go()
         self.worker = None  # and with it the weights and the cache
+        self._running.clear()
 
 
 def _failed(error: Exception) -> RankFailure:

@@ -148,6 +148,10 @@ class ModelRunner:
         self.drawn[: len(token_ids)].copy_(token_ids)
         return token_ids
 
+    def let_go(self) -> None:
+        """Forgets what refers back to this runner; no step follows."""
+        self.graphs = self._uncertain = None
+
     def _count(self, started: float, waited: float) -> None:
         now, busy = time.monotonic(), self.busy
         if not busy.steps:

@@ -130,7 +130,8 @@ class Sampler:
         """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten. arrays: those of `draws`,
         on the device."""
         if draws.banned:
-            logits[arrays["banned"][:, 0], arrays["banned"][:, 1]] = _NEVER
+            # Not by assignment, which would bring the value from the host and wait for it.
+            logits.index_put_(arrays["banned"].unbind(dim=1), logits.new_full((), _NEVER))
         if not draws.filtered:
             return Draw(self._best(logits, arrays))
         filtered = Filtered(

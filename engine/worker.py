@@ -337,6 +337,11 @@ class Worker:
         assert self.runner is not None
         return self.runner.launch(step)
 
+    def let_go(self) -> None:
+        """Breaks the circles that would keep weights, cache and graphs alive, and NCCL waiting for the graphs."""
+        if self.runner is not None:
+            self.runner.let_go()
+
     def busy(self) -> dict[str, float]:
         """This rank's steps and seconds of computing so far, and when they began and ended."""
         assert self.runner is not None
@@ -349,6 +354,13 @@ def serve(connection: Connection, worker: Worker, publish: Callable[[Published],
     publish: takes what is not for the worker but for this rank's caller (under torchrun).
     Returns False if it failed; the driver was told.
     """
+    try:
+        return _serve(connection, worker, publish)
+    finally:
+        worker.let_go()
+
+
+def _serve(connection: Connection, worker: Worker, publish: Callable[[Published], None] | None) -> bool:
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)  # the current device is a thread's own
     answers = worker.mesh.coordinate("tp") == 0

@@ -42,11 +42,16 @@ class PagedBatch:
         starts = np.zeros(len(counts) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=starts[1:])
         return cls(
-            block_tables=torch.from_numpy(table).to(device),
-            query_starts=torch.from_numpy(starts).to(device),
-            key_lens=torch.tensor(key_lens, dtype=torch.int32, device=device),
+            block_tables=to_device(torch.from_numpy(table), device),
+            query_starts=to_device(torch.from_numpy(starts), device),
+            key_lens=to_device(torch.tensor(key_lens, dtype=torch.int32), device),
             max_query_len=max(query_lens, default=0),
             max_key_len=max(key_lens, default=0),
             min_query_len=min(query_lens, default=0),
             num_keys=sum(key_lens),
         )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for what the device does."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

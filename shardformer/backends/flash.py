@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...kernels.batch import to_device
 from .base import AttentionBackend, AttentionSpec, Sequences
 from .flash_libraries import LIBRARIES, Library, compute_capability
 from .triton import TritonBackend
@@ -79,7 +80,7 @@ class FlashBackend(AttentionBackend):
         for backend in dict.fromkeys(backends):
             mine = [index for index, other in enumerate(backends) if other is backend]
             is_all = len(mine) == len(backends)
-            rows = None if is_all else _rows(sequences.query_lens, mine).to(self.spec.device)
+            rows = None if is_all else to_device(_rows(sequences.query_lens, mine), self.spec.device)
             parts.append(
                 Part(backend, backend.prepare(sequences if is_all else _only(sequences, mine, self.spec.device)), rows)
             )

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
-from ...kernels.batch import PagedBatch
+from ...kernels.batch import PagedBatch, to_device
 from .base import AttentionBackend, AttentionSpec, Sequences
 from .triton import TritonBackend
 
@@ -32,6 +32,7 @@ class Library(AttentionBackend):
     extras: ClassVar[frozenset[str]]  # of `AttentionSpec.features`, those that it has
     majors: ClassVar[tuple[int, ...]]  # of the compute capabilities that it has kernels for
     made_for: ClassVar[tuple[int, ...]]  # those of them that its kernels were written for
+    supports_graphs = False  # none has been tried: "auto" keeps to what runs decodes from CUDA graphs
     oldest: ClassVar[str | None] = None  # version that can be called
     block_multiple: ClassVar[int] = 1  # of which block sizes must be multiples
 
@@ -71,7 +72,8 @@ class Library(AttentionBackend):
     @classmethod
     def is_automatic(cls, spec: AttentionSpec) -> bool:
         capability = compute_capability(spec.device)
-        return capability is not None and capability[0] in cls.made_for and cls.can_serve_all(spec)
+        made_for_it = capability is not None and capability[0] in cls.made_for
+        return made_for_it and cls.can_serve_all(spec) and cls.supports_graphs
 
     def serves(self, query_len: int, key_len: int) -> bool:
         """Whether it serves such a sequence."""
@@ -206,7 +208,7 @@ class Gathered:
             place = np.arange(length)
             slots.append(np.asarray(blocks, dtype=np.int64)[place // size] * size + place % size)
         return cls(
-            slots=torch.from_numpy(np.concatenate(slots)).to(device),
+            slots=to_device(torch.from_numpy(np.concatenate(slots)), device),
             starts=_starts(sequences.query_lens, device),
             longest=max(sequences.query_lens),
         )
@@ -214,7 +216,7 @@ class Gathered:
 
 def _starts(lens: Any, device: torch.device) -> Tensor:
     """[len(lens) + 1] int32: sums of the lengths before each."""
-    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32).to(device)
+    return to_device(torch.tensor([0, *accumulate(lens)], dtype=torch.int32), device)
 
 
 class FlashAttention4(Library):
@@ -305,7 +307,8 @@ class FlashAttention2(Library):
         return spec.num_heads > spec.num_kv_heads and spec.window is None and spec.alibi_slopes is None
 
     def prepare(self, sequences: Sequences) -> CountedKeys:
-        return CountedKeys(super().prepare(sequences), _starts(sequences.key_lens, self.spec.device))
+        batch = sequences.batch
+        return CountedKeys(batch, torch.nn.functional.pad(batch.key_lens.cumsum(0, dtype=torch.int32), (1, 0)))
 
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None

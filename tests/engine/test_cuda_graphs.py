@@ -150,6 +150,31 @@ def test_on_a_gpu(model: LlamaForCausalLM, expected: list[list[int]], replays: C
         assert run(engine) == expected
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_step_is_launched_without_waiting(
+    graphs: bool, model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Needs a GPU: prompts, decodes, banned tokens and random draws; torch raises where the host would wait."""
+    config = CONFIG.replace(device="cuda:0", attention_backend="triton", cuda_graphs=graphs)
+    params = [SamplingParams(temperature=t, max_tokens=8, min_tokens=4, seed=1) for t in (0.0, 1.0, 0.0, 1.0, 0.0)]
+    with InferenceEngine(model, config) as engine:
+        before = engine.generate(PROMPTS[:5], params, progress=False)  # compiles
+        runner = engine._world.executor.worker.runner
+        launch = runner.launch
+
+        def strict(step: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return launch(step)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(runner, "launch", strict)
+        after = engine.generate(PROMPTS[:5], params, progress=False)
+        assert [o.token_ids for o in after] == [o.token_ids for o in before]
+
+
 @pytest.mark.parametrize(
     "sizes", [{}, pytest.param({"pp_size": 2, "tp_size": 2}, marks=pytest.mark.slow)], ids=["one rank", "four ranks"]
 )

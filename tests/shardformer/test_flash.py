@@ -518,7 +518,7 @@ def test_a_layer_takes_a_library_that_serves_it(installed: Installed) -> None:
     assert keys == {"flash (FlashAttention-3)", "flash (FlashAttention-2 and triton)"}
 
 
-def test_one_that_cannot_be_imported(installed: Installed) -> None:
+def test_one_that_cannot_be_imported(installed: Installed, monkeypatch: pytest.MonkeyPatch) -> None:
     installed.add(FlashAttention3)
     installed.modules["flash_attn_interface"] = {"error": ImportError("undefined symbol:\n_ZN3c10")}
     with pytest.raises(ValueError) as error:
@@ -526,6 +526,7 @@ def test_one_that_cannot_be_imported(installed: Installed) -> None:
     assert str(error.value) == (
         "attention_backend='flash' cannot serve here: FlashAttention-3 cannot be imported: undefined symbol: _ZN3c10"
     )
+    monkeypatch.setattr(Library, "supports_graphs", True)  # else "auto" does not ask it
     with pytest.warns(UserWarning, match="'auto' passes over 'flash': FlashAttention-3 cannot be imported"):
         assert create_backend("auto", SPEC).name in ("cpu", "eager")
     installed.add(TorchVarlen)
@@ -551,8 +552,11 @@ def test_automatic(
     installed: Installed,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Where the kernels were made for the device, and serve decodes as well."""
+    """Where the kernels were made for the device, and serve decodes as well; once they run from CUDA graphs."""
     installed.add(library, without)
+    on_device(monkeypatch, max(majors, default=9))
+    assert not FlashBackend.is_automatic(SPEC)
+    monkeypatch.setattr(Library, "supports_graphs", True)
     found = set()
     for major in (7, 8, 9, 10, 11, 12):
         on_device(monkeypatch, major)
