@@ -193,7 +193,7 @@ def say(text: str) -> None:
 
 
 class Engine:
-    """Something that generates."""
+    """Something that generates; of `generate` and `requests` it has what its workloads take."""
 
     workloads: tuple[str, ...]
 

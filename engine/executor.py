@@ -27,8 +27,9 @@ from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connec
 from ..mesh.process_group_mesh import check_topology
 from ..shardformer import Checkpoint
 from .model_runner import RunningStep
+from .rank import Call, Published, Reply, Stop, make_worker, serve
 from .step import StepInput, StepOutput
-from .worker import Call, Published, Reply, Stop, Worker, make_worker, serve
+from .worker import Worker
 
 _LAST_WORDS_S = 1.0  # how long the driver waits for a better explanation than that a collective failed
 
@@ -244,7 +245,7 @@ def rank_name(config: InferenceConfig, rank: int) -> str:
 def start_own_ranks(config: InferenceConfig, devices: Sequence[torch.device]) -> MeshExecutor:
     """Starts one child process for each rank and waits until all have met."""
     processes = RankProcesses(
-        config.world_size, "meshlm.engine.worker:run_own_rank", lambda rank: rank_name(config, rank)
+        config.world_size, "meshlm.engine.rank:run_own_rank", lambda rank: rank_name(config, rank)
     )
     executor = MeshExecutor(processes.connections, config, processes.failure, processes.close)
     try:

@@ -23,7 +23,7 @@ from ..shardformer import Checkpoint
 from ..shardformer.weights import ModuleSource, SafetensorsSource
 from .executor import Executor, Follower, LocalExecutor, MeshExecutor, join_torchrun, start_own_ranks
 from .plan import check_alike, settings
-from .worker import Published, join_ranks
+from .rank import Published, join_ranks
 
 T = TypeVar("T")
 

@@ -28,8 +28,8 @@ import transformers
 from meshlm import InferenceConfig, InferenceEngine
 from meshlm.engine import plan, world
 from meshlm.engine.executor import MeshExecutor
+from meshlm.engine.rank import Published
 from meshlm.engine.step import StepInput
-from meshlm.engine.worker import Published
 from meshlm.engine.world import World
 from meshlm.mesh import launch
 from meshlm.mesh.launch import RankFailure
