@@ -32,7 +32,7 @@ class Slices:
         for module in modules:
             dims = module.dims if suffix == "weight" else module.dims[:1]
             ranges = tuple(self.shards.range(dim, self.tp.rank) for dim in dims)
-            piece = Piece(f"{prefix}{module.name}.{suffix}", ranges, row)
+            piece = Piece(f"{prefix}{module.name}.{suffix}", ranges, (row,))
             pieces.append(piece)
             row += piece.shape[0]
         return pieces

@@ -1,7 +1,9 @@
 """Reading slices of checkpoints, and saying what is wrong with them."""
 
 import json
+import os
 import pickle
+import random
 import shutil
 import struct
 from collections import Counter
@@ -74,13 +76,51 @@ def test_any_slice_in_any_dtype(
     source.close()
 
 
-def test_a_slice_goes_into_a_part_of_a_parameter(tmp_path: Path) -> None:
-    matrix = torch.randn(4, 6)
-    save_file({"m": matrix}, tmp_path / "model.safetensors")
-    parameter = torch.zeros(9, 3)
-    SafetensorsSource(tmp_path).read("m", ((1, 4), (2, 5)), parameter[5:8])
-    assert torch.equal(parameter[5:8], matrix[1:4, 2:5])
-    assert not parameter[:5].any() and not parameter[8:].any()
+@pytest.mark.parametrize("staging", [8 << 20, 8, 60])
+@pytest.mark.parametrize("shape", [(), (7,), (6, 5), (4, 3, 5)])
+def test_a_slice_goes_into_any_box_of_a_parameter(
+    shape: tuple[int, ...], staging: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of up to three dims, whatever the strides and the dtype, and no other element is touched."""
+    monkeypatch.setattr(weights, "_STAGING_BYTES", staging)
+    tensor, generator = torch.randn(shape), random.Random(0)
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    for _ in range(40):
+        ranges = tuple((n := generator.randrange(size), generator.randint(n, size)) for size in shape)
+        around = [stop - start + generator.randrange(3) for start, stop in ranges]
+        order = generator.sample(range(len(shape)), len(shape))  # of the parameter's dims in memory
+        dtype = generator.choice([torch.float32, torch.bfloat16])
+        whole = torch.zeros([around[dim] for dim in order], dtype=dtype).permute(
+            [order.index(dim) for dim in range(len(shape))]
+        )
+        box = tuple(slice(length - (stop - start), None) for length, (start, stop) in zip(around, ranges, strict=True))
+        expected = torch.zeros_like(whole)
+        expected[box] = tensor[tuple(slice(*r) for r in ranges)].to(dtype)
+        before = source.bytes_read
+        source.read("w", ranges, whole[box])
+        assert torch.equal(whole, expected)
+        assert source.bytes_read - before == 4 * whole[box].numel()
+
+
+def test_what_lies_together_is_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.randn(4, 3, 5)
+    save_file({"w": tensor}, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    calls: list[int] = []
+    monkeypatch.setattr(
+        weights.os, "preadv", lambda *args, old=os.preadv: (calls.append(len(args[1][0])), old(*args))[1]
+    )
+    for ranges, parameter, expected in (
+        (((1, 3), (0, 3), (0, 5)), torch.empty(2, 3, 5), [2 * 3 * 5 * 4]),
+        (((1, 3), (1, 3), (0, 5)), torch.empty(2, 2, 5), [2 * 5 * 4] * 2),
+        (((1, 3), (0, 3), (0, 5)), torch.empty(2, 7, 5)[:, 2:5], [3 * 5 * 4] * 2),
+        (((1, 2), (1, 3), (2, 4)), torch.empty(1, 2, 2), [2 * 4] * 2),
+    ):
+        calls.clear()
+        source.read("w", ranges, parameter)
+        assert calls == expected
+        assert torch.equal(parameter, tensor[tuple(slice(*r) for r in ranges)])
 
 
 def test_sources_can_be_pickled_and_closed(tmp_path: Path) -> None:
@@ -213,21 +253,66 @@ def test_a_whole_stage_holds_the_checkpoint(
         model.float()
 
 
-def test_pieces_that_do_not_tile_a_parameter_are_caught() -> None:
+class Whole(WeightSource):
+    """Tensors in memory."""
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.tensors = tensors
+
+    def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
+        out.copy_(self.tensors[name][tuple(slice(*r) for r in ranges)])
+
+
+def load_one(shape: tuple[int, ...], pieces: list[Piece], source: WeightSource) -> Tensor:
+    module = weights.LoadedModule()
+    module.weight = torch.nn.Parameter(torch.zeros(shape), requires_grad=False)
+    module.pieces = {"weight": pieces}
+    weights.load_weights(module, source, torch.device("cpu"))
+    return module.weight.data
+
+
+def test_pieces_fill_boxes_and_transposed_ones() -> None:
+    gate, down, experts = torch.randn(6, 4), torch.randn(4, 6), torch.randn(3, 2, 5)
+    source = Whole(gate=gate, down=down, experts=experts)
+    pieces = [
+        Piece("gate", ((1, 3), (0, 4)), (0, 0)),
+        Piece("down", ((1, 4), (2, 4)), (0, 4), transposed=True),
+        Piece("gate", ((0, 1), (0, 4)), (2,)),
+        Piece("down", ((0, 1), (0, 3)), (2, 4)),
+    ]
+    expected = torch.cat([torch.cat([gate[1:3], gate[:1]]), torch.cat([down[1:4, 2:4].T, down[:1, :3]])], dim=1)
+    assert torch.equal(load_one((3, 7), pieces, source), expected)
+    pieces = [Piece("experts", ((e, e + 1), (r, r + 1), (1, 5)), (e, 1 - r)) for e in range(3) for r in range(2)]
+    assert torch.equal(load_one((3, 2, 4), pieces, source), experts.flip(1)[:, :, 1:])
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [],
+        [Piece("a", ((0, 3), (0, 2)))],
+        [Piece("a", ((0, 2), (0, 2))), Piece("a", ((1, 4), (0, 2)), (1,))],
+        [Piece("a", ((0, 4), (0, 1)))],
+        [Piece("a", ((0, 4), (0, 1))), Piece("a", ((0, 4), (0, 1)), (0, 2))],
+        [Piece("a", ((0, 4), (0, 2)), (1,))],
+        [Piece("a", ((0, 4), (0, 1))), Piece("a", ((0, 4), (0, 1)))],
+        [Piece("a", ((0, 4), (0, 2))), Piece("a", ((0, 1), (0, 1)))],
+        [Piece("a", ((0, 4), (0, 2)), transposed=True)],
+        [Piece("a", ((0, 4),)), Piece("a", ((0, 4),))],
+    ],
+    ids=str,
+)
+def test_pieces_that_do_not_tile_a_parameter_are_caught(pieces: list[Piece]) -> None:
+    with pytest.raises(AssertionError):
+        load_one((4, 2), pieces, Recorder({"a": (4, 2)}))
+
+
+def test_a_parameter_without_pieces_is_caught() -> None:
     module = weights.LoadedModule()
     module.weight = torch.nn.Parameter(torch.zeros(4, 2), requires_grad=False)
-    recorder = Recorder({"a": (4, 2)})
-    for pieces in (
-        [Piece("a", ((0, 3), (0, 2)))],
-        [Piece("a", ((0, 2), (0, 2))), Piece("a", ((1, 4), (0, 2)), 1)],
-        [Piece("a", ((0, 4), (0, 1)))],
-    ):
-        module.pieces = {"weight": pieces}
-        with pytest.raises(AssertionError):
-            weights.load_weights(module, recorder, torch.device("cpu"))
     module.pieces = {}
     with pytest.raises(AssertionError, match="nothing fills"):
-        weights.load_weights(module, recorder, torch.device("cpu"))
+        weights.load_weights(module, Recorder({}), torch.device("cpu"))
 
 
 def test_communicator_of_one_reduces_nothing() -> None:
