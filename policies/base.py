@@ -63,11 +63,13 @@ class Module:
     rows: Rows | None = None  # in a tensor that is shared with others; None: all of them, or the next after the others'
     transposed: bool = False  # the checkpoint has it as input × output
     parameter: str = ".weight"  # "": the module is the parameter itself
+    has_weight: bool = True  # a norm may do without
 
     def tensors(self, prefix: str) -> Iterator[TensorSpec]:
         flip = -1 if self.transposed else 1
         along = 1 if self.transposed else 0
-        yield TensorSpec(prefix + self.name + self.parameter, self.sizes[::flip], self.dims[::flip], along)
+        if self.has_weight:
+            yield TensorSpec(prefix + self.name + self.parameter, self.sizes[::flip], self.dims[::flip], along)
         if self.bias:
             yield TensorSpec(f"{prefix}{self.name}.bias", self.sizes[:1], self.dims[:1])
 
@@ -403,7 +405,8 @@ class Policy:
     is_rms: bool = True
     norm_eps: Of[float] = lambda config: float(config.rms_norm_eps)
     norm_offset: float = 0.0
-    norm_bias: bool = False
+    norm_bias: Of[bool] = False
+    norm_weight: Of[bool] = True
     residual: Of[Residual] = Residual.SEQUENTIAL
     activation: str = "hidden_act"  # the config's field
     tied: Of[bool] = lambda config: bool(read(config, "tie_word_embeddings", False))
@@ -457,7 +460,10 @@ class _Reader:
 
     def norm(self, name: Of[str | None]) -> Module | None:
         name = self.the(name)
-        return None if name is None else Module(name, (Dim.HIDDEN,), (self.hidden,), self.policy.norm_bias)
+        if name is None:
+            return None
+        bias, weight = self.the(self.policy.norm_bias), self.the(self.policy.norm_weight)
+        return Module(name, (Dim.HIDDEN,), (self.hidden,), bias, has_weight=weight)
 
     def linear(self, name: str, dims: tuple[Dim, Dim], sizes: tuple[int, int], bias: bool) -> Module:
         return Module(name, dims, sizes, bias, transposed=self.policy.transposed)

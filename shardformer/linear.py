@@ -131,9 +131,12 @@ class Norm(LoadedModule):
         super().__init__()
         spec = context.norm
         self.eps, self.offset = spec.eps, spec.offset
-        self.weight, weight = context.slices.weight([module], prefix)
+        self.weight: nn.Parameter | None = None
+        self.pieces = {}
+        if module.has_weight:
+            self.weight, self.pieces["weight"] = context.slices.weight([module], prefix)
         self.bias, bias = context.slices.bias([module], prefix)
-        self.pieces = {"weight": weight} | ({"bias": bias} if bias else {})
+        self.pieces |= {"bias": bias} if bias else {}
         self._add_norm = self._rms if spec.is_rms else self._layer
         self._ops = context.ops
 

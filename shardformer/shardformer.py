@@ -11,10 +11,11 @@ from torch import nn
 
 from ..config import InferenceConfig
 from ..kernels import select_ops
+from ..kernels.eager import ACTIVATIONS
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
-from ..policies import ModelSpec, RotarySpec, find_policy
+from ..policies import DecoderSpec, ModelSpec, MultiHeadSpec, RotarySpec, find_policy
 from .backends import Workload, tune
 from .linear import Slices
 from .rebinding import bind
@@ -84,13 +85,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
         config = _read_config(path)
         spec = find_policy(config.architectures or []).spec(config, read_rotary)
         source = SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config, spec)
-    if spec.activation != "silu":
-        raise ValueError(f"{name}: hidden_act={spec.activation!r} is not supported; supported: 'silu'")
-    if 2 * len(spec.rotary.inv_freq) != spec.head_dim:
-        raise ValueError(
-            f"{name}: rotary embedding of {2 * len(spec.rotary.inv_freq)} of each head's {spec.head_dim} elements is "
-            f"not supported; head_dim must be even and partial_rotary_factor 1"
-        )
+    check_spec(spec, name)
     if not isinstance(model, nn.Module) and getattr(config, "dtype", None) is None:
         spec = replace(spec, dtype=source.dtype)
     check_checkpoint(spec, source, name)
@@ -143,21 +138,46 @@ def _architecture_of(config: Any) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
-def read_rotary(config: Any) -> RotarySpec:
-    """RoPE frequencies of a transformers config, by transformers' own functions for every scaling kind."""
+def check_spec(spec: ModelSpec, name: str) -> None:
+    """Raises ValueError where a config asks for what our layers do not have."""
+    if not isinstance(spec, DecoderSpec):
+        return
+    for layer in set(spec.layers):
+        activation = getattr(layer.mlp, "activation", None)
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{name}: activation {activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
+            )
+        attention = layer.attention
+        if isinstance(attention, MultiHeadSpec) and attention.rotary is not None:
+            width, head_dim = 2 * len(spec.rotaries[attention.rotary].inv_freq), attention.kind.head_dim
+            if width > head_dim or head_dim % 2:
+                raise ValueError(
+                    f"{name}: rotary embedding of {width} of each head's {head_dim} elements is not supported; "
+                    f"head_dim must be even and at least that"
+                )
+
+
+def read_rotary(config: Any, layer_type: str | None = None) -> RotarySpec:
+    """RoPE frequencies of a transformers config, by transformers' own functions for every scaling kind.
+
+    layer_type: of layers, where the config has parameters for each.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = config.rope_parameters
-    kind = parameters["rope_type"]
+    parameters, kwargs = getattr(config, "rope_parameters", None), {}
+    if parameters is None:  # GPT-J and its like, older than the name
+        parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    elif layer_type is not None and layer_type in parameters:
+        parameters, kwargs = parameters[layer_type], {"layer_type": layer_type}
+    kind = parameters.get("rope_type", "default")
     if kind == "default":
-        dim = int(
-            (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-            * parameters.get("partial_rotary_factor", 1.0)
-        )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = getattr(config, "rotary_dim", None) or int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         inv_freq = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
         scaling = 1.0
     else:
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **kwargs)
     # These two choose frequencies by the length of the sequence: past the original length keys that are cached
     # already would be wrong.
     changing = kind in ("dynamic", "longrope")
@@ -238,7 +258,7 @@ def workload_of(config: InferenceConfig, spec: ModelSpec) -> Workload:
 
 def max_model_len(config: InferenceConfig, spec: ModelSpec) -> int:
     """Tokens a sequence may have. Raises ValueError if the config asks for more than the model's positions."""
-    limit = min(spec.max_position_embeddings, spec.rotary.max_positions or spec.max_position_embeddings)
+    limit = spec.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(f"max_model_len={config.max_model_len} is more than the model's {limit} positions")
     return config.max_model_len or limit

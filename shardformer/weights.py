@@ -365,7 +365,7 @@ class RandomSource(WeightSource):
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.shapes = {name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
+        self.shapes = spec.shapes()
 
     def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
         if name.endswith("norm.weight"):
@@ -377,7 +377,7 @@ class RandomSource(WeightSource):
 
 def check_checkpoint(spec: ModelSpec, source: WeightSource, where: str) -> None:
     """Proves, from names and shapes alone, that a checkpoint is the model's: nothing missing, misshapen, left over."""
-    expected = {name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
+    expected = spec.shapes()
     found = source.shapes
     missing = [name for name in expected if name not in found]
     wrong = [
