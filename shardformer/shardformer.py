@@ -1,6 +1,7 @@
 """`InferenceShardformer`: from a model and a mesh to this rank's stage, loaded and bound."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -74,8 +75,8 @@ def open_checkpoint(model: Model) -> Checkpoint:
         dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
         spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
         source, name = ModuleSource(model), type(model).__name__
-        tied = {spec.lm_head.name + ".weight"} if spec.tied_embeddings else set()
-        source.shapes = {name: shape for name, shape in source.shapes.items() if name not in tied}
+        unused = re.compile("|".join(f"(?:{pattern})" for pattern in spec.ignored) or "$.")
+        source.shapes = {name: shape for name, shape in source.shapes.items() if not unused.fullmatch(name)}
     else:
         path, name = Path(model).expanduser(), str(model)
         if not path.exists():

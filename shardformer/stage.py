@@ -15,7 +15,6 @@ from .embedding import Embedding, Head
 from .linear import (
     ColumnParallelLinear,
     Context,
-    Norm,
     PartialLinear,
     PostNorm,
     RowParallelLinear,
@@ -137,7 +136,9 @@ class PipelineStage(nn.Module):
                 tied = cast(Embedding, self.embedding).tokens if is_shared else None
                 self.head = Head(spec.head, context, tied)
         self.weight_bytes = 0  # of all parameters, once they are loaded
-        self.rotaries = nn.ModuleList(RotaryTable(rotary, max_model_len, slices.dtype, device) for rotary in spec.rotaries)
+        self.rotaries = nn.ModuleList(
+            RotaryTable(rotary, max_model_len, slices.dtype, device) for rotary in spec.rotaries
+        )
 
     @property
     def attentions(self) -> Iterator[PagedAttention]:
