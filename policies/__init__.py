@@ -18,6 +18,7 @@ from .base import (
     RotarySpec,
     TensorSpec,
 )
+from .generic import GenericSpec
 from .registry import find_policy, supported_architectures
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "DecoderSpec",
     "Dim",
     "EmbeddingSpec",
+    "GenericSpec",
     "HeadSpec",
     "LayerSpec",
     "MLPSpec",

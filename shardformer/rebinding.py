@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import torch
 
-from .attention import PagedAttention
 from .backends import AttentionBackend, Sequences, Workload, create_backend, tune
 from .backends.proof import difference
+from .generic import GenericStage
 from .stage import PipelineStage
 
 _TRIAL = ((1, 17), (3, 12), (5, 5), (1, 1))  # (queries, keys): a decode, a chunk, a prompt, a second decode
 
 
 def try_backend(
-    stage: PipelineStage, name: str, block_size: int, live: Sequences | None, workload: Workload
+    stage: PipelineStage | GenericStage, name: str, block_size: int, live: Sequences | None, workload: Workload
 ) -> list[AttentionBackend]:
     """A backend of that name (or what "auto" or "tuned" choose) for each attention layer, in order; the stage keeps its
     own. workload: what "tuned" is to be fast at.
@@ -38,10 +38,9 @@ def try_backend(
     return backends
 
 
-def bind(stage: PipelineStage, backends: list[AttentionBackend]) -> None:
+def bind(stage: PipelineStage | GenericStage, backends: list[AttentionBackend]) -> None:
     """Gives each attention layer its new backend."""
     for attention, backend in zip(stage.attentions, backends, strict=True):
-        assert isinstance(attention, PagedAttention)
         attention.backend = backend
 
 

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -16,8 +16,10 @@ from ..kernels.eager import ACTIVATIONS
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
-from ..policies import DecoderSpec, ModelSpec, MultiHeadSpec, RotarySpec, find_policy
+from ..policies import DecoderSpec, GenericSpec, ModelSpec, MultiHeadSpec, Policy, RotarySpec, find_policy
 from .backends import Workload, tune
+from .generic import GenericStage
+from .generic_spec import generic_architecture, read_generic
 from .linear import Slices
 from .rebinding import bind
 from .shard import Shards, split_layers
@@ -55,23 +57,23 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]  # of the model's config; a generation config may know better
 
 
-def open_checkpoint(model: Model) -> Checkpoint:
+def open_checkpoint(model: Model, policy: str = "auto") -> Checkpoint:
     """Reads a model's config and its tensors' names and shapes.
 
-    model: a directory of safetensors with a config.json, a GGUF file, a transformers module, or a transformers config,
+    policy: "generic" for transformers' own layers even where a family has a policy of its own; model: a directory of safetensors with a config.json, a GGUF file, a transformers module, or a transformers config,
     which gets random weights. Raises ValueError (CheckpointError for faulty weights) naming what is wrong; no weight is
     read.
     """
     source: WeightSource
     if not isinstance(model, str | Path | nn.Module):
         config, name = _transformers_config(model), f"{type(model).__name__} with random weights"
-        spec = find_policy(config.architectures or [_architecture_of(config)]).spec(config, read_rotary)
+        spec = read_spec(config, config.architectures or [_architecture_of(config)], policy)
         source = RandomSource(spec)
     elif isinstance(model, nn.Module):
         config = getattr(model, "config", None)
         if config is None:
             raise ValueError(f"model: a {type(model).__name__} has no transformers config")
-        spec = find_policy([type(model).__name__]).spec(config, read_rotary)
+        spec = read_spec(config, [type(model).__name__], policy)
         dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
         spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
         source, name = ModuleSource(model), type(model).__name__
@@ -84,7 +86,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
                 f"model: {name} does not exist; expected a directory with config.json and *.safetensors, or a GGUF file"
             )
         config = _read_config(path)
-        spec = find_policy(config.architectures or []).spec(config, read_rotary)
+        spec = read_spec(config, config.architectures or [], policy)
         source = SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config, spec)
     check_spec(spec, name)
     if not isinstance(model, nn.Module) and getattr(config, "dtype", None) is None:
@@ -92,6 +94,25 @@ def open_checkpoint(model: Model) -> Checkpoint:
     check_checkpoint(spec, source, name)
     eos = getattr(config, "eos_token_id", None)
     return Checkpoint(spec, source, name, () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos))
+
+
+def read_spec(config: Any, architectures: Sequence[str], policy: str) -> ModelSpec:
+    """By the family's own policy where there is one, else by the generic one. Raises ValueError where neither serves."""
+    own = known_policy(architectures)
+    if own is not None and policy == "auto":
+        return own.spec(config, read_rotary)
+    return read_generic(config, generic_architecture(architectures))
+
+
+def known_policy(architectures: Sequence[str]) -> Policy | None:
+    """A family's own policy; None where the generic one may serve. Raises ValueError where transformers does not know
+    the architectures either."""
+    try:
+        return find_policy(architectures)
+    except ValueError:
+        if generic_architecture(architectures, "") == "":
+            raise
+        return None
 
 
 def _read_config(path: Path) -> Any:
@@ -107,7 +128,7 @@ def _read_config(path: Path) -> Any:
             raise CheckpointError(f"{file}: not JSON: {error}") from error
         if not isinstance(known, dict):
             raise CheckpointError(f"{file}: not a table of fields")
-        find_policy(known.get("architectures") or [])  # names the supported ones before transformers names its own
+        known_policy(known.get("architectures") or [])  # names the supported ones before transformers names its own
         try:
             return AutoConfig.from_pretrained(path, local_files_only=True)
         except Exception as error:
@@ -211,18 +232,19 @@ class InferenceShardformer:
         """How the model is split over this mesh's tp axis."""
         return Shards(spec, self.mesh.size("tp"))
 
-    def optimize(self, model: Model | Checkpoint) -> PipelineStage:
+    def optimize(self, model: Model | Checkpoint) -> PipelineStage | GenericStage:
         """This rank's stage: its layers, its slices of them, ops and attention backend bound.
 
         Raises ValueError where the model cannot be divided so, CheckpointError where weights are faulty.
         """
-        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+        checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model, self.config.policy)
         spec = checkpoint.spec
         dtype = choose_dtype(self.config, spec)
         pp_size, pp_rank = self.mesh.size("pp"), self.mesh.coordinate("pp")
         slices = Slices(self.shards(spec), self.tp, dtype)
         is_tuned = self.config.attention_backend == "tuned"
-        stage = PipelineStage(
+        kind: Any = GenericStage if isinstance(spec, GenericSpec) else PipelineStage
+        stage = kind(
             spec,
             split_layers(spec, pp_size)[pp_rank],
             slices,

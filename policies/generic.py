@@ -1,0 +1,100 @@
+"""Families without a file of their own: transformers' decoder layers, sharded as transformers' tables say.
+
+A table (`base_model_tp_plan` of a config's class) names modules and parameters, `*` standing for a number, and gives
+each a style. This is what the styles mean here. How much each rank gets is not theirs to say: `Shards` does.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .base import AttentionKind, Dim, ModelSpec, TensorSpec
+
+
+@dataclass(frozen=True)
+class Style:
+    """What becomes of a module or a parameter of its own: of the last two dims of a weight, out and in."""
+
+    splits_output: bool = False
+    splits_input: bool = False
+    parts: int = 1  # that lie one after the other along the split dim, each split by itself
+    is_gathered: bool = False  # every rank gets the whole output
+    takes_whole: bool = False  # every rank has the whole input, and takes its part of it
+    is_summed: bool = False  # a module whose output is a part of a sum over ranks
+
+
+STYLES: Mapping[str, Style] = {
+    "colwise": Style(splits_output=True),
+    "colwise_gather_output": Style(splits_output=True, is_gathered=True),
+    "colwise_rep": Style(splits_output=True, is_gathered=True),
+    "packed_colwise": Style(splits_output=True, parts=2),
+    "rowwise": Style(splits_input=True),
+    "rowwise_split_input": Style(splits_input=True, takes_whole=True),
+    "rowwise_rep": Style(splits_input=True, takes_whole=True),
+    "packed_rowwise": Style(splits_input=True, parts=2),
+    "moe_tp_experts": Style(is_summed=True),
+    "all_reduce": Style(is_summed=True),
+    # What these ask for is of gradients, or of how parameters are wrapped: every rank has the whole.
+    "replicated_with_grad_allreduce": Style(),
+    "mla_kv_a_proj": Style(),
+    "local_params": Style(),
+    "replicate": Style(),
+}
+
+_LLAMA = {
+    "layers.*.self_attn.q_proj": "colwise",
+    "layers.*.self_attn.k_proj": "colwise",
+    "layers.*.self_attn.v_proj": "colwise",
+    "layers.*.self_attn.o_proj": "rowwise",
+    "layers.*.mlp.gate_proj": "colwise",
+    "layers.*.mlp.up_proj": "colwise",
+    "layers.*.mlp.down_proj": "rowwise",
+}
+MISSING_PLANS: Mapping[str, Mapping[str, str]] = {
+    "hunyuan_v1_dense": _LLAMA,
+    "stablelm": _LLAMA,
+}
+"""Tables for families to which transformers gives none, by the config's `model_type`."""
+
+
+def find_plan(config: Any) -> dict[str, str] | None:
+    """The table of a transformers config; None where there is none."""
+    plan = getattr(config, "base_model_tp_plan", None) or MISSING_PLANS.get(config.model_type)
+    return None if plan is None else dict(plan)
+
+
+def style_of(name: str, plan: Mapping[str, str], prefix: str) -> str | None:
+    """What a plan says of the module or parameter `name`; its own names come without `prefix`."""
+    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name.removeprefix(prefix)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenericSpec(ModelSpec):
+    """A model whose layers are transformers'."""
+
+    config: Any  # transformers'
+    prefix: str  # of the decoder layers
+    attention: str  # what a layer calls the module that attends
+    embedding: str  # names of modules
+    lm_head: str
+    after_layers: tuple[str, ...]  # modules that the last stage alone runs
+    layer_outputs: int | None  # of a layer, in a tuple; None: hidden states alone
+    styles: Mapping[str, str]  # of modules and parameters, by name; those that every rank holds whole are not there
+    kinds: tuple[AttentionKind, ...]
+    first: tuple[TensorSpec, ...]  # see `embedding_tensors`
+    layers: tuple[tuple[TensorSpec, ...], ...]
+    last: tuple[TensorSpec, ...]
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        return self.kinds
+
+    def embedding_tensors(self) -> Any:
+        yield from self.first
+
+    def layer_tensors(self, index: int) -> Any:
+        yield from self.layers[index]
+
+    def head_tensors(self) -> Any:
+        yield from self.last

@@ -1,0 +1,372 @@
+"""A pipeline stage of transformers' own layers: their linear layers are sharded, their attention is ours.
+
+The family's forward runs as it is. What a stage does not hold passes through: the layers before its own end with the
+hidden states that it received, the layers and norms after them do nothing.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels import Ops
+from ..kernels.linear import bind_plain
+from ..mesh.collectives import Communicator
+from ..policies import Dim, GenericSpec, Module, NormSpec, TensorSpec
+from ..policies.base import Rows
+from ..policies.generic import STYLES, Style
+from .attention import attention_spec
+from .backends import AttentionBackend, AttentionMetadata, AttentionSpec, create_backend
+from .embedding import VocabParallelHead
+from .interfaces import NAME
+from .linear import ColumnParallelLinear, Context, ParallelLinear, RowParallelLinear, Slices
+from .shard import Range
+from .trace import Body, Call, build, run, run_head, with_modules
+from .weights import Piece
+
+_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
+
+
+class GatheredLinear(ColumnParallelLinear):
+    """Column-parallel, the output then made whole on every rank: [..., in] -> [..., out]."""
+
+    def __init__(self, modules: Sequence[Module], prefix: str, context: Context) -> None:
+        super().__init__(modules, prefix, context)
+        (module,), slices = modules, context.slices
+        self.tp = slices.tp
+        self.lengths = [slices.shards.length(module.dims[0], module.sizes[0], rank) for rank in range(self.tp.size)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return gather_last(super().forward(x), self.lengths, self.tp)
+
+
+class SplittingLinear(RowParallelLinear):
+    """Row-parallel, of an input that is whole on every rank: [..., in] -> [..., out]."""
+
+    def __init__(self, module: Module, prefix: str, context: Context) -> None:
+        super().__init__(module, prefix, context)
+        self.range = context.slices.range(module.dims[1], module.sizes[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x[..., slice(*self.range)].contiguous())
+
+
+def gather_last(x: Tensor, lengths: Sequence[int], tp: Communicator) -> Tensor:
+    """The ranks' parts of the last dim, of `lengths`, side by side; padded on their way to the longest."""
+    if tp.size == 1:
+        return x
+    padded = torch.nn.functional.pad(x, (0, max(lengths) - x.shape[-1]))
+    parts = tp.all_gather(padded)
+    return torch.cat([part[..., :length] for part, length in zip(parts, lengths, strict=True)], dim=-1)
+
+
+class VocabPart(nn.Module):
+    """The family's embedding over this rank's rows, summed over tp; whatever it does to a row, it does here too."""
+
+    def __init__(self, embedding: nn.Embedding, tensor: TensorSpec, slices: Slices) -> None:
+        super().__init__()
+        self.rows, self.tp = embedding, slices.tp
+        self.start, self.stop = slices.range(Dim.VOCABULARY, tensor.shape[0])
+        embedding.padding_idx = None
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        outside = (token_ids < self.start) | (token_ids >= self.stop)
+        found: Tensor = self.rows((token_ids - self.start).masked_fill(outside, 0))
+        return self.tp.all_reduce(found.masked_fill(outside.unsqueeze(-1), 0))
+
+
+class PagedKernel(nn.Module):
+    """Attention between a layer's projections, over the paged cache; the backend is an object made here, and kept."""
+
+    def __init__(self, asked: AttentionSpec, backend: str, ops: Ops) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = asked.num_heads, asked.num_kv_heads, asked.head_dim
+        self.store_kv = ops.store_kv
+        self.backend = create_backend(backend, asked)
+        self.key_cache = self.value_cache = torch.empty(0)
+
+    def bind_cache(self, key_cache: Tensor, value_cache: Tensor) -> None:
+        """Takes this layer's cache: [num_blocks, block_size, local_kv_heads, head_dim] and [..., value_dim]."""
+        self.key_cache, self.value_cache = key_cache, value_cache
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata, sinks: Any) -> Tensor:
+        """query, key, value: [1, heads, num_tokens, dim] -> [1, num_tokens, heads, value_dim]."""
+        query, key, value = (x[0].transpose(0, 1).to(self.key_cache.dtype) for x in (query, key, value))
+        self.store_kv(key, value, self.key_cache, self.value_cache, metadata.slots)
+        plan = metadata.plans[self.backend.plan_key]
+        return self.backend.forward(query.contiguous(), self.key_cache, self.value_cache, plan, sinks).unsqueeze(0)
+
+
+@dataclass(frozen=True)
+class StageStep:
+    """What the layers of a stage are handed beside their input."""
+
+    metadata: AttentionMetadata
+    received: Tensor | None  # [1, num_tokens, hidden] from the stage before
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, asked: dict[str, Any]
+    ) -> Tensor:
+        out: Tensor = module.paged(query, key, value, self.metadata, asked.get("s_aux"))
+        return out
+
+
+class PassThrough(nn.Module):
+    """In the place of a layer that another stage holds: gives its input, or what this stage received.
+
+    outputs: how many the layer gives, the first of them hidden states; None: those alone, not in a tuple.
+    """
+
+    def __init__(self, layer: nn.Module, gives_received: bool, outputs: int | None) -> None:
+        super().__init__()
+        self.gives_received, self.outputs = gives_received, outputs
+        for name, value in vars(layer).items():  # models look at some of them
+            if isinstance(value, str | int | float) and name not in vars(self):
+                setattr(self, name, value)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.gives_received and kwargs["step"].received is not None:
+            hidden = kwargs["step"].received
+        return hidden if self.outputs is None else (hidden,) + (None,) * (self.outputs - 1)
+
+
+class GenericStage(nn.Module):
+    """This rank's part of a model whose layers are transformers'. Offers what `PipelineStage` does."""
+
+    def __init__(
+        self,
+        spec: GenericSpec,
+        layers: Range,
+        slices: Slices,
+        ops: Ops,
+        *,
+        backend: str,
+        max_model_len: int,
+        device: torch.device,
+        block_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec, self.layer_range, self.dtype, self.device = spec, layers, slices.dtype, device
+        self.is_first, self.is_last = layers[0] == 0, layers[1] == spec.num_layers
+        self.weight_bytes = 0  # of all parameters, once they are loaded
+        model = build(spec.config, spec.architecture, slices.dtype)
+        self._paths = [f"{spec.prefix}.{index}.{spec.attention}" for index in range(*layers)]
+        _keep_wide(model, slices.dtype)
+        _cut(model, spec, layers)
+        context = Context(slices, ops, NormSpec(is_rms=True, eps=0.0), backend, device, block_size)
+        with torch.device("meta"):
+            _shard(model, spec, context, self.is_first, self.is_last)
+        for index, path in zip(range(*layers), self._paths, strict=True):
+            _localise(model.get_submodule(path), spec, index, slices)
+        self.model = model
+        self.base = getattr(model, model.base_model_prefix)
+        self._bind_attention(backend, ops, block_size)
+        _fill_buffers(model, device)
+        # The family's own way from hidden states to logits. In a list: its modules are those of `model`.
+        self._head = [with_modules(model, {spec.prefix.rpartition(".")[0]: Body()})]
+        model.config._attn_implementation = model.config._experts_implementation = NAME
+
+    def _bind_attention(self, backend: str, ops: Ops, block_size: int | None) -> None:
+        """Asks each layer what attention it calls, with this rank's heads."""
+        spec = self.spec
+        width = None if self.is_first else (spec.hidden_size, self._embedding_width)
+        trace = run(self.model, spec.max_position_embeddings, width)
+        if [call.module for call in trace.calls] != self._paths:
+            raise ValueError(f"{spec.architecture}: its layers attend in another order once they are divided")
+        for call in trace.calls:
+            self.model.get_submodule(call.module).paged = PagedKernel(
+                AttentionSpec(
+                    num_heads=call.num_heads,
+                    num_kv_heads=call.num_kv_heads,
+                    head_dim=call.head_dim,
+                    **({} if call.value_dim == call.head_dim else {"value_dim": call.value_dim}),
+                    scale=call.scale,
+                    dtype=self.dtype,
+                    device=self.device,
+                    window=call.window,
+                    softcap=call.softcap,
+                    has_sinks=call.has_sinks,
+                    block_size=block_size,
+                ),
+                backend,
+                ops,
+            )
+
+    @property
+    def _embedding_width(self) -> int:
+        return next(t.shape[1] for t in self.spec.first if t.name == f"{self.spec.embedding}.weight")
+
+    @property
+    def attentions(self) -> Iterator[PagedKernel]:
+        """The attention modules of this stage's layers, in order."""
+        for path in self._paths:
+            yield self.model.get_submodule(path).paged  # type: ignore[misc]
+
+    @property
+    def backends(self) -> dict[str, AttentionBackend]:
+        """One of each kind of backend bound on this stage, by `plan_key`: they prepare the step for all layers."""
+        return {attention.backend.plan_key: attention.backend for attention in self.attentions}
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.
+
+        Returns hidden states [num_tokens, hidden], on the last stage normalised.
+        """
+        x = x.unsqueeze(0)
+        step = StageStep(metadata, None if self.is_first else x)
+        if self.is_first:
+            inputs = {"input_ids": x}
+        else:
+            width = self._embedding_width
+            inputs = {"inputs_embeds": x if width == x.shape[-1] else x.new_zeros(*x.shape[:2], width)}
+        out = self.base(**inputs, position_ids=metadata.positions.unsqueeze(0), use_cache=False, step=step)
+        return out.last_hidden_state.squeeze(0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
+        return run_head(self._head[0], hidden.unsqueeze(0)).squeeze(0)
+
+
+# ---- making a stage of a model ---------------------------------------------------------------------------------------
+
+
+def _keep_wide(model: nn.Module, dtype: torch.dtype) -> None:
+    """Parameters that the family keeps in float32 whatever the dtype."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    more = getattr(model, "_keep_in_fp32_modules", None) or ()
+    patterns = [*strict, *(more if dtype is torch.float16 else ())] if dtype is not torch.float32 else []
+    for name, parameter in model.named_parameters():
+        if any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in patterns):
+            parameter.data = parameter.data.float()
+
+
+def _cut(model: nn.Module, spec: GenericSpec, layers: Range) -> None:
+    """Puts what other stages hold out of the model."""
+    held = model.get_submodule(spec.prefix)
+    for index in range(spec.num_layers):
+        if not layers[0] <= index < layers[1]:
+            held[index] = PassThrough(held[index], index == layers[0] - 1, spec.layer_outputs)
+    if layers[0] > 0:
+        model.set_submodule(spec.embedding, nn.Identity())
+    if layers[1] < spec.num_layers:
+        for name in (*spec.after_layers, spec.lm_head):
+            model.set_submodule(name, nn.Identity())
+
+
+def _shard(model: nn.Module, spec: GenericSpec, context: Context, is_first: bool, is_last: bool) -> None:
+    """Gives every module this rank's part of its parameters, and the pieces that fill them."""
+    slices = context.slices
+    parts: dict[str, list[TensorSpec]] = {}
+    for tensor in spec.tensors():
+        parts.setdefault(tensor.name, []).append(tensor)
+    embedding: VocabPart | None = None
+    if is_first:
+        rows = model.get_submodule(spec.embedding)
+        (tensor,) = parts[f"{spec.embedding}.weight"]
+        embedding = VocabPart(rows, tensor, slices)
+        _hold(rows, "weight", [tensor], slices)
+        model.set_submodule(spec.embedding, embedding)
+    if is_last:
+        tied = embedding if spec.tied_embeddings else None
+        name = spec.embedding if spec.tied_embeddings else spec.lm_head
+        (tensor,) = parts[f"{name}.weight"]
+        head = Module(name, tensor.dims, tensor.shape, bias=f"{spec.lm_head}.bias" in parts)
+        model.set_submodule(spec.lm_head, VocabParallelHead(head, context, None if tied is None else tied.rows))
+    ends = (spec.embedding, spec.lm_head)
+    for name, module in list(model.named_modules()):
+        if name.startswith(ends):
+            continue
+        style = STYLES[spec.styles.get(name, "replicate")]
+        if style.is_summed:
+            module.register_forward_hook(partial(_sum, slices.tp))
+        if type(module) is nn.Linear and module.weight.dtype == slices.dtype:
+            model.set_submodule(name, _linear(name, parts, style, context))
+            continue
+        for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if own not in module._non_persistent_buffers_set:
+                _hold(module, own, parts[f"{name}.{own}"], slices)
+        if hasattr(module, "has_gate"):  # experts
+            _bind_experts(module)
+
+
+def _sum(tp: Communicator, module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    return tp.all_reduce(out)
+
+
+def _linear(name: str, parts: dict[str, list[TensorSpec]], style: Style, context: Context) -> nn.Module:
+    weights, bias = parts[f"{name}.weight"], f"{name}.bias" in parts
+    total, first = sum(weight.shape[0] for weight in weights), 0
+    modules = []
+    for weight in weights:
+        rows = Rows(first, weight.shape[0], total) if len(weights) > 1 else None
+        modules.append(Module(name, weight.dims, weight.shape, bias, rows))
+        first += weight.shape[0]
+    linear: ParallelLinear
+    if style.splits_input:
+        assert len(modules) == 1
+        linear = (SplittingLinear if style.takes_whole else RowParallelLinear)(modules[0], "", context)
+    else:
+        linear = (GatheredLinear if style.is_gathered else ColumnParallelLinear)(modules, "", context)
+    assert linear.weight is not None
+    linear.product = bind_plain(linear.weight)  # for the trial; `bind` takes a better one
+    return linear
+
+
+def _hold(module: nn.Module, name: str, parts: Sequence[TensorSpec], slices: Slices) -> None:
+    """Makes a parameter (or buffer) of this rank's part of a tensor."""
+    blank, along = getattr(module, name), parts[0].along
+    pieces, before, start = [], 0, 0
+    shape: list[int] = []
+    for part in parts:
+        ranges = [slices.range(dim, size) for dim, size in zip(part.dims, part.shape, strict=True)]
+        shape = [last - first for first, last in ranges]
+        first, last = ranges[along]
+        ranges[along] = (before + first, before + last)
+        pieces.append(Piece(part.name, tuple(ranges), (0,) * along + (start,)))
+        before, start = before + part.shape[along], start + last - first
+    if shape:
+        shape[along] = start
+    vars(module).setdefault("pieces", {})[name] = pieces
+    setattr(module, name, nn.Parameter(torch.empty(shape, dtype=blank.dtype, device="meta"), requires_grad=False))
+
+
+def _bind_experts(module: Any) -> None:
+    from transformers.integrations.moe import grouped_mm_experts_forward
+
+    module.experts = partial(grouped_mm_experts_forward, module)
+
+
+def _localise(attention: Any, spec: GenericSpec, index: int, slices: Slices) -> None:
+    """Tells an attention module how many heads it has on this rank."""
+    if spec.kinds[index].is_replicated:
+        return
+    shards, rank = slices.shards, slices.tp.rank
+    heads, kv_heads = (stop - start for start, stop in (shards.heads[rank], shards.kv_heads[rank]))
+    for names, whole, local in ((_HEADS, spec.num_heads, heads), (_KV_HEADS, spec.num_kv_heads, kv_heads)):
+        for name in names:
+            if getattr(attention, name, None) == whole:
+                setattr(attention, name, local)
+    if hasattr(attention, "num_key_value_groups"):
+        attention.num_key_value_groups = heads // kv_heads
+
+
+def _fill_buffers(model: Any, device: torch.device) -> None:
+    """Makes what is in no checkpoint, such as rotary frequencies, as transformers does once it has loaded one."""
+    for module in model.modules():
+        names = [name for name in module._buffers if name in module._non_persistent_buffers_set]
+        if not names:
+            continue
+        for name in names:
+            setattr(module, name, torch.empty_like(module._buffers[name], device=device))
+        model._init_weights(module)
+        kinds = getattr(module, "rope_type", None)
+        if isinstance(kinds, str):  # frequencies do not change within the length that the spec allows
+            module.rope_type = "default"
+        elif isinstance(kinds, dict):
+            module.rope_type = dict.fromkeys(kinds, "default")
