@@ -79,6 +79,7 @@ class GenericSpec(ModelSpec):
     embedding: str  # names of modules
     lm_head: str
     after_layers: tuple[str, ...]  # modules that the last stage alone runs
+    hands_on: bool  # layers give their attention the keyword arguments that they get
     layer_outputs: int | None  # of a layer, in a tuple; None: hidden states alone
     styles: Mapping[str, str]  # of modules and parameters, by name; those that every rank holds whole are not there
     kinds: tuple[AttentionKind, ...]

@@ -163,7 +163,11 @@ class GenericStage(nn.Module):
         with torch.device("meta"):
             _shard(model, spec, context, self.is_first, self.is_last)
         for index, path in zip(range(*layers), self._paths, strict=True):
-            _localise(model.get_submodule(path), spec, index, slices)
+            attention = model.get_submodule(path)
+            _localise(attention, spec, index, slices)
+            if not spec.hands_on:
+                layer = model.get_submodule(f"{spec.prefix}.{index}")
+                layer.register_forward_pre_hook(partial(_tell, attention), with_kwargs=True)
         self.model = model
         self.base = getattr(model, model.base_model_prefix)
         self._bind_attention(backend, ops, block_size)
@@ -293,6 +297,10 @@ def _shard(model: nn.Module, spec: GenericSpec, context: Context, is_first: bool
                 _hold(module, own, parts[f"{name}.{own}"], slices)
         if hasattr(module, "has_gate"):  # experts
             _bind_experts(module)
+
+
+def _tell(attention: nn.Module, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    attention.step = kwargs["step"]
 
 
 def _sum(tp: Communicator, module: nn.Module, args: Any, out: Tensor) -> Tensor:

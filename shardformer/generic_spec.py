@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from ..policies import AttentionKind, Dim, GenericSpec, TensorSpec
 from ..policies.generic import STYLES, Style, find_plan, style_of
+from .interfaces import NotHandedOn
 from .trace import Call, Refused, build, check_logits, run
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 _OTHER_MIXERS = re.compile(
-    r"mamba|ssm|recurrent|lightning|linear.?attention|deltanet|conv|lstm|rwkv|retention|indexer|compressor|cross|memory",
-    re.IGNORECASE,
+    r"Mamba|SSM|Recurrent|Lightning|LinearAttention|DeltaNet|Conv|LSTM|GRU|Rwkv|RWKV|Retention|Indexer|Compress|Cross"
 )
 _KEY_VALUE = re.compile(r"(k|v|kv|key|value)(_|$)")
 _CHANGING_ROPE = ("dynamic", "longrope")  # frequencies by the length of a sequence
@@ -50,7 +50,10 @@ def _read(config: Any, architecture: str) -> GenericSpec:
         raise Refused("its weights are quantised (config.quantization_config)")
     model = build(config, architecture, torch.float32)
     longest = _longest(config)
-    trace = run(model, longest)
+    try:
+        trace, hands_on = run(model, longest), True
+    except NotHandedOn:
+        trace, hands_on = run(model, longest, is_told=True), False
     calls = trace.calls
     prefix, attention = _layers(model, calls)
     for name, module in model.get_submodule(prefix).named_modules():
@@ -90,6 +93,7 @@ def _read(config: Any, architecture: str) -> GenericSpec:
         embedding=embedding,
         lm_head=lm_head,
         after_layers=trace.after,
+        hands_on=hands_on,
         layer_outputs=trace.layer_outputs,
         styles=styles,
         kinds=tuple(

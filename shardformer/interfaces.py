@@ -25,6 +25,10 @@ class Step(Protocol):
         """
 
 
+class NotHandedOn(Exception):
+    """A layer that does not give its attention the keyword arguments that it gets: it must be told beforehand."""
+
+
 @dataclass(frozen=True)
 class Mask:
     """Stands in a trace for the mask of a layer's attention."""
@@ -55,9 +59,10 @@ def _attend(
     step: Step | None = None,
     **asked: Any,
 ) -> tuple[Tensor, None]:
-    if step is None:  # the layer does not hand it on
-        step = module.step
-    assert step is not None
+    if step is None:
+        step = getattr(module, "step", None)
+    if step is None:
+        raise NotHandedOn(type(module).__name__)
     return step.attend(module, query, key, value, attention_mask, asked), None
 
 

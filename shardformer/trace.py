@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .interfaces import TRACED, Mask, register
+from .interfaces import TRACED, Mask, NotHandedOn, register
 
 _NUM_TOKENS = 7
 _IGNORED = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "position_embeddings"}
@@ -30,7 +30,6 @@ class Call:
     window: int | None
     softcap: float | None
     has_sinks: bool
-    hands_on: bool  # the layer gives its attention the model's keyword arguments
 
 
 class Refused(ValueError):
@@ -71,7 +70,6 @@ class Recorder:
                 window=self._window(name, mask),
                 softcap=known["softcap"],
                 has_sinks=known["s_aux"] is not None,
-                hands_on=True,
             )
         )
         return query.new_empty(1, _NUM_TOKENS, heads, value.shape[-1])
@@ -112,7 +110,7 @@ def naming(what: str) -> Iterator[None]:
     """Turns whatever transformers raises into a refusal."""
     try:
         yield
-    except Refused:
+    except (Refused, NotHandedOn):
         raise
     except Exception as error:
         frames = []
@@ -138,10 +136,12 @@ def body_of(model: nn.Module, prefix: str) -> nn.Module:
     return model.get_submodule(prefix.rpartition(".")[0])
 
 
-def run(model: nn.Module, longest: int, received: tuple[int, int] | None = None) -> Trace:
+def run(
+    model: nn.Module, longest: int, received: tuple[int, int] | None = None, is_told: bool = False
+) -> Trace:
     """Runs a model that `build` made, all of it but the LM head.
 
-    received: sizes of hidden states and of embeddings, for a part of a model that has no embedding.
+    is_told: attention knows the step beforehand, else it must be handed on to it; received: sizes of hidden states and of embeddings, for a part of a model that has no embedding.
     """
     recorder = Recorder(model, longest)
     base = getattr(model, model.base_model_prefix)
@@ -156,6 +156,8 @@ def run(model: nn.Module, longest: int, received: tuple[int, int] | None = None)
         dtype = next(model.parameters()).dtype
         hidden, embeds = (torch.empty(1, _NUM_TOKENS, size, dtype=dtype, device="meta") for size in received)
         inputs, recorder.received = {"inputs_embeds": embeds}, hidden
+    for module in model.modules() if is_told else ():
+        module.step = recorder  # type: ignore[assignment]
     try:
         with torch.no_grad(), naming("a trial run on tensors without data"):
             base(
@@ -168,6 +170,8 @@ def run(model: nn.Module, longest: int, received: tuple[int, int] | None = None)
     finally:
         for hook in hooks:
             hook.remove()
+        for module in model.modules():
+            vars(module).pop("step", None)
     if not recorder.calls:
         return Trace([], (), None)
     layer = re.match(r".+?\.\d+(?=\.|$)", recorder.calls[-1].module)
@@ -194,10 +198,12 @@ def check_logits(model: nn.Module, prefix: str, lm_head: str, vocab_size: int) -
 class Body(nn.Module):
     """In the place of a model's layers: gives back what it is given."""
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Any:
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         from transformers.modeling_outputs import MoeModelOutputWithPast
 
-        return MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
+        output.cross_attentions = None  # type: ignore[attr-defined]
+        return output
 
 
 class Given(nn.Module):
