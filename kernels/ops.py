@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import eager, linear
+from . import eager, eager_moe, linear
 from .cpu import CpuOps, Unavailable
+from .eager_moe import ExpertPlan, Routing
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of each op; a module keeps the ones that it uses. Signatures: `kernels/eager.py`."""
+    """One implementation of each op; a module keeps the ones that it uses. Signatures: `kernels/eager.py`, `kernels/eager_moe.py`."""
 
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
@@ -25,6 +26,10 @@ class Ops:
     gelu_and_mul: Callable[[Tensor, bool], Tensor]
     rotary_store_kv: Callable[..., Tensor]
     embedding: Callable[[Tensor, Tensor, int], Tensor]
+    route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]]
+    plan_experts: Callable[[Tensor, int, int], ExpertPlan]
+    grouped_linear: Callable[[Tensor, Tensor, Tensor | None, ExpertPlan, bool], Tensor]
+    combine: Callable[[Tensor, Tensor, ExpertPlan], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -40,6 +45,10 @@ EAGER = Ops(
     gelu_and_mul=eager.gelu_and_mul,
     rotary_store_kv=eager.rotary_store_kv,
     embedding=eager.embedding,
+    route=eager_moe.route,
+    plan_experts=eager_moe.plan_experts,
+    grouped_linear=eager_moe.grouped_linear,
+    combine=eager_moe.combine,
     counter_noise=eager.counter_noise,
     sample_shard=eager.sample_shard,
 )

@@ -18,6 +18,7 @@ class Dim(StrEnum):
     KEY_VALUE = "key_value"  # KV heads * head size
     INTERMEDIATE = "intermediate"
     VOCABULARY = "vocabulary"
+    EXPERTS = "experts"  # whole ones
 
 
 @dataclass(frozen=True)
