@@ -21,7 +21,7 @@ class GatedMLP(nn.Module):
         super().__init__()
         self.gate_up = ColumnParallelLinear([spec.layer.gate, spec.layer.up], prefix, slices, ops)
         self.down = RowParallelLinear(spec.layer.down, prefix, slices, ops)
-        self.activation = ops.silu_and_mul
+        self.activation = ops.gated_activation("silu")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.gate_up(x)))
