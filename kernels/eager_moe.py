@@ -72,7 +72,7 @@ def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) ->
 
 def _within_best_groups(choice: Tensor, routing: Routing) -> Tensor:
     """The scores of experts whose group is not among the best become -inf."""
-    groups = choice.view(len(choice), routing.num_groups, -1)
+    groups = choice.unflatten(1, (routing.num_groups, choice.shape[1] // routing.num_groups))
     best = groups.topk(1 if routing.group_score == "max" else 2, dim=-1).values.sum(dim=-1)
     shut = torch.ones_like(best, dtype=torch.bool)
     shut.scatter_(1, best.topk(routing.top_groups, dim=-1).indices, False)

@@ -73,7 +73,10 @@ class MoESpec:
 
         def stacked(size_out: int, size_in: int, out: Dim, into: Dim) -> tuple[tuple[int, ...], tuple[Dim, ...]]:
             shape, dims = (size_out, size_in), (out, into)
-            return (e, *(shape[::-1] if self.transposed else shape)), (across, *(dims[::-1] if self.transposed else dims))
+            return (e, *(shape[::-1] if self.transposed else shape)), (
+                across,
+                *(dims[::-1] if self.transposed else dims),
+            )
 
         yield f"{prefix}{self.name}.gate_up_proj", *stacked(2 * i, h, inside, whole)
         yield f"{prefix}{self.name}.down_proj", *stacked(h, i, whole, inside)

@@ -154,7 +154,10 @@ class SharedExpert(LoadedModule):
 
     def bind(self) -> None:
         assert self.gate_up is not None and self.down is not None
-        self.gate_up_product, self.down_product = self._bind_linear(self.gate_up.data), self._bind_linear(self.down.data)
+        self.gate_up_product, self.down_product = (
+            self._bind_linear(self.gate_up.data),
+            self._bind_linear(self.down.data),
+        )
         self.gate_up = self.down = None
 
     def forward(self, x: Tensor) -> Tensor:
