@@ -13,7 +13,9 @@ that chose one of them, sorted by expert, as the *rows* of its products:
                                     places   2  6   0  3   6  1  (6, the number of pairs: another rank's)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -104,11 +106,19 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: ExpertP
     out = torch.empty(plan.num_rows, weight.shape[1], dtype=x.dtype, device=x.device)
     if by_token:
         x = x[plan.pairs[: plan.num_rows].long() // plan.top_k]
-    starts = plan.starts.tolist()
-    for expert, (start, stop) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for expert, (start, stop) in enumerate(pairwise(plan.starts.tolist())):
         if start < stop:
             out[start:stop] = F.linear(x[start:stop], weight[expert], None if bias is None else bias[expert])
     return out
+
+
+GroupedLinear = Callable[[Tensor, Tensor | None, ExpertPlan, bool], Tensor]
+"""`grouped_linear` with a weight that it was bound to: x, bias, plan, by_token."""
+
+
+def bind_grouped_linear(weight: Tensor) -> GroupedLinear:
+    """The definition's product with `weight`, which it shares; other forms have the weight in a layout of their own."""
+    return lambda x, bias, plan, by_token: grouped_linear(x, weight, bias, plan, by_token)
 
 
 def combine(rows: Tensor, weights: Tensor, plan: ExpertPlan) -> Tensor:

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from . import eager, eager_moe, linear
 from .cpu import CpuOps, Unavailable
-from .eager_moe import ExpertPlan, Routing
+from .eager_moe import ExpertPlan, GroupedLinear, Routing
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of each op; a module keeps the ones that it uses. Signatures: `kernels/eager.py`, `kernels/eager_moe.py`."""
+    """One implementation of each op; a module keeps the ones that it uses. Signatures: `eager.py`, `eager_moe.py`."""
 
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
@@ -30,7 +30,7 @@ class Ops:
     embedding: Callable[[Tensor, Tensor, int], Tensor]
     route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]]
     plan_experts: Callable[[Tensor, int, int], ExpertPlan]
-    grouped_linear: Callable[[Tensor, Tensor, Tensor | None, ExpertPlan, bool], Tensor]
+    bind_grouped_linear: Callable[[Tensor], GroupedLinear]  # weight [experts, out, in] -> the product with it
     combine: Callable[[Tensor, Tensor, ExpertPlan], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -51,7 +51,7 @@ EAGER = Ops(
     embedding=eager.embedding,
     route=eager_moe.route,
     plan_experts=eager_moe.plan_experts,
-    grouped_linear=eager_moe.grouped_linear,
+    bind_grouped_linear=eager_moe.bind_grouped_linear,
     combine=eager_moe.combine,
     counter_noise=eager.counter_noise,
     sample_shard=eager.sample_shard,
@@ -88,6 +88,9 @@ def _compiled(dtype: torch.dtype) -> Ops:
         rms_norm=compiled.rms_norm,
         add_rms_norm=compiled.add_rms_norm,
         rotary_store_kv=compiled.rotary_store_kv,
+        plan_experts=compiled.plan_experts,
+        bind_grouped_linear=compiled.bind_grouped_linear,
+        combine=compiled.combine,
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Ops
-from ..kernels.eager_moe import Routing
+from ..kernels.eager_moe import GroupedLinear, Routing
 from ..kernels.linear import Linear
 from ..policies.experts import MoESpec, RouterSpec, SharedExpertSpec
 from .linear import Slices
@@ -64,8 +64,8 @@ class Router(LoadedModule):
 class Experts(LoadedModule):
     """This rank's part of the routed experts; its outputs' sum over tp is theirs.
 
-    Weights are [local experts, out, in]; those that the checkpoint has transposed are turned once they are loaded. A
-    bias of the down product, of which no rank has a part, is that of the rank which has the expert, or of rank 0.
+    Products take weights [local experts, out, in]; those that the checkpoint has transposed are turned once they are
+    loaded. A bias of the down product, of which no rank has a part, is that of the rank which has the expert, or of rank 0.
     """
 
     def __init__(self, spec: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
@@ -94,7 +94,8 @@ class Experts(LoadedModule):
             "gate_up": [stacked("gate_up_proj", up, (0, h), i * width) for i, up in enumerate(ups)],
             "down": [stacked("down_proj", (0, h), part)],
         }
-        self.gate_up, self.down = matrix(2 * width, h), matrix(h, width)
+        self.gate_up: nn.Parameter | None = matrix(2 * width, h)
+        self.down: nn.Parameter | None = matrix(h, width)
         self.gate_up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
         if spec.bias:
@@ -104,20 +105,28 @@ class Experts(LoadedModule):
             if spec.expert_parallel or rank == 0:
                 self.pieces["down_bias"] = [Piece(f"{prefix}{spec.name}.down_proj_bias", (experts, (0, h)))]
                 self.down_bias = _blank((self.num_local, h), slices.dtype)
-        self.plan_experts, self.grouped_linear, self.combine = ops.plan_experts, ops.grouped_linear, ops.combine
+        self.plan_experts, self.combine = ops.plan_experts, ops.combine
         self.activation = ops.gated_activation(spec.activation)
+        self._bind_grouped_linear = ops.bind_grouped_linear
+        self.gate_up_product: GroupedLinear
+        self.down_product: GroupedLinear
 
     def bind(self) -> None:
-        if self.transposed:
-            for name in ("gate_up", "down"):
-                turned = getattr(self, name).data.transpose(1, 2).contiguous()
-                setattr(self, name, nn.Parameter(turned, requires_grad=False))
+        assert self.gate_up is not None and self.down is not None
+        gate_up, self.gate_up = self.gate_up.data, None
+        self.gate_up_product = self._bind_grouped_linear(self._out_first(gate_up))
+        del gate_up  # before the other is copied
+        down, self.down = self.down.data, None
+        self.down_product = self._bind_grouped_linear(self._out_first(down))
+
+    def _out_first(self, weight: Tensor) -> Tensor:
+        return weight.transpose(1, 2).contiguous() if self.transposed else weight
 
     def forward(self, x: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
         """x: [num_tokens, hidden]; weights, ids: the router's. Returns [num_tokens, hidden]."""
         plan = self.plan_experts(ids, self.first, self.num_local)
-        rows = self.activation(self.grouped_linear(x, self.gate_up, self.gate_up_bias, plan, True))
-        return self.combine(self.grouped_linear(rows, self.down, self.down_bias, plan, False), weights, plan)
+        rows = self.activation(self.gate_up_product(x, self.gate_up_bias, plan, True))
+        return self.combine(self.down_product(rows, self.down_bias, plan, False), weights, plan)
 
 
 class SharedExpert(LoadedModule):

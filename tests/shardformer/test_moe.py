@@ -1,8 +1,11 @@
-"""`MixtureOfExperts` against transformers' own blocks, tiny and random, in float32: on one rank, and as the sum over the
-ranks of a tp group that there is not."""
+"""`MixtureOfExperts` against transformers' own blocks, tiny and random, in float32.
+
+On one rank, and as the sum over the ranks of a tp group that there is not.
+"""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import prod
 from typing import Any
 
 import pytest
@@ -205,7 +208,7 @@ def test_the_ranks_parts_add_up(found: Case, block: nn.Module, size: int, expert
     total, num_weights = torch.zeros_like(x), 0
     for module in parts(spec, block, size, select_ops(CPU, torch.float32)):
         total += module(x)
-        num_weights += module.experts.gate_up.numel() + module.experts.down.numel()
+        num_weights += sum(prod(piece.shape) for name in ("gate_up", "down") for piece in module.experts.pieces[name])
         assert module.tp.sums == 1  # type: ignore[attr-defined]
     torch.testing.assert_close(total, reference(block, x), rtol=1e-5, atol=2e-5)
     assert num_weights == 3 * spec.num_experts * spec.intermediate_size * HIDDEN
