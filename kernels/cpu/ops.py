@@ -168,7 +168,9 @@ class CpuOps:
         """A copy of `weight` in the layout of grouped_linear.cpp, so that the caller can let the plain one go."""
         num_experts, size_out, size_in = weight.shape
         whole = F.pad(weight, (0, -size_in % self._step, 0, -size_out % self._panel))
-        panels = whole.view(num_experts, -(-size_out // self._panel), self._panel, -(-size_in // self._step), self._step)
+        panels = whole.view(
+            num_experts, -(-size_out // self._panel), self._panel, -(-size_in // self._step), self._step
+        )
         packed = panels.transpose(2, 3).contiguous()
 
         def grouped_linear(x: Tensor, bias: Tensor | None, plan: ExpertPlan, by_token: bool) -> Tensor:

@@ -189,6 +189,18 @@ def test_the_declared_tensors_are_the_blocks(found: Case, block: nn.Module) -> N
     assert all(len(shape) == len(dims) for _, shape, dims in found.spec.tensors(""))
 
 
+def test_the_router_is_transformers_to_the_bit(found: Case, block: nn.Module) -> None:
+    x = torch.randn(60, HIDDEN)
+    (module,) = parts(found.spec, block, 1, EAGER)
+    weights, ids = module.router(x)
+    router = getattr(block, found.spec.router.name.removeprefix("mlp."))
+    with torch.no_grad():
+        _, expected_weights, expected_ids = router(x)
+    order, expected_order = ids.argsort(dim=1), expected_ids.argsort(dim=1)
+    assert torch.equal(ids.long().gather(1, order), expected_ids.gather(1, expected_order))
+    assert torch.equal(weights.gather(1, order), expected_weights.gather(1, expected_order))
+
+
 @pytest.mark.parametrize("ops", [EAGER, select_ops(CPU, torch.float32)], ids=["eager", "selected"])
 @pytest.mark.parametrize("num_tokens", [1, 33])
 def test_one_rank(found: Case, block: nn.Module, num_tokens: int, ops: Ops) -> None:
