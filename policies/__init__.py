@@ -18,6 +18,7 @@ from .base import (
     RotarySpec,
     TensorSpec,
 )
+from .experts import MoESpec, RouterSpec, SharedExpertSpec, check_experts
 from .generic import GenericSpec
 from .registry import find_policy, supported_architectures
 
@@ -30,6 +31,7 @@ __all__ = [
     "HeadSpec",
     "LayerSpec",
     "MLPSpec",
+    "MoESpec",
     "ModelSpec",
     "Module",
     "MultiHeadSpec",
@@ -38,7 +40,10 @@ __all__ = [
     "QKNorm",
     "Residual",
     "RotarySpec",
+    "RouterSpec",
+    "SharedExpertSpec",
     "TensorSpec",
+    "check_experts",
     "find_policy",
     "supported_architectures",
 ]
