@@ -25,7 +25,6 @@ class Dim(StrEnum):
     EXPERTS = "experts"  # split where whole experts go to ranks
     EXPERT_INTERMEDIATE = "expert_intermediate"  # split where each expert does
     VOCABULARY = "vocabulary"
-    EXPERTS = "experts"  # whole ones
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .interfaces import NAME
 from .linear import ColumnParallelLinear, Context, ParallelLinear, RowParallelLinear, Slices
 from .shard import Range
 from .trace import Body, Call, build, run, run_head, with_modules
-from .weights import Piece
+from .weights import LoadedModule, Piece
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -100,6 +100,50 @@ class PagedKernel(nn.Module):
         self.store_kv(key, value, self.key_cache, self.value_cache, metadata.slots)
         plan = metadata.plans[self.backend.plan_key]
         return self.backend.forward(query.contiguous(), self.key_cache, self.value_cache, plan, sinks).unsqueeze(0)
+
+
+class GroupedExperts(LoadedModule):
+    """The products of transformers' stacked experts, in our grouped form; gate and activation are the family's own.
+
+    It takes the weights of `owner`, of which it holds this rank's part; the sum over tp is the caller's.
+    """
+
+    _NAMES = {"up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}
+
+    def __init__(self, owner: Any, ops: Ops) -> None:
+        super().__init__()
+        self.pieces = {}
+        self.is_transposed = owner.is_transposed
+        for ours, names in self._NAMES.items():
+            for suffix in ("", "_bias"):
+                found = [name + suffix for name in names if name + suffix in owner.pieces]
+                weight = getattr(owner, found[0]) if found else None
+                setattr(self, ours + suffix, weight)
+                if found:
+                    self.pieces[ours + suffix] = owner.pieces.pop(found[0])
+                    delattr(owner, found[0])
+        if owner.has_gate:
+            self._activate = owner._apply_gate
+        else:
+            self._activate = owner.act_fn.forward
+        self.after: Any = owner.post_expert_norm.forward if owner.has_post_expert_norm else None
+        self.plan_experts, self.combine, self._bind = ops.plan_experts, ops.combine, ops.bind_grouped_linear
+        self.first = 0
+
+    def bind(self) -> None:
+        self.num_local = len(self.up)
+        for name in self._NAMES:
+            weight = getattr(self, name).data
+            setattr(self, name, None)
+            weight = weight.transpose(1, 2).contiguous() if self.is_transposed else weight
+            setattr(self, f"{name}_product", self._bind(weight))
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """x: [num_tokens, hidden]; ids, weights: [num_tokens, top_k], the router's. Returns x's shape."""
+        plan = self.plan_experts(ids.int(), self.first, self.num_local)
+        rows = self._activate(self.up_product(x, self.up_bias, plan, True))
+        rows = self.down_product(rows, self.down_bias, plan, False)
+        return self.combine(rows if self.after is None else self.after(rows), weights.float(), plan)
 
 
 @dataclass(frozen=True)
@@ -259,7 +303,8 @@ def _cut(model: nn.Module, spec: GenericSpec, layers: Range) -> None:
     if layers[0] > 0:
         model.set_submodule(spec.embedding, nn.Identity())
     if layers[1] < spec.num_layers:
-        for name in (*spec.after_layers, spec.lm_head):
+        outside = [name for name, module in model.named_children() if name != model.base_model_prefix]
+        for name in (*spec.after_layers, *outside):
             model.set_submodule(name, nn.Identity())
 
 
@@ -277,26 +322,29 @@ def _shard(model: nn.Module, spec: GenericSpec, context: Context, is_first: bool
         _hold(rows, "weight", [tensor], slices)
         model.set_submodule(spec.embedding, embedding)
     if is_last:
-        tied = embedding if spec.tied_embeddings else None
-        name = spec.embedding if spec.tied_embeddings else spec.lm_head
-        (tensor,) = parts[f"{name}.weight"]
-        head = Module(name, tensor.dims, tensor.shape, bias=f"{spec.lm_head}.bias" in parts)
-        model.set_submodule(spec.lm_head, VocabParallelHead(head, context, None if tied is None else tied.rows))
-    ends = (spec.embedding, spec.lm_head)
+        source = f"{spec.embedding if spec.tied_embeddings else spec.lm_head}.weight"
+        (tensor,) = parts[source]
+        module = Module(spec.lm_head, tensor.dims, tensor.shape, bias=f"{spec.lm_head}.bias" in parts)
+        rows = embedding.rows if embedding is not None and spec.tied_embeddings else None
+        head = VocabParallelHead(module, context, rows)
+        head.pieces["weight"] = [replace(piece, tensor=source) for piece in head.pieces["weight"]]
+        model.set_submodule(spec.lm_head, head)
+    ends = {spec.embedding, spec.lm_head, f"{spec.embedding}.rows"}
     for name, module in list(model.named_modules()):
-        if name.startswith(ends):
+        if name in ends:
             continue
         style = STYLES[spec.styles.get(name, "replicate")]
+        is_split = style.splits_input or style.splits_output
         if style.is_summed:
             module.register_forward_hook(partial(_sum, slices.tp))
-        if type(module) is nn.Linear and module.weight.dtype == slices.dtype:
+        if is_split and type(module) is nn.Linear and module.weight.dtype == slices.dtype:
             model.set_submodule(name, _linear(name, parts, style, context))
             continue
         for own, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
             if own not in module._non_persistent_buffers_set:
                 _hold(module, own, parts[f"{name}.{own}"], slices)
-        if hasattr(module, "has_gate"):  # experts
-            _bind_experts(module)
+        if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # see `use_experts_implementation`
+            module.experts = GroupedExperts(module, context.ops)
 
 
 def _tell(attention: nn.Module, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -333,6 +381,9 @@ def _hold(module: nn.Module, name: str, parts: Sequence[TensorSpec], slices: Sli
     shape: list[int] = []
     for part in parts:
         ranges = [slices.range(dim, size) for dim, size in zip(part.dims, part.shape, strict=True)]
+        if not ranges:
+            pieces.append(Piece(part.name, ()))
+            break
         shape = [last - first for first, last in ranges]
         first, last = ranges[along]
         ranges[along] = (before + first, before + last)
@@ -342,12 +393,6 @@ def _hold(module: nn.Module, name: str, parts: Sequence[TensorSpec], slices: Sli
         shape[along] = start
     vars(module).setdefault("pieces", {})[name] = pieces
     setattr(module, name, nn.Parameter(torch.empty(shape, dtype=blank.dtype, device="meta"), requires_grad=False))
-
-
-def _bind_experts(module: Any) -> None:
-    from transformers.integrations.moe import grouped_mm_experts_forward
-
-    module.experts = partial(grouped_mm_experts_forward, module)
 
 
 def _localise(attention: Any, spec: GenericSpec, index: int, slices: Slices) -> None:

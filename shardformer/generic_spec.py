@@ -48,7 +48,11 @@ def _read(config: Any, architecture: str) -> GenericSpec:
             raise Refused(f"it has layers of type {kind!r} (config.layer_types); only attention can be cached")
     if getattr(config, "quantization_config", None) is not None:
         raise Refused("its weights are quantised (config.quantization_config)")
+    if find_plan(config) is None:
+        raise Refused(f"transformers has no sharding table for {config.model_type!r}")
     model = build(config, architecture, torch.float32)
+    if model.config.get_text_config() is not model.config:
+        raise Refused("it is more than a language model (config.text_config)")
     longest = _longest(config)
     try:
         trace, hands_on = run(model, longest), True
@@ -60,18 +64,19 @@ def _read(config: Any, architecture: str) -> GenericSpec:
         if _OTHER_MIXERS.search(type(module).__name__) and not type(module).__name__ == "Conv1D":
             raise Refused(f"{prefix}.{name} is a {type(module).__name__}, which sees other tokens than through attention")
     embedding, lm_head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
-    check_logits(model, prefix, lm_head, int(config.vocab_size))
+    check_logits(model, prefix, lm_head, int(config.vocab_size), int(config.hidden_size))
     heads, _ = Counter((call.num_heads, call.num_kv_heads) for call in calls).most_common(1)[0]
     styles = dict(_styles(model, config, prefix, calls, heads))
     tied = model.get_submodule(lm_head).weight is model.get_submodule(embedding).weight
     tensors = _tensors(model, styles, prefix, attention, (embedding, lm_head), heads, tied)
     num_layers = len(calls)
-    after = (*trace.after, lm_head)
     layers = [[] for _ in calls]
     first, last = [], []
     for tensor in tensors:
         index = re.match(re.escape(prefix) + r"\.(\d+)\.", tensor.name)
-        is_last = any(tensor.name.startswith(f"{name}.") for name in after)
+        is_last = not tensor.name.startswith(f"{model.base_model_prefix}.") or any(
+            tensor.name.startswith(f"{name}.") for name in trace.after
+        )
         (layers[int(index[1])] if index else last if is_last else first).append(tensor)
     if tied:
         last.append(next(tensor for tensor in first if tensor.name == f"{embedding}.weight"))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -100,7 +101,7 @@ def build(config: Any, architecture: str, dtype: torch.dtype) -> nn.Module:
     config._attn_implementation = config._experts_implementation = TRACED
     config.output_router_logits = False
     config.use_cache = False
-    with torch.device("meta"):
+    with torch.device("meta"), naming("building it"):
         model: nn.Module = getattr(transformers, architecture)._from_config(config, dtype=dtype)
     return model.eval()
 
@@ -182,13 +183,13 @@ def run(
     return Trace(recorder.calls, tuple(dict.fromkeys(after)), len(out) if isinstance(out, tuple) else None)
 
 
-def check_logits(model: nn.Module, prefix: str, lm_head: str, vocab_size: int) -> None:
+def check_logits(model: nn.Module, prefix: str, lm_head: str, vocab_size: int, hidden_size: int) -> None:
     """Proves that what the model does to logits, it does to each by itself: a rank has those of its vocabulary only."""
     logits = torch.linspace(-40, 40, vocab_size).view(1, 1, -1)
     head = with_modules(model, {prefix.rpartition(".")[0]: Body(), lm_head: Given(logits)})
     cut = vocab_size // 3
     part = with_modules(model, {prefix.rpartition(".")[0]: Body(), lm_head: Given(logits[..., cut:])})
-    hidden = torch.zeros(1, 1, 1)
+    hidden = torch.empty(1, 1, hidden_size, device="meta")
     with torch.no_grad(), naming("a trial of its logits"):
         whole, some = (run_head(model, hidden) for model in (head, part))
         if whole.shape != logits.shape or not torch.equal(whole[..., cut:], some):
@@ -199,11 +200,21 @@ class Body(nn.Module):
     """In the place of a model's layers: gives back what it is given."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
-        from transformers.modeling_outputs import MoeModelOutputWithPast
+        return _output_class()(last_hidden_state=inputs_embeds)
 
-        output = MoeModelOutputWithPast(last_hidden_state=inputs_embeds)
-        output.cross_attentions = None  # type: ignore[attr-defined]
-        return output
+
+@cache
+def _output_class() -> Any:
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class Output(BaseModelOutputWithPast):
+        """What a model's layers give, all that is not there being None."""
+
+        def __getattr__(self, name: str) -> None:
+            if name.startswith("_"):
+                raise AttributeError(name)
+
+    return Output
 
 
 class Given(nn.Module):
