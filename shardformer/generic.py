@@ -5,7 +5,7 @@ hidden states that it received, the layers and norms after them do nothing.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -22,10 +22,10 @@ from ..policies.generic import STYLES, Style
 from .attention import attention_spec
 from .backends import AttentionBackend, AttentionMetadata, AttentionSpec, create_backend
 from .embedding import VocabParallelHead
-from .interfaces import NAME
+from .interfaces import NAME, Step
 from .linear import ColumnParallelLinear, Context, ParallelLinear, RowParallelLinear, Slices
 from .shard import Range
-from .trace import Body, Call, build, run, run_head, with_modules
+from .trace import Body, base_name, base_of, build, run, run_head, with_modules
 from .weights import LoadedModule, Piece
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
@@ -213,7 +213,7 @@ class GenericStage(nn.Module):
                 layer = model.get_submodule(f"{spec.prefix}.{index}")
                 layer.register_forward_pre_hook(partial(_tell, attention), with_kwargs=True)
         self.model = model
-        self.base = getattr(model, model.base_model_prefix)
+        self.base = base_of(model)
         self._bind_attention(backend, ops, block_size)
         _fill_buffers(model, device)
         # The family's own way from hidden states to logits. In a list: its modules are those of `model`.
@@ -266,15 +266,21 @@ class GenericStage(nn.Module):
 
         Returns hidden states [num_tokens, hidden], on the last stage normalised.
         """
+        return self.run(x, metadata.positions, partial(StageStep, metadata))
+
+    def run(self, x: Tensor, positions: Tensor, make_step: Callable[[Tensor | None], Step]) -> Tensor:
+        """`forward` with any kind of step, which is made of what the stage received."""
         x = x.unsqueeze(0)
-        step = StageStep(metadata, None if self.is_first else x)
         if self.is_first:
             inputs = {"input_ids": x}
         else:
             width = self._embedding_width
             inputs = {"inputs_embeds": x if width == x.shape[-1] else x.new_zeros(*x.shape[:2], width)}
-        out = self.base(**inputs, position_ids=metadata.positions.unsqueeze(0), use_cache=False, step=step)
-        return out.last_hidden_state.squeeze(0)
+        step = make_step(None if self.is_first else x)
+        out: Tensor = self.base(
+            **inputs, position_ids=positions.unsqueeze(0), use_cache=False, step=step
+        ).last_hidden_state
+        return out.squeeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
@@ -303,7 +309,7 @@ def _cut(model: nn.Module, spec: GenericSpec, layers: Range) -> None:
     if layers[0] > 0:
         model.set_submodule(spec.embedding, nn.Identity())
     if layers[1] < spec.num_layers:
-        outside = [name for name, module in model.named_children() if name != model.base_model_prefix]
+        outside = [name for name, module in model.named_children() if name != base_name(model)]
         for name in (*spec.after_layers, *outside):
             model.set_submodule(name, nn.Identity())
 
@@ -409,17 +415,74 @@ def _localise(attention: Any, spec: GenericSpec, index: int, slices: Slices) -> 
         attention.num_key_value_groups = heads // kv_heads
 
 
-def _fill_buffers(model: Any, device: torch.device) -> None:
+def _fill_buffers(model: nn.Module, device: torch.device) -> None:
     """Makes what is in no checkpoint, such as rotary frequencies, as transformers does once it has loaded one."""
-    for module in model.modules():
+    makers = {name: module for name, module in model.named_modules() if hasattr(module, "_init_weights")}
+    for path, module in model.named_modules():
         names = [name for name in module._buffers if name in module._non_persistent_buffers_set]
         if not names:
             continue
         for name in names:
-            setattr(module, name, torch.empty_like(module._buffers[name], device=device))
-        model._init_weights(module)
+            blank = module._buffers[name]
+            assert blank is not None
+            setattr(module, name, torch.full_like(blank, _unmade(blank.dtype), device=device))
+        maker = max((name for name in makers if path == name or not name or path.startswith(f"{name}.")), key=len)
+        makers[maker]._init_weights(module)
+        for name in names:
+            buffer = module._buffers[name]
+            assert buffer is not None
+            if (buffer.isnan() if buffer.is_floating_point() else buffer == _unmade(buffer.dtype)).any():
+                raise ValueError(f"{type(model).__name__} is not supported: nothing says what {path}.{name} holds")
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str):  # frequencies do not change within the length that the spec allows
             module.rope_type = "default"
         elif isinstance(kinds, dict):
             module.rope_type = dict.fromkeys(kinds, "default")
+
+
+def _unmade(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+# ---- proving that it is one ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A step in which each token attends to itself alone."""
+
+    received: Tensor | None  # see StageStep
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, asked: dict[str, Any]
+    ) -> Tensor:
+        return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2)
+
+
+@torch.inference_mode()
+def prove_apart(stage: GenericStage, longest: int) -> None:
+    """Proves that tokens meet in attention only, and have the positions that they are given: without attention, each
+    keeps its hidden states when they change places and others are replaced. Raises ValueError.
+
+    Of most tokens, since a router may send one elsewhere for a rounding error.
+    """
+    random = torch.Generator().manual_seed(0)
+    count, kept = 12, 8
+    positions = torch.randint(longest, (count + 4,), generator=random)
+    if stage.is_first:
+        tokens = torch.randint(stage.spec.vocab_size, (count + 4,), generator=random)
+    else:
+        tokens = torch.randn(count + 4, stage.spec.hidden_size, generator=random).to(stage.dtype)
+    order = torch.randperm(count, generator=random) + 4  # of the second run: tokens 4 to 15, where the first has 0 to 11
+    first, second = (
+        stage.run(tokens[rows].to(stage.device), positions[rows].to(stage.device), Apart).float()
+        for rows in (torch.arange(count), order)
+    )
+    places = [int((order == row).nonzero()) for row in range(4, 4 + kept)]
+    expected, found = first[4 : 4 + kept], second[places]
+    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
+    if not error < (1e-3 if stage.dtype is torch.float32 else 5e-2):
+        raise ValueError(
+            f"{stage.spec.architecture} is not supported: its layers mix tokens outside attention, or count positions by "
+            f"themselves (hidden states change by {error:.1%} when tokens change places)"
+        )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from ..policies import AttentionKind, Dim, GenericSpec, TensorSpec
 from ..policies.generic import STYLES, Style, find_plan, style_of
 from .interfaces import NotHandedOn
-from .trace import Call, Refused, build, check_logits, run
+from .trace import Call, Refused, base_name, build, check_logits, run
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+_LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_MIXERS = re.compile(
     r"Mamba|SSM|Recurrent|Lightning|LinearAttention|DeltaNet|Conv|LSTM|GRU|Rwkv|RWKV|Retention|Indexer|Compress|Cross"
 )
@@ -74,7 +74,7 @@ def _read(config: Any, architecture: str) -> GenericSpec:
     first, last = [], []
     for tensor in tensors:
         index = re.match(re.escape(prefix) + r"\.(\d+)\.", tensor.name)
-        is_last = not tensor.name.startswith(f"{model.base_model_prefix}.") or any(
+        is_last = not tensor.name.startswith(f"{base_name(model)}.") or any(
             tensor.name.startswith(f"{name}.") for name in trace.after
         )
         (layers[int(index[1])] if index else last if is_last else first).append(tensor)
@@ -132,6 +132,10 @@ def _longest(config: Any) -> int:
     for rope in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
         if rope.get("rope_type") in _CHANGING_ROPE:
             limits.append(int(rope.get("original_max_position_embeddings") or limits[0]))
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        limits.append(int(config.attention_chunk_size))  # within the first chunk it is causal
+    if getattr(config, "attn_temperature_tuning", False) and hasattr(config, "floor_scale"):
+        limits.append(int(config.floor_scale) - 1)  # up to which it does nothing
     return min(limits)
 
 

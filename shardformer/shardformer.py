@@ -18,7 +18,7 @@ from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import DecoderSpec, GenericSpec, ModelSpec, MultiHeadSpec, Policy, RotarySpec, find_policy
 from .backends import Workload, tune
-from .generic import GenericStage
+from .generic import GenericStage, prove_apart
 from .generic_spec import generic_architecture, read_generic
 from .linear import Slices
 from .rebinding import bind
@@ -258,6 +258,8 @@ class InferenceShardformer:
             specs = [attention.backend.spec for attention in stage.attentions]
             bind(stage, tune(specs, workload_of(self.config, spec)))
         stage.weight_bytes = load_weights(stage, checkpoint.source, self.device)
+        if isinstance(stage, GenericStage):
+            prove_apart(stage, max_model_len(self.config, spec))
         return stage.eval()
 
 

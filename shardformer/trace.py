@@ -40,7 +40,8 @@ class Refused(ValueError):
 class Recorder:
     """A step that notes how it is asked."""
 
-    def __init__(self, model: nn.Module, longest: int) -> None:
+    def __init__(self, model: Any, longest: int) -> None:
+        self.is_chunked = "chunked_attention" in (getattr(model.config, "layer_types", None) or ())
         self.names = {module: name for name, module in model.named_modules()}
         self.longest = min(longest, _LONGEST)
         self.calls: list[Call] = []
@@ -81,8 +82,12 @@ class Recorder:
         for position in (self.longest - 1, self.longest // 2, self.longest // 3):
             keys = torch.arange(self.longest)
             zero = torch.tensor(0)
-            seen = mask.visible(zero, zero, torch.tensor(position), keys)
-            seen = seen.broadcast_to(keys.shape)
+            try:
+                seen = mask.visible(zero, zero, torch.tensor(position), keys).broadcast_to(keys.shape)
+            except RuntimeError:  # chunks are counted from the first token that is not padding, which has no data here
+                if not self.is_chunked:
+                    raise
+                return None
             first = int(seen.int().argmax())
             if not torch.equal(seen, (keys >= first) & (keys <= position)):
                 raise Refused(f"{name} attends neither causally nor in a sliding window")
@@ -132,9 +137,16 @@ class Trace:
     layer_outputs: int | None  # of a layer, in a tuple; None: hidden states alone
 
 
-def body_of(model: nn.Module, prefix: str) -> nn.Module:
-    """The module that runs the layers."""
-    return model.get_submodule(prefix.rpartition(".")[0])
+def base_name(model: nn.Module) -> str:
+    """What the model calls the part of it that gives hidden states."""
+    name = model.base_model_prefix
+    if isinstance(getattr(model, name, None), nn.Module):
+        return str(name)
+    return next(name for name, child in model.named_children() if hasattr(child, "base_model_prefix"))
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_submodule(base_name(model))
 
 
 def run(
@@ -145,7 +157,7 @@ def run(
     is_told: attention knows the step beforehand, else it must be handed on to it; received: sizes of hidden states and of embeddings, for a part of a model that has no embedding.
     """
     recorder = Recorder(model, longest)
-    base = getattr(model, model.base_model_prefix)
+    base = base_of(model)
     order: list[tuple[str, Any]] = []  # modules as they end, with what they give
     hooks = [
         module.register_forward_hook(lambda module, args, out: order.append((recorder.names[module], out)))
@@ -164,7 +176,7 @@ def run(
             base(
                 **inputs,
                 position_ids=ids,
-                attention_mask=torch.ones_like(ids),
+                attention_mask=torch.ones(ids.shape, dtype=torch.long),  # with data: some look whether any is padding
                 use_cache=False,
                 step=recorder,
             )
