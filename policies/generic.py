@@ -42,18 +42,58 @@ STYLES: Mapping[str, Style] = {
     "replicate": Style(),
 }
 
-_LLAMA = {
-    "layers.*.self_attn.q_proj": "colwise",
-    "layers.*.self_attn.k_proj": "colwise",
-    "layers.*.self_attn.v_proj": "colwise",
-    "layers.*.self_attn.o_proj": "rowwise",
-    "layers.*.mlp.gate_proj": "colwise",
-    "layers.*.mlp.up_proj": "colwise",
-    "layers.*.mlp.down_proj": "rowwise",
+def _table(column: str, row: str, gathered: bool = False) -> dict[str, str]:
+    """A table for the modules of a decoder layer."""
+    columns, rows = ("colwise_gather_output", "rowwise_split_input") if gathered else ("colwise", "rowwise")
+    return {f"layers.*.{name}": columns for name in column.split()} | {f"layers.*.{name}": rows for name in row.split()}
+
+
+_QKV = "self_attn.q_proj self_attn.k_proj self_attn.v_proj"
+_MLP = "mlp.gate_proj mlp.up_proj"
+_LLAMA = _table(f"{_QKV} {_MLP}", "self_attn.o_proj mlp.down_proj")
+_BERT = {
+    "layer.*.attention.self.query": "colwise",
+    "layer.*.attention.self.key": "colwise",
+    "layer.*.attention.self.value": "colwise",
+    "layer.*.attention.output.dense": "rowwise",
+    "layer.*.intermediate.dense": "colwise",
+    "layer.*.output.dense": "rowwise",
 }
 MISSING_PLANS: Mapping[str, Mapping[str, str]] = {
+    "bert": _BERT,
+    "bert-generation": _BERT,
+    "biogpt": _table(f"{_QKV} fc1", "self_attn.out_proj fc2"),
+    # It normalises over all heads, and over the whole intermediate dim.
+    "bitnet": _table(f"{_QKV} {_MLP}", "self_attn.o_proj mlp.down_proj", gathered=True),
+    "camembert": _BERT,
+    "ctrl": {
+        "h.*.multi_head_attention.Wq": "colwise",
+        "h.*.multi_head_attention.Wk": "colwise",
+        "h.*.multi_head_attention.Wv": "colwise",
+        "h.*.multi_head_attention.dense": "rowwise",
+        "h.*.ffn.*": "replicate",
+    },
+    "data2vec-text": _BERT,
+    "electra": _BERT,
+    "emu3_text_model": _LLAMA,
+    "ernie": _BERT,
+    "gpt_bigcode": {"h.*.mlp.c_fc": "colwise", "h.*.mlp.c_proj": "rowwise"},
     "hunyuan_v1_dense": _LLAMA,
+    "modernbert-decoder": {
+        "layers.*.attn.q_proj": "colwise",
+        "layers.*.attn.k_proj": "colwise",
+        "layers.*.attn.v_proj": "colwise",
+        "layers.*.attn.Wo": "rowwise",
+        "layers.*.mlp.Wi": "packed_colwise",
+        "layers.*.mlp.Wo": "rowwise",
+    },
+    "persimmon": _table("self_attn.query_key_value mlp.dense_h_to_4h", "self_attn.dense mlp.dense_4h_to_h"),
+    "roberta": _BERT,
+    "roberta-prelayernorm": _BERT,
+    "roc_bert": _BERT,
     "stablelm": _LLAMA,
+    "xlm-roberta": _BERT,
+    "xlm-roberta-xl": _BERT,
 }
 """Tables for families to which transformers gives none, by the config's `model_type`."""
 

@@ -25,7 +25,7 @@ from .embedding import VocabParallelHead
 from .interfaces import NAME, Step
 from .linear import ColumnParallelLinear, Context, ParallelLinear, RowParallelLinear, Slices
 from .shard import Range
-from .trace import Body, base_name, base_of, build, run, run_head, with_modules
+from .trace import base_name, base_of, build, run, run_head, with_head
 from .weights import LoadedModule, Piece
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
@@ -73,6 +73,10 @@ class VocabPart(nn.Module):
         self.rows, self.tp = embedding, slices.tp
         self.start, self.stop = slices.range(Dim.VOCABULARY, tensor.shape[0])
         embedding.padding_idx = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self.rows.weight
 
     def forward(self, token_ids: Tensor) -> Tensor:
         outside = (token_ids < self.start) | (token_ids >= self.stop)
@@ -217,7 +221,7 @@ class GenericStage(nn.Module):
         self._bind_attention(backend, ops, block_size)
         _fill_buffers(model, device)
         # The family's own way from hidden states to logits. In a list: its modules are those of `model`.
-        self._head = [with_modules(model, {spec.prefix.rpartition(".")[0]: Body()})]
+        self._head = [with_head(model, spec.prefix, {})]
         model.config._attn_implementation = model.config._experts_implementation = NAME
 
     def _bind_attention(self, backend: str, ops: Ops, block_size: int | None) -> None:
@@ -422,26 +426,21 @@ def _fill_buffers(model: nn.Module, device: torch.device) -> None:
         names = [name for name in module._buffers if name in module._non_persistent_buffers_set]
         if not names:
             continue
-        for name in names:
-            blank = module._buffers[name]
-            assert blank is not None
-            setattr(module, name, torch.full_like(blank, _unmade(blank.dtype), device=device))
         maker = max((name for name in makers if path == name or not name or path.startswith(f"{name}.")), key=len)
-        makers[maker]._init_weights(module)
-        for name in names:
-            buffer = module._buffers[name]
-            assert buffer is not None
-            if (buffer.isnan() if buffer.is_floating_point() else buffer == _unmade(buffer.dtype)).any():
+        made = []
+        for poison in (0, 1):
+            for name in names:
+                setattr(module, name, torch.full_like(module._buffers[name], poison, device=device))
+            makers[maker]._init_weights(module)
+            made.append([module._buffers[name].clone() for name in names])
+        for name, first, second in zip(names, *made, strict=True):
+            if not torch.equal(first, second):
                 raise ValueError(f"{type(model).__name__} is not supported: nothing says what {path}.{name} holds")
         kinds = getattr(module, "rope_type", None)
         if isinstance(kinds, str):  # frequencies do not change within the length that the spec allows
             module.rope_type = "default"
         elif isinstance(kinds, dict):
             module.rope_type = dict.fromkeys(kinds, "default")
-
-
-def _unmade(dtype: torch.dtype) -> float:
-    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
 # ---- proving that it is one ------------------------------------------------------------------------------------------

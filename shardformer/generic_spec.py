@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..policies import AttentionKind, Dim, GenericSpec, TensorSpec
 from ..policies.generic import STYLES, Style, find_plan, style_of
 from .interfaces import NotHandedOn
-from .trace import Call, Refused, base_name, build, check_logits, run
+from .trace import Call, Refused, base_name, build, check_logits, check_windows, run
 
 _LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 _OTHER_MIXERS = re.compile(
@@ -63,6 +63,7 @@ def _read(config: Any, architecture: str) -> GenericSpec:
     for name, module in model.get_submodule(prefix).named_modules():
         if _OTHER_MIXERS.search(type(module).__name__) and not type(module).__name__ == "Conv1D":
             raise Refused(f"{prefix}.{name} is a {type(module).__name__}, which sees other tokens than through attention")
+    check_windows(model.config, calls)
     embedding, lm_head = _name_of(model, model.get_input_embeddings()), _name_of(model, model.get_output_embeddings())
     check_logits(model, prefix, lm_head, int(config.vocab_size), int(config.hidden_size))
     heads, _ = Counter((call.num_heads, call.num_kv_heads) for call in calls).most_common(1)[0]
@@ -208,7 +209,7 @@ def _tensors(
         if module in ends:
             yield TensorSpec(name, shape, (Dim.VOCABULARY, *whole[1:]))
             continue
-        inside = re.match(re.escape(prefix) + r"\.\d+\." + re.escape(attention) + r"\.(.+)", name)
+        inside = re.match(re.escape(prefix) + r"\.\d+\." + re.escape(attention.partition(".")[0]) + r"\.(.+)", name)
         style = STYLES[styles.get(name) or styles.get(module) or "replicate"]
         is_own = name in styles  # the parameter's own style, not that of its module
         along = _split_dim(style, len(shape), is_bias=name.endswith("bias") and not is_own)

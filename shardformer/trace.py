@@ -97,6 +97,18 @@ class Recorder:
         return windows[0]
 
 
+def check_windows(config: Any, calls: list[Call]) -> None:
+    """Proves that the masks of layers hide what transformers' own cache lets go of."""
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        return
+    for call, layer in zip(calls, DynamicCache(config=config).layers, strict=False):
+        kept = getattr(layer, "sliding_window", None)
+        if isinstance(layer, DynamicLayer) and kept != call.window:
+            raise Refused(f"{call.module} attends to {call.window or 'all'} keys, and its cache holds {kept or 'all'}")
+
+
 def build(config: Any, architecture: str, dtype: torch.dtype) -> nn.Module:
     """The model of a config, on the meta device; it keeps a copy of the config."""
     import transformers
@@ -198,9 +210,8 @@ def run(
 def check_logits(model: nn.Module, prefix: str, lm_head: str, vocab_size: int, hidden_size: int) -> None:
     """Proves that what the model does to logits, it does to each by itself: a rank has those of its vocabulary only."""
     logits = torch.linspace(-40, 40, vocab_size).view(1, 1, -1)
-    head = with_modules(model, {prefix.rpartition(".")[0]: Body(), lm_head: Given(logits)})
     cut = vocab_size // 3
-    part = with_modules(model, {prefix.rpartition(".")[0]: Body(), lm_head: Given(logits[..., cut:])})
+    head, part = (with_head(model, prefix, {lm_head: Given(given)}) for given in (logits, logits[..., cut:]))
     hidden = torch.empty(1, 1, hidden_size, device="meta")
     with torch.no_grad(), naming("a trial of its logits"):
         whole, some = (run_head(model, hidden) for model in (head, part))
@@ -209,7 +220,13 @@ def check_logits(model: nn.Module, prefix: str, lm_head: str, vocab_size: int, h
 
 
 class Body(nn.Module):
-    """In the place of a model's layers: gives back what it is given."""
+    """In the place of what makes hidden states: gives back what it is given. So does what it has at `path`."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        first, _, rest = path.partition(".")
+        if first:
+            setattr(self, first, Body(rest))
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         return _output_class()(last_hidden_state=inputs_embeds)
@@ -243,6 +260,13 @@ class Given(nn.Module):
 def run_head(model: nn.Module, hidden: Tensor) -> Tensor:
     """hidden: [1, num_rows, hidden] -> logits, by the model's own forward around `Body`."""
     return model(inputs_embeds=hidden, use_cache=False).logits
+
+
+def with_head(model: nn.Module, prefix: str, modules: dict[str, nn.Module]) -> nn.Module:
+    """The model without what makes hidden states, for `run_head`. prefix: of the decoder layers."""
+    base = base_name(model)
+    owner = prefix.rpartition(".")[0]
+    return with_modules(model, {base: Body(owner.removeprefix(base).removeprefix("."))} | modules)
 
 
 def with_modules(model: nn.Module, modules: dict[str, nn.Module]) -> nn.Module:
