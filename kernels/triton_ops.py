@@ -3,7 +3,7 @@
 This imports triton, which not every machine has and no CPU needs: `ops.select_ops` imports it late.
 """
 
-from . import linear
+from . import eager_moe, linear
 from .activation import activation, gated_activation
 from .embedding import embedding
 from .layer_norm import add_layer_norm, head_layer_norm
@@ -27,4 +27,8 @@ TRITON = Ops(
     embedding=embedding,
     counter_noise=counter_noise,
     sample_shard=sample_shard,
+    route=eager_moe.route,
+    plan_experts=eager_moe.plan_experts,
+    bind_grouped_linear=eager_moe.bind_grouped_linear,
+    combine=eager_moe.combine,
 )

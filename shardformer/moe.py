@@ -65,7 +65,8 @@ class Experts(LoadedModule):
     """This rank's part of the routed experts; its outputs' sum over tp is theirs.
 
     Products take weights [local experts, out, in]; those that the checkpoint has transposed are turned once they are
-    loaded. A bias of the down product, of which no rank has a part, is that of the rank which has the expert, or of rank 0.
+    loaded. A bias of the down product, of which no rank has a part, is that of the rank which has the expert, or of
+    rank 0.
     """
 
     def __init__(self, spec: MoESpec, prefix: str, context: Context) -> None:

@@ -539,8 +539,8 @@ def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
     rope = json.loads(file.read_text())["rope_parameters"]
     edit_config(copy, rope_parameters={**rope, "partial_rotary_factor": 0.5})
     assert fault(copy) == (
-        "LlamaForCausalLM with a rotary embedding of 2 of each head's 4 elements is not supported; head_dim must be even "
-        "and partial_rotary_factor 1"
+        "LlamaForCausalLM with a rotary embedding of 2 of each head's 4 elements is not supported; head_dim must be "
+        "even and partial_rotary_factor 1"
     )
 
 
