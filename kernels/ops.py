@@ -88,6 +88,7 @@ def _compiled(dtype: torch.dtype) -> Ops:
         rms_norm=compiled.rms_norm,
         add_rms_norm=compiled.add_rms_norm,
         rotary_store_kv=compiled.rotary_store_kv,
+        route=compiled.route,
         plan_experts=compiled.plan_experts,
         bind_grouped_linear=compiled.bind_grouped_linear,
         combine=compiled.combine,

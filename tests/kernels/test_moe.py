@@ -25,6 +25,7 @@ FORMS = [
     ("triton", torch.float16),
     pytest.param(("triton", torch.bfloat16), marks=pytest.mark.cuda),  # which the interpreter multiplies wrongly
 ]
+COMPILED = [("C++", torch.float32), ("triton", torch.float32)]
 
 
 @pytest.fixture(params=FORMS, ids=str)
@@ -44,7 +45,7 @@ def form(request: pytest.FixtureRequest, device: torch.device) -> Iterator[tuple
             ops = CpuOps(dtype)
         except Unavailable as reason:
             pytest.skip(f"{reason}")
-        chosen = {name: getattr(ops, name) for name in ("plan_experts", "bind_grouped_linear", "combine")}
+        chosen = {name: getattr(ops, name) for name in ("route", "plan_experts", "bind_grouped_linear", "combine")}
         yield replace(EAGER, **chosen), dtype
         torch.set_num_threads(before)
 
@@ -66,29 +67,35 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("num_tokens", [0, 9])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_triton_routes_alike(
-    routing: Routing, num_tokens: int, dtype: torch.dtype, device: torch.device, assert_same: Same
-) -> None:
-    route = pytest.importorskip("meshlm.kernels.route").route
+def test_route(routing: Routing, form: tuple[Ops, torch.dtype], device: torch.device, assert_same: Same) -> None:
     torch.manual_seed(0)
+    ops, dtype = form
     # No two alike: of equals torch may choose any.
-    logits = (torch.rand(num_tokens, 40, device=device).argsort(dim=1) / 8).to(dtype)[:, 3:21]
+    logits = (torch.rand(9, 18, device=device).argsort(dim=1) / 4 - 2).to(dtype)
     correction = torch.randn(18, device=device) * 0.3 if routing.scoring == "sigmoid" else None
-    weights, ids = route(logits, routing, correction)
-    expected_weights, expected_ids = eager_moe.route(logits, routing, correction)
-    assert torch.equal(ids, expected_ids)
-    assert_same(weights, expected_weights)
+    for num_tokens in (9, 1, 0):
+        weights, ids = ops.route(logits[:num_tokens], routing, correction)
+        expected_weights, expected_ids = eager_moe.route(logits[:num_tokens], routing, correction)
+        assert torch.equal(ids, expected_ids)
+        assert_same(weights, expected_weights)
+
+
+@pytest.mark.parametrize("form", COMPILED, ids=str, indirect=True)
+def test_of_equals_the_first_is_chosen(form: tuple[Ops, torch.dtype], device: torch.device) -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 1.0]], device=device)
+    assert form[0].route(logits, Routing(4, "softmax"), None)[1].tolist() == [[1, 3, 5, 0]]
+    grouped = Routing(3, "sigmoid", num_groups=3, top_groups=2, group_score="sum of two")
+    assert form[0].route(logits, grouped, None)[1].tolist() == [[1, 3, 0]]
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
+@pytest.mark.parametrize("form", COMPILED, ids=str, indirect=True)
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_any_logits_choose_experts(name: str, device: torch.device) -> None:
-    route = pytest.importorskip("meshlm.kernels.route").route
+def test_any_logits_choose_experts(name: str, form: tuple[Ops, torch.dtype], device: torch.device) -> None:
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[nan] * 18, [inf] * 18, [-inf] * 18, [1.0, inf, nan] * 6], device=device)
-    _, ids = route(logits, ROUTINGS[name])
+    _, ids = form[0].route(logits, ROUTINGS[name], None)
     assert ((ids >= 0) & (ids < 18)).all()
     assert all(len(set(row)) == len(row) for row in ids.tolist())
 
@@ -121,7 +128,7 @@ CHOICES: dict[str, Callable[[int, int], Tensor]] = {  # of num_tokens among num_
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 40, 1500])
-@pytest.mark.parametrize("form", [("C++", torch.float32), ("triton", torch.float32)], ids=str, indirect=True)
+@pytest.mark.parametrize("form", COMPILED, ids=str, indirect=True)
 def test_plan(form: tuple[Ops, torch.dtype], num_tokens: int, choice: str, device: torch.device) -> None:
     torch.manual_seed(0)
     for share in SHARES.values():
