@@ -124,3 +124,6 @@ def check_experts(spec: MoESpec | None, architecture: str, tp_size: int, expert_
             f"tp_size={tp_size} is more than the experts' intermediate size {spec.intermediate_size}; use tp_size <= "
             f"{spec.intermediate_size} or expert_parallel=True"
         )
+    if spec.shared is not None and tp_size > spec.shared.intermediate_size:
+        size = spec.shared.intermediate_size
+        raise ValueError(f"tp_size={tp_size} is more than the shared experts' size {size}; use tp_size <= {size}")

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..kernels import Ops
 from ..kernels.eager_moe import GroupedLinear, Routing
 from ..kernels.linear import Linear
+from ..mesh.collectives import Communicator
 from ..policies.experts import MoESpec, RouterSpec, SharedExpertSpec
-from .linear import Slices
 from .shard import Range, aligned_split, even_split
 from .weights import LoadedModule, Piece
 
@@ -24,9 +24,11 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class Router(LoadedModule):
     """[num_tokens, hidden] -> (weights float32, expert ids int32), both [num_tokens, top_k]; replicated over tp."""
 
-    def __init__(self, spec: RouterSpec, num_experts: int, hidden: int, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(
+        self, spec: RouterSpec, num_experts: int, hidden: int, prefix: str, dtype: torch.dtype, ops: Ops
+    ) -> None:
         super().__init__()
-        dtype = torch.float32 if spec.float32 else slices.dtype
+        dtype = torch.float32 if spec.float32 else dtype
         experts = (0, num_experts)
         self.pieces = {"weight": [Piece(f"{prefix}{spec.name}.weight", (experts, (0, hidden)))]}
         self.weight: nn.Parameter | None = _blank((num_experts, hidden), dtype)
@@ -68,9 +70,9 @@ class Experts(LoadedModule):
     loaded. The bias of a down product is held whole, by the rank that has the expert, or else by rank 0.
     """
 
-    def __init__(self, spec: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: MoESpec, prefix: str, tp: Communicator, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        rank, size, i, h = slices.tp.rank, slices.tp.size, spec.intermediate_size, spec.hidden_size
+        rank, size, i, h = tp.rank, tp.size, spec.intermediate_size, spec.hidden_size
         experts, part = (0, spec.num_experts), (0, i)
         if spec.expert_parallel:
             experts = even_split(spec.num_experts, size)[rank]
@@ -88,7 +90,7 @@ class Experts(LoadedModule):
             return Piece(tensor, (experts, out, into), (0, row))
 
         def matrix(out: int, into: int) -> nn.Parameter:
-            return _blank((self.num_local, into, out) if spec.transposed else (self.num_local, out, into), slices.dtype)
+            return _blank((self.num_local, into, out) if spec.transposed else (self.num_local, out, into), dtype)
 
         self.pieces = {
             "gate_up": [stacked("gate_up_proj", up, (0, h), i * width) for i, up in enumerate(ups)],
@@ -101,10 +103,10 @@ class Experts(LoadedModule):
         if spec.bias:
             bias = f"{prefix}{spec.name}.gate_up_proj_bias"
             self.pieces["gate_up_bias"] = [Piece(bias, (experts, up), (0, i * width)) for i, up in enumerate(ups)]
-            self.gate_up_bias = _blank((self.num_local, 2 * width), slices.dtype)
+            self.gate_up_bias = _blank((self.num_local, 2 * width), dtype)
             if spec.expert_parallel or rank == 0:
                 self.pieces["down_bias"] = [Piece(f"{prefix}{spec.name}.down_proj_bias", (experts, (0, h)))]
-                self.down_bias = _blank((self.num_local, h), slices.dtype)
+                self.down_bias = _blank((self.num_local, h), dtype)
         self.plan_experts, self.combine = ops.plan_experts, ops.combine
         self.activation = ops.gated_activation(spec.activation)
         self._bind_grouped_linear = ops.bind_grouped_linear
@@ -132,30 +134,32 @@ class Experts(LoadedModule):
 class SharedExpert(LoadedModule):
     """This rank's part of the MLP that all tokens use; its outputs' sum over tp is the MLP's."""
 
-    def __init__(self, spec: SharedExpertSpec, moe: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(
+        self, spec: SharedExpertSpec, moe: MoESpec, prefix: str, tp: Communicator, dtype: torch.dtype, ops: Ops
+    ) -> None:
         super().__init__()
         inner, hidden = f"{prefix}{spec.name}.", (0, moe.hidden_size)
-        part = aligned_split(spec.intermediate_size, slices.tp.size)[slices.tp.rank]
+        part = aligned_split(spec.intermediate_size, tp.size)[tp.rank]
         width, h = part[1] - part[0], moe.hidden_size
         ups = {"gate_proj": 0, "up_proj": width}  # first row
         self.pieces = {
             "gate_up": [Piece(f"{inner}{name}.weight", (part, hidden), (row,)) for name, row in ups.items()],
             "down": [Piece(f"{inner}down_proj.weight", (hidden, part))],
         }
-        self.gate_up: nn.Parameter | None = _blank((2 * width, h), slices.dtype)
-        self.down: nn.Parameter | None = _blank((h, width), slices.dtype)
+        self.gate_up: nn.Parameter | None = _blank((2 * width, h), dtype)
+        self.down: nn.Parameter | None = _blank((h, width), dtype)
         self.gate_up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
         self.gate: nn.Parameter | None = None
         if spec.bias:
             self.pieces["gate_up_bias"] = [Piece(f"{inner}{name}.bias", (part,), (row,)) for name, row in ups.items()]
-            self.gate_up_bias = _blank((2 * width,), slices.dtype)
-            if slices.tp.rank == 0:
+            self.gate_up_bias = _blank((2 * width,), dtype)
+            if tp.rank == 0:
                 self.pieces["down_bias"] = [Piece(f"{inner}down_proj.bias", (hidden,))]
-                self.down_bias = _blank((h,), slices.dtype)
+                self.down_bias = _blank((h,), dtype)
         if spec.gate is not None:
             self.pieces["gate"] = [Piece(f"{prefix}{spec.gate}.weight", ((0, 1), hidden))]
-            self.gate = _blank((1, h), slices.dtype)
+            self.gate = _blank((1, h), dtype)
         self.activation = ops.gated_activation(moe.activation)
         self._bind_linear = ops.bind_linear
         self.gate_up_product: Linear
@@ -178,12 +182,12 @@ class MixtureOfExperts(nn.Module):
     """[num_tokens, hidden] -> [num_tokens, hidden]: each token's experts, weighted, and the shared one; one sum over
     tp."""
 
-    def __init__(self, spec: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: MoESpec, prefix: str, tp: Communicator, dtype: torch.dtype, ops: Ops) -> None:
         super().__init__()
-        self.tp = slices.tp
-        self.router = Router(spec.router, spec.num_experts, spec.hidden_size, prefix, slices, ops)
-        self.experts = Experts(spec, prefix, slices, ops)
-        self.shared = None if spec.shared is None else SharedExpert(spec.shared, spec, prefix, slices, ops)
+        self.tp = tp
+        self.router = Router(spec.router, spec.num_experts, spec.hidden_size, prefix, dtype, ops)
+        self.experts = Experts(spec, prefix, tp, dtype, ops)
+        self.shared = None if spec.shared is None else SharedExpert(spec.shared, spec, prefix, tp, dtype, ops)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.experts(x, *self.router(x))

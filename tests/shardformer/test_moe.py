@@ -29,7 +29,6 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from meshlm.kernels import select_ops
 from meshlm.kernels.ops import EAGER, Ops
 from meshlm.policies import MoESpec, RouterSpec, SharedExpertSpec, check_experts
-from meshlm.shardformer.linear import Slices
 from meshlm.shardformer.moe import MixtureOfExperts
 from meshlm.shardformer.weights import ModuleSource, load_weights
 
@@ -176,9 +175,9 @@ def reference(block: nn.Module, x: Tensor) -> Tensor:
 def parts(spec: MoESpec, block: nn.Module, size: int, ops: Ops) -> Iterator[MixtureOfExperts]:
     """Each rank's module, loaded."""
     for rank in range(size):
-        slices = Slices(None, Position(rank, size), torch.float32)  # type: ignore[arg-type]
+        position: Any = Position(rank, size)
         with torch.device("meta"):
-            module = MixtureOfExperts(spec, "", slices, ops)
+            module = MixtureOfExperts(spec, "", position, torch.float32, ops)
         load_weights(module, ModuleSource(Mlp(block)), CPU)
         yield module
 
