@@ -93,6 +93,7 @@ def _compiled(dtype: torch.dtype) -> Ops:
         gated_activation=compiled.gated_activation,
         rotary_store_kv=compiled.rotary_store_kv,
         store_kv=compiled.store_kv,
+        route=compiled.route,
         plan_experts=compiled.plan_experts,
         bind_grouped_linear=compiled.bind_grouped_linear,
         combine=compiled.combine,

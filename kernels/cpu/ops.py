@@ -10,10 +10,12 @@ from torch import Tensor
 
 from ..batch import PagedBatch
 from ..eager import KINDS, PLAIN, Activation, AttentionFeatures
-from ..eager_moe import ExpertPlan, GroupedLinear
+from ..eager_moe import ExpertPlan, GroupedLinear, Routing
 from .build import Unavailable, load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 
 _Function = Callable[..., None]
 
@@ -36,6 +38,7 @@ class CpuOps:
         self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
         self._store_kv = _function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
         self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fflppi")
+        self._route = _function(library, "route", "ippppllliifllii")
         self._plan_experts = _function(library, "plan_experts", "pppplll")
         self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
         self._panel: int = library.grouped_panel()
@@ -202,6 +205,31 @@ class CpuOps:
             self._threads,
         )
         return out
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits: of any dtype of these ops."""
+        assert logits.is_contiguous() and (correction is None or correction.dtype == torch.float32)
+        num_tokens, num_experts = logits.shape
+        weights = torch.empty(num_tokens, routing.top_k)
+        ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int32)
+        self._route(
+            DTYPES[logits.dtype],
+            logits.data_ptr(),
+            None if correction is None else correction.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            num_tokens,
+            num_experts,
+            routing.top_k,
+            _SCORINGS[routing.scoring],
+            routing.normalise,
+            routing.scale,
+            routing.num_groups,
+            routing.top_groups,
+            routing.group_score == "sum of two",
+            self._threads,
+        )
+        return weights, ids
 
     def plan_experts(self, ids: Tensor, first: int, num_local: int) -> ExpertPlan:
         assert ids.is_contiguous() and ids.dtype == torch.int32
