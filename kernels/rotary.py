@@ -68,7 +68,7 @@ def _rotate(
 def _rotary_store_kv_kernel(
     query: tl.tensor,
     key: tl.tensor,
-    value: tl.tensor,
+    value: tl.tensor,  # or None
     cos: tl.tensor,
     sin: tl.tensor,
     positions: tl.tensor,
@@ -90,10 +90,11 @@ def _rotary_store_kv_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ) -> None:
@@ -141,17 +142,18 @@ def _rotary_store_kv_kernel(
                 BLOCK_WIDTH,
                 BLOCK_REST,
             )
-            dims = tl.arange(0, BLOCK_DIM)[None, :]
-            mask = (heads[:, None] < KV_HEADS) & (dims < HEAD_DIM)
-            values = tl.load(value + token * value_token + heads[:, None] * value_head + dims, mask=mask, other=0.0)
-            to = value_cache + slot * value_slot + heads[:, None] * value_slot_head + dims
-            _store(to, values, mask, True)
+            if value is not None:
+                dims = tl.arange(0, BLOCK_VALUE)[None, :]
+                mask = (heads[:, None] < KV_HEADS) & (dims < VALUE_DIM)
+                values = tl.load(value + token * value_token + heads[:, None] * value_head + dims, mask=mask, other=0.0)
+                to = value_cache + slot * value_slot + heads[:, None] * value_slot_head + dims
+                _store(to, values, mask, True)
 
 
 def rotary_store_kv(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -162,14 +164,17 @@ def rotary_store_kv(
 ) -> Tensor:
     """`eager.rotary_store_kv`. The elements of a head lie side by side everywhere, the slots of a cache evenly."""
     num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads, width = key.shape[1], cos.shape[1]
-    assert key.shape == value.shape == (num_tokens, num_kv_heads, head_dim) and query.dtype == key.dtype == value.dtype
-    assert key_cache.shape == value_cache.shape and key_cache.shape[2:] == (num_kv_heads, head_dim)
+    num_kv_heads, width, value_dim = key.shape[1], cos.shape[1], value_cache.shape[-1]
+    assert key.shape == (num_tokens, num_kv_heads, head_dim) and query.dtype == key.dtype
+    assert key_cache.shape[:3] == value_cache.shape[:3] and key_cache.shape[2:] == (num_kv_heads, head_dim)
     assert key_cache.dtype == value_cache.dtype == key.dtype
+    if value is not None:
+        assert value.shape == (num_tokens, num_kv_heads, value_dim) and value.dtype == key.dtype
+        assert value.stride(-1) == 1 or value_dim == 1
     assert 2 * width <= head_dim and cos.shape == sin.shape and cos.is_contiguous() and sin.is_contiguous()
     assert positions.shape == slots.shape == (num_tokens,) and positions.is_contiguous() and slots.is_contiguous()
-    for heads in (query, key, value, key_cache, value_cache):
-        assert heads.stride(-1) == 1 or head_dim == 1
+    for heads in (query, key, key_cache, value_cache):
+        assert heads.stride(-1) == 1 or heads.shape[-1] == 1
     for cache in (key_cache, value_cache):
         assert cache.stride(0) == cache.shape[1] * cache.stride(1) or len(cache) <= 1
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -191,17 +196,18 @@ def rotary_store_kv(
         out,
         *query.stride()[:2],
         *key.stride()[:2],
-        *value.stride()[:2],
+        *((0, 0) if value is None else value.stride()[:2]),
         cos.stride(0),
         *key_cache.stride()[1:3],
         *value_cache.stride()[1:3],
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        VALUE_DIM=value_dim,
         WIDTH=width,
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
-        BLOCK_DIM=block_dim,
+        BLOCK_VALUE=power_of_two(value_dim),
         BLOCK_WIDTH=power_of_two(width),
         BLOCK_REST=power_of_two(head_dim - 2 * width),
         num_warps=max(1, min(4, block_heads * block_dim // 512)),

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import PagedBatch
-from ..eager import PLAIN, AttentionFeatures
+from ..eager import PLAIN, AttentionFeatures, values_in_keys
 from .build import Unavailable, load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -29,9 +29,10 @@ class CpuOps:
         library = load_library()
         self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "llffi")
         self._silu_and_mul = _function(library, "silu_and_mul", "ipplli")
-        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 8 + "ii")
-        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fflppi")
+        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 9 + "ii")
+        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
+        self.max_head_dim: int = library.max_head_dim()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         return self.add_rms_norm(x, None, weight, eps, offset)[0]
@@ -69,7 +70,7 @@ class CpuOps:
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor,
@@ -80,14 +81,16 @@ class CpuOps:
     ) -> Tensor:
         num_tokens, heads, head_dim = query.shape
         kv_heads = key.shape[1]
-        assert query.stride()[1:] == key.stride()[1:] == value.stride()[1:] == (head_dim, 1)
-        assert key_cache.is_contiguous() and value_cache.is_contiguous()
+        value_dim = value_cache.shape[-1]
+        assert query.stride()[1:] == key.stride()[1:] == (head_dim, 1) and key_cache.is_contiguous()
+        if value is not None:
+            assert value.stride()[1:] == (value_dim, 1) and value_cache.is_contiguous()
         out = torch.empty(num_tokens, heads, head_dim, dtype=query.dtype)
         self._rotary_store_kv(
             self._dtype,
             query.data_ptr(),
             key.data_ptr(),
-            value.data_ptr(),
+            None if value is None else value.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             positions.data_ptr(),
@@ -99,10 +102,11 @@ class CpuOps:
             heads,
             kv_heads,
             head_dim,
+            value_dim,
             cos.shape[1],
             query.stride(0),
             key.stride(0),
-            value.stride(0),
+            0 if value is None else value.stride(0),
             interleaved,
             self._threads,
         )
@@ -117,10 +121,13 @@ class CpuOps:
         scale: float,
         features: AttentionFeatures = PLAIN,
     ) -> Tensor:
-        """query: [num_tokens, heads, head_dim], contiguous; head_dim a multiple of `head_dim_multiple`, up to 256."""
-        assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+        """query: [num_tokens, heads, head_dim], contiguous; head_dim and value_dim multiples of `head_dim_multiple`, up
+        to `max_head_dim`."""
+        assert query.is_contiguous() and key_cache.is_contiguous()
+        assert value_cache.is_contiguous() or values_in_keys(key_cache, value_cache)
         _, block_size, kv_heads, head_dim = key_cache.shape
-        out = torch.empty_like(query)
+        num_tokens, heads, value_dim = *query.shape[:2], value_cache.shape[-1]
+        out = torch.empty(num_tokens, heads, value_dim, dtype=query.dtype)
         num_seqs, max_blocks = batch.block_tables.shape
         sinks = None if features.sinks is None else features.sinks.float().contiguous()
         slopes = None if features.alibi_slopes is None else features.alibi_slopes.float().contiguous()
@@ -135,9 +142,11 @@ class CpuOps:
             batch.key_lens.data_ptr(),
             num_seqs,
             max_blocks,
-            query.shape[1],
+            heads,
             kv_heads,
             head_dim,
+            value_dim,
+            value_cache.stride(1),
             block_size,
             scale,
             features.softcap or 0.0,
