@@ -1,15 +1,42 @@
 """Declarations of model families: names, sharding dims, sizes."""
 
-from .base import Dim, LayerModules, ModelSpec, Module, Policy, RotarySpec
+from .base import (
+    AttentionKind,
+    DecoderSpec,
+    Dim,
+    EmbeddingSpec,
+    HeadSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    Module,
+    MultiHeadSpec,
+    NormSpec,
+    Policy,
+    QKNorm,
+    Residual,
+    RotarySpec,
+    TensorSpec,
+)
 from .registry import find_policy, supported_architectures
 
 __all__ = [
+    "AttentionKind",
+    "DecoderSpec",
     "Dim",
-    "LayerModules",
+    "EmbeddingSpec",
+    "HeadSpec",
+    "LayerSpec",
+    "MLPSpec",
     "ModelSpec",
     "Module",
+    "MultiHeadSpec",
+    "NormSpec",
     "Policy",
+    "QKNorm",
+    "Residual",
     "RotarySpec",
+    "TensorSpec",
     "find_policy",
     "supported_architectures",
 ]

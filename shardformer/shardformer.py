@@ -1,7 +1,8 @@
 """`InferenceShardformer`: from a model and a mesh to this rank's stage, loaded and bound."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -11,10 +12,11 @@ from torch import nn
 
 from ..config import InferenceConfig
 from ..kernels import select_ops
+from ..kernels.eager import ACTIVATIONS
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
-from ..policies import ModelSpec, RotarySpec, find_policy
+from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy
 from .backends import Workload, tune
 from .linear import Slices
 from .rebinding import bind
@@ -53,6 +55,10 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]  # of the model's config; a generation config may know better
 
 
+STAGES: dict[type[ModelSpec], Callable[..., PipelineStage]] = {DecoderSpec: PipelineStage}
+"""Whose layers a spec's stage is made of."""
+
+
 def open_checkpoint(model: Model) -> Checkpoint:
     """Reads a model's config and its tensors' names and shapes.
 
@@ -73,8 +79,8 @@ def open_checkpoint(model: Model) -> Checkpoint:
         dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
         spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
         source, name = ModuleSource(model), type(model).__name__
-        tied = {spec.lm_head.name + ".weight"} if spec.tied_embeddings else set()
-        source.shapes = {name: shape for name, shape in source.shapes.items() if name not in tied}
+        unused = re.compile("|".join(f"(?:{pattern})" for pattern in spec.ignored) or "$.")
+        source.shapes = {name: shape for name, shape in source.shapes.items() if not unused.fullmatch(name)}
     else:
         path, name = Path(model).expanduser(), str(model)
         if not path.exists():
@@ -84,13 +90,7 @@ def open_checkpoint(model: Model) -> Checkpoint:
         config = _read_config(path)
         spec = find_policy(config.architectures or []).spec(config, read_rotary)
         source = SafetensorsSource(path) if path.is_dir() else GGUFSource(path, config, spec)
-    if spec.activation != "silu":
-        raise ValueError(f"{name}: hidden_act={spec.activation!r} is not supported; supported: 'silu'")
-    if 2 * len(spec.rotary.inv_freq) != spec.head_dim:
-        raise ValueError(
-            f"{name}: rotary embedding of {2 * len(spec.rotary.inv_freq)} of each head's {spec.head_dim} elements is "
-            f"not supported; head_dim must be even and partial_rotary_factor 1"
-        )
+    check_spec(spec, name)
     if not isinstance(model, nn.Module) and getattr(config, "dtype", None) is None:
         spec = replace(spec, dtype=source.dtype)
     check_checkpoint(spec, source, name)
@@ -143,21 +143,38 @@ def _architecture_of(config: Any) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
-def read_rotary(config: Any) -> RotarySpec:
-    """RoPE frequencies of a transformers config, by transformers' own functions for every scaling kind."""
+def check_spec(spec: ModelSpec, name: str) -> None:
+    """Raises ValueError where a config asks for what our layers do not have."""
+    if not isinstance(spec, DecoderSpec):
+        return
+    for layer in set(spec.layers):
+        activation = getattr(layer.mlp, "activation", None)
+        if activation is not None and activation not in ACTIVATIONS:
+            raise ValueError(
+                f"{name}: activation {activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
+            )
+
+
+def read_rotary(config: Any, layer_type: str | None = None) -> RotarySpec:
+    """RoPE frequencies of a transformers config, by transformers' own functions for every scaling kind.
+
+    layer_type: of layers, where the config has parameters for each.
+    """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    parameters = config.rope_parameters
-    kind = parameters["rope_type"]
+    parameters, kwargs = getattr(config, "rope_parameters", None), {}
+    if parameters is None:  # GPT-J and its like, older than the name
+        parameters = {"rope_type": "default", "rope_theta": 10000.0}
+    elif layer_type is not None and layer_type in parameters:
+        parameters, kwargs = parameters[layer_type], {"layer_type": layer_type}
+    kind = parameters.get("rope_type", "default")
     if kind == "default":
-        dim = int(
-            (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-            * parameters.get("partial_rotary_factor", 1.0)
-        )
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = getattr(config, "rotary_dim", None) or int(head_dim * parameters.get("partial_rotary_factor", 1.0))
         inv_freq = 1.0 / (parameters["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float) / dim))
         scaling = 1.0
     else:
-        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
+        inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), **kwargs)
     # These two choose frequencies by the length of the sequence: past the original length keys that are cached
     # already would be wrong.
     changing = kind in ("dynamic", "longrope")
@@ -201,7 +218,7 @@ class InferenceShardformer:
         pp_size, pp_rank = self.mesh.size("pp"), self.mesh.coordinate("pp")
         slices = Slices(self.shards(spec), self.tp, dtype)
         is_tuned = self.config.attention_backend == "tuned"
-        stage = PipelineStage(
+        stage = STAGES[type(spec)](
             spec,
             split_layers(spec, pp_size)[pp_rank],
             slices,
@@ -238,7 +255,7 @@ def workload_of(config: InferenceConfig, spec: ModelSpec) -> Workload:
 
 def max_model_len(config: InferenceConfig, spec: ModelSpec) -> int:
     """Tokens a sequence may have. Raises ValueError if the config asks for more than the model's positions."""
-    limit = min(spec.max_position_embeddings, spec.rotary.max_positions or spec.max_position_embeddings)
+    limit = spec.max_position_embeddings
     if config.max_model_len is not None and config.max_model_len > limit:
         raise ValueError(f"max_model_len={config.max_model_len} is more than the model's {limit} positions")
     return config.max_model_len or limit

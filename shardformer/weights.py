@@ -14,14 +14,16 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,15 +47,24 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Piece:
-    """A slice of a checkpoint tensor and the rows of a parameter that it fills."""
+    """A slice of a checkpoint tensor and the box of a parameter that it fills."""
 
     tensor: str
     ranges: tuple[Range, ...]  # one (start, stop) for each dim of the checkpoint's tensor
-    row: int = 0  # first row of the parameter
+    start: tuple[int, ...] = ()  # the box's first index in the parameter; dims that are not given begin at 0
+    transposed: bool = False  # a matrix that the parameter holds transposed
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.ranges)
+        """Of the box."""
+        shape = tuple(stop - start for start, stop in self.ranges)
+        return shape[::-1] if self.transposed else shape
+
+    @property
+    def box(self) -> tuple[Range, ...]:
+        """(start, stop) in each dim of the parameter."""
+        start = self.start + (0,) * (len(self.ranges) - len(self.start))
+        return tuple((first, first + length) for first, length in zip(start, self.shape, strict=True))
 
 
 class WeightSource(ABC):
@@ -65,7 +76,7 @@ class WeightSource(ABC):
 
     @abstractmethod
     def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
-        """Fills `out` (contiguous, of the slice's shape, any dtype and device) with a slice of a tensor."""
+        """Fills `out` (of the slice's shape; any strides, dtype and device) with a slice of a tensor."""
 
     def close(self) -> None:  # noqa: B027  (there may be nothing to close)
         """Lets go of files; a later `read` opens them again."""
@@ -107,33 +118,37 @@ class SafetensorsSource(WeightSource):
     def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
         entry = self._entries[name]
         dtype = _DTYPES[entry.dtype]
-        if out.dtype == dtype and out.device.type == "cpu":
-            self._read_rows(entry, ranges, out)
+        if out.dtype == dtype and out.device.type == "cpu" and (out.ndim == 0 or out.stride(-1) == 1):
+            self._read_runs(entry, ranges, out)
             return
-        rows, row_bytes = out.shape[0], max(1, prod(out.shape[1:]) * dtype.itemsize)
-        step = max(1, _STAGING_BYTES // row_bytes)
-        staging = torch.empty((min(step, rows), *out.shape[1:]), dtype=dtype, pin_memory=out.device.type == "cuda")
-        for start in range(0, rows, step):
-            part = staging[: min(step, rows - start)]
-            first = ranges[0][0] + start
-            self._read_rows(entry, ((first, first + len(part)), *ranges[1:]), part)
-            out[start : start + len(part)].copy_(part)
+        most = max(1, _STAGING_BYTES // dtype.itemsize)
+        size = min(most, max(out.numel(), 1))
+        staging = torch.empty(size, dtype=dtype, pin_memory=out.device.type == "cuda")
+        for block in _blocks(ranges, most):
+            lengths = [stop - start for start, stop in block]
+            part = staging[: prod(lengths)].view(lengths)
+            self._read_runs(entry, block, part)
+            inside = tuple(slice(a - start, b - start) for (a, b), (start, _) in zip(block, ranges, strict=True))
+            out[inside].copy_(part)
 
-    def _read_rows(self, entry: _Entry, ranges: tuple[Range, ...], out: Tensor) -> None:
-        """Reads whole rows in one run, parts of rows one by one, into contiguous host memory."""
+    def _read_runs(self, entry: _Entry, ranges: tuple[Range, ...], out: Tensor) -> None:
+        """Reads into host memory whose last dim is contiguous, in as few runs as both sides' layouts allow."""
         if not out.numel():
             return
         size = out.element_size()
-        buffer = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        (start, stop), inner = ranges[0], ranges[1:]
-        row = prod(entry.shape[1:])
-        if all(r == (0, n) for r, n in zip(inner, entry.shape[1:], strict=True)):
-            self._pread(entry, start * row * size, buffer)
-            return
-        (first, last) = inner[0]  # a matrix: linear layers have no more dims
-        width = (last - first) * size
-        for i, index in enumerate(range(start, stop)):
-            self._pread(entry, (index * row + first) * size, buffer[i * width : (i + 1) * width])
+        strides = [prod(entry.shape[dim + 1 :]) for dim in range(out.ndim)]
+        outer, run = out.ndim, 1  # dims that are stepped through, and elements that lie together behind them
+        while outer and (out.shape[outer - 1] == 1 or out.stride(outer - 1) == run == strides[outer - 1]):
+            run *= out.shape[outer - 1]
+            outer -= 1
+        span = 1 + sum((length - 1) * stride for length, stride in zip(out.shape, out.stride(), strict=True))
+        flat = out.as_strided((span,), (1,))
+        buffer = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        first = sum(start * stride for (start, _), stride in zip(ranges, strides, strict=True))
+        for index in product(*(range(length) for length in out.shape[:outer])):
+            offset = (first + sum(map(operator.mul, index, strides))) * size
+            begin = sum(map(operator.mul, index, out.stride())) * size
+            self._pread(entry, offset, buffer[begin : begin + run * size])
 
     def _pread(self, entry: _Entry, offset: int, buffer: memoryview) -> None:
         if entry.file not in self._files:
@@ -154,6 +169,23 @@ class SafetensorsSource(WeightSource):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": {}}
+
+
+def _blocks(ranges: tuple[Range, ...], most: int) -> Iterator[tuple[Range, ...]]:
+    """Boxes of at most `most` elements that tile `ranges`: rows together where they fit, else parts of one row."""
+    if not ranges:
+        yield ()
+        return
+    (start, stop), inner = ranges[0], ranges[1:]
+    row = max(1, prod(last - first for first, last in inner))
+    if row > most:
+        for index in range(start, stop):
+            for block in _blocks(inner, most):
+                yield (index, index + 1), *block
+        return
+    step = most // row
+    for first in range(start, stop, step):
+        yield (first, min(first + step, stop)), *inner
 
 
 def _safetensors_files(path: Path) -> tuple[list[Path], dict[str, Path]]:
@@ -333,7 +365,7 @@ class RandomSource(WeightSource):
     """
 
     def __init__(self, spec: ModelSpec) -> None:
-        self.shapes = {name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
+        self.shapes = spec.shapes()
 
     def read(self, name: str, ranges: tuple[Range, ...], out: Tensor) -> None:
         if name.endswith("norm.weight"):
@@ -345,7 +377,7 @@ class RandomSource(WeightSource):
 
 def check_checkpoint(spec: ModelSpec, source: WeightSource, where: str) -> None:
     """Proves, from names and shapes alone, that a checkpoint is the model's: nothing missing, misshapen, left over."""
-    expected = {name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
+    expected = spec.shapes()
     found = source.shapes
     missing = [name for name in expected if name not in found]
     wrong = [
@@ -423,11 +455,23 @@ def _return_freed_memory() -> None:
 
 
 def _fill(blank: Tensor, pieces: Sequence[Piece], source: WeightSource, device: torch.device) -> nn.Parameter:
+    assert _tile(blank.shape, [piece.box for piece in pieces]), (pieces, blank.shape)
     parameter = nn.Parameter(torch.empty_like(blank, device=device), requires_grad=False)
-    row = 0
-    for piece in sorted(pieces, key=lambda piece: piece.row):
-        assert piece.row == row and piece.shape[1:] == blank.shape[1:], (piece, blank.shape)
-        row += piece.shape[0]
-        source.read(piece.tensor, piece.ranges, parameter.data[piece.row : row])
-    assert row == len(blank), (pieces, blank.shape)
+    for piece in pieces:
+        part = parameter.data[tuple(slice(*box) for box in piece.box)]
+        source.read(piece.tensor, piece.ranges, part.T if piece.transposed else part)
     return parameter
+
+
+def _tile(shape: Sequence[int], boxes: Sequence[tuple[Range, ...]]) -> bool:
+    """Whether boxes cover each element of a tensor once: counted on the grid that all their edges make."""
+    if any(len(box) != len(shape) for box in boxes):
+        return False
+    edges = [sorted({0, size, *(edge for box in boxes for edge in box[dim])}) for dim, size in enumerate(shape)]
+    if any((cuts[0], cuts[-1]) != (0, size) for cuts, size in zip(edges, shape, strict=True)):
+        return False
+    cells = [{edge: cell for cell, edge in enumerate(cuts)} for cuts in edges]
+    count = np.zeros([len(cuts) - 1 for cuts in edges], dtype=np.int32)
+    for box in boxes:
+        count[tuple(slice(cell[start], cell[stop]) for cell, (start, stop) in zip(cells, box, strict=True))] += 1
+    return bool((count == 1).all())
