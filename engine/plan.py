@@ -46,9 +46,11 @@ def settings(config: InferenceConfig, device: torch.device, checkpoint: Checkpoi
     found["InferenceConfig.device"] = device.type
     found |= _flat("model", asdict(spec))
     found["model.eos_token_id"] = list(checkpoint.eos_token_ids)
-    name, row = f"{spec.layer_prefix(0)}{spec.layer.query.name}.weight", torch.empty(1, spec.hidden_size)
+    tensor = max(spec.layer_tensors(0), key=lambda tensor: len(tensor.shape))  # a matrix: norms are too much alike
+    name, first = tensor.name, tuple((0, 1) for _ in tensor.shape[:-1])
+    row = torch.empty(*(1 for _ in first), tensor.shape[-1])
     with suppress(CheckpointError, OSError):
-        checkpoint.source.read(name, ((0, 1), (0, spec.hidden_size)), row)
+        checkpoint.source.read(name, (*first, (0, tensor.shape[-1])), row)
         found[f"model: checksum of {name}[0]"] = zlib.crc32(row.numpy().tobytes())
     return found
 
@@ -131,7 +133,8 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
     for rank, device in enumerate(devices, first_rank):
         _, rest = divmod(rank, config.pp_size * config.tp_size)
         stage, tp_rank = divmod(rest, config.tp_size)
-        _check_backend(config, attention_spec(spec, shards, tp_rank, dtype, device, config.block_size))
+        for kind in set(spec.attention_kinds[slice(*stages[stage])]):
+            _check_backend(config, attention_spec(kind, shards, tp_rank, dtype, device, config.block_size))
         needed[device] += stage_num_elements(spec, shards, stages[stage], tp_rank) * dtype.itemsize
     for device, size in needed.items():
         free = available_bytes(device)

@@ -118,7 +118,7 @@ class Worker:
         self.block_size = block_size = self.config.block_size or preferred
         tp, pp = shardformer.tp, Communicator.along(self.mesh, "pp")
         shards = shardformer.shards(checkpoint.spec)
-        vocabulary = [shards.range(Dim.VOCABULARY, rank) for rank in range(tp.size)]
+        vocabulary = [shards.range(Dim.VOCABULARY, checkpoint.spec.vocab_size, rank) for rank in range(tp.size)]
         ops = select_ops(self.device, stage.dtype)
         sampler = Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
         self.runner = ModelRunner(stage, block_size, pp, sampler, self.config.max_num_seqs)

@@ -3,8 +3,9 @@
 Shapes use ``num_tokens`` for tokens flattened over the batch; nothing is padded unless a comment says so.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -39,32 +40,99 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, offset), total
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """``weight * (x - mean(x)) / sqrt(var(x) + eps) + bias``, in float32 inside (Ba et al. 2016).
+def add_layer_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Adds x to the residual stream and normalises the sum: ``(layer_norm(x + residual), x + residual)``.
 
-    x: [..., hidden]; weight, bias: [hidden]; var: mean of squares about the mean. Returns x's shape and dtype.
+    layer_norm(x) is ``weight * (x - mean(x)) / sqrt(var(x) + eps) + bias``, var being the mean of squares about the
+    mean, in float32 inside (Ba et al. 2016). x, residual: [..., hidden]; ``residual=None`` means that the stream starts
+    with x, which is then the sum itself; weight, bias: [hidden], None: without (OLMo has neither).
     """
-    return F.layer_norm(x, weight.shape, weight, bias, eps)
+    total = x if residual is None else x + residual
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
+def head_layer_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Layer norm of each head with a weight of its own and no bias (Cohere), in float32 inside.
+
+    x: [num_tokens, heads, head_dim], a view of a wider product as a rule; weight: [heads, head_dim]. Contiguous.
+    """
+    wide = x.float()
+    centred = wide - wide.mean(dim=-1, keepdim=True)
+    scale = centred.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    return centred.mul_(scale).mul_(weight.float()).to(x.dtype, memory_format=torch.contiguous_format)
 
 
 # --------------------------------------------------------------------------------------------------------------
 # activations
 
 
-def silu_and_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` (SwiGLU, Shazeer 2020). gate_up: [num_tokens, 2 * n], gate first. Returns [num_tokens, n]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
+ACTIVATIONS = {  # the kinds, by the names that transformers' configs give them
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "quick_gelu",
+    "relu": "relu",
+    "relu2": "relu2",
+}
+
+Activation = Callable[[Tensor], Tensor]
 
 
-def gelu_and_mul(gate_up: Tensor, tanh: bool) -> Tensor:
-    """``gelu(gate) * up`` (GEGLU, Shazeer 2020). gate_up: [num_tokens, 2 * n], gate first. Returns [num_tokens, n].
+def _quick_gelu(x: Tensor) -> Tensor:
+    wide = x.float()
+    return torch.sigmoid(1.702 * wide).mul_(wide).to(x.dtype)
 
-    gelu(x) is ``x * Phi(x)``, Phi from erf, or ``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x³)))`` for `tanh`
-    (Hendrycks & Gimpel 2016).
+
+_ACTIVATED: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "quick_gelu": _quick_gelu,
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square_(),
+}
+
+
+def activation(kind: str) -> Activation:
+    """The function of that kind, x [num_tokens, n] -> a new tensor of x's shape; in float32 inside, rounded once.
+
+    silu         ``x * sigmoid(x)``
+    gelu         ``x * Phi(x)``, Phi from erf (Hendrycks & Gimpel 2016)
+    gelu_tanh    ``x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 x³)))``
+    quick_gelu   ``x * sigmoid(1.702 x)``
+    relu, relu2  ``max(x, 0)`` and its square (So et al. 2021)
     """
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh" if tanh else "none").mul_(up)
+    return _ACTIVATED[kind]
+
+
+def gated_activation(kind: str) -> Activation:
+    """``activation(gate) * up`` (Shazeer 2020), the activation rounded before the product: gate_up -> [num_tokens, n].
+
+    gate_up: [num_tokens, 2 * n], gate first. One more kind, `swiglu_oai` (GPT-OSS), has gate and up in turns, and is
+    ``(up + 1) * gate * sigmoid(1.702 * gate)`` with gate at most 7 and up within ±7, rounded once.
+    """
+    if kind == "swiglu_oai":
+        return _swiglu_oai
+    activated = _ACTIVATED[kind]
+
+    def gated(gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activated(gate).mul_(up)
+
+    return gated
+
+
+def _swiglu_oai(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up[..., ::2].float().clamp(max=7.0), gate_up[..., 1::2].float().clamp(-7.0, 7.0)
+    return (torch.sigmoid(1.702 * gate).mul_(gate) * (up + 1)).to(gate_up.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -97,8 +165,9 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     (Attention masks a slot that is not its sequence's by a weight of 0, which only a finite value survives: one
     request's overflow must not reach another that gets its block later, or is padded with it.)
 
-    key, value: [num_tokens, kv_heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim];
-    slots: [num_tokens] int64, ``block * block_size + offset``; a row whose slot is -1 is padding and not stored.
+    key, value: [num_tokens, kv_heads, head_dim], where a value's head may be of another size; caches: [num_blocks,
+    block_size, kv_heads, head_dim], each with its heads; slots: [num_tokens] int64, ``block * block_size + offset``; a
+    row whose slot is -1 is padding and not stored.
     """
     key_slots, value_slots = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
     if not slots.is_cpu:
@@ -141,9 +210,9 @@ def rotary_store_kv(
 ) -> Tensor:
     """Rotates a step's queries and keys and stores its keys and values: `rotary` of both, then `store_kv`.
 
-    query: [num_tokens, heads, head_dim], key, value: [num_tokens, kv_heads, head_dim], views of one product as a rule;
-    cos, sin: [max_positions, width], width <= head_dim / 2; positions: [num_tokens] int64. Returns the rotated query,
-    contiguous.
+    query: [num_tokens, heads, head_dim], key: [num_tokens, kv_heads, head_dim], value: [num_tokens, kv_heads,
+    value_dim], views of one product as a rule; cos, sin: [max_positions, width], width <= head_dim / 2; positions:
+    [num_tokens] int64. Returns the rotated query, contiguous.
     """
     cos, sin = cos[positions], sin[positions]
     store_kv(rotary(key, cos, sin, interleaved), value, key_cache, value_cache, slots)

@@ -20,10 +20,12 @@ class Ops:
     bind_shared_linear: Callable[[Tensor], linear.Linear]  # the same for a weight that others read too
     rms_norm: Callable[..., Tensor]  # ...: the last argument has a default
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
-    layer_norm: Callable[[Tensor, Tensor, Tensor | None, float], Tensor]
-    silu_and_mul: Callable[[Tensor], Tensor]
-    gelu_and_mul: Callable[[Tensor, bool], Tensor]
+    add_layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]]
+    head_layer_norm: Callable[[Tensor, Tensor, float], Tensor]
+    activation: Callable[[str], eager.Activation]  # of a kind
+    gated_activation: Callable[[str], eager.Activation]
     rotary_store_kv: Callable[..., Tensor]
+    store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     embedding: Callable[[Tensor, Tensor, int], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
@@ -35,10 +37,12 @@ EAGER = Ops(
     bind_shared_linear=linear.bind_plain,
     rms_norm=eager.rms_norm,
     add_rms_norm=eager.add_rms_norm,
-    layer_norm=eager.layer_norm,
-    silu_and_mul=eager.silu_and_mul,
-    gelu_and_mul=eager.gelu_and_mul,
+    add_layer_norm=eager.add_layer_norm,
+    head_layer_norm=eager.head_layer_norm,
+    activation=eager.activation,
+    gated_activation=eager.gated_activation,
     rotary_store_kv=eager.rotary_store_kv,
+    store_kv=eager.store_kv,
     embedding=eager.embedding,
     counter_noise=eager.counter_noise,
     sample_shard=eager.sample_shard,
@@ -74,7 +78,6 @@ def _compiled(dtype: torch.dtype) -> Ops:
         name="C++",
         rms_norm=compiled.rms_norm,
         add_rms_norm=compiled.add_rms_norm,
-        silu_and_mul=compiled.silu_and_mul,
         rotary_store_kv=compiled.rotary_store_kv,
     )
 
@@ -85,7 +88,7 @@ def _triton(device: torch.device, dtype: torch.dtype) -> Ops:
     try:
         from .triton_ops import TRITON
 
-        TRITON.silu_and_mul(torch.ones(1, 2, dtype=dtype, device=device))
+        TRITON.gated_activation("silu")(torch.ones(1, 2, dtype=dtype, device=device))
     except Exception as error:
         reason = " ".join(str(error).split())
         warnings.warn(f"Triton's kernels do not run on {device}, plain torch does their work: {reason}", stacklevel=3)

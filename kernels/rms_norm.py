@@ -8,17 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows import RowTiles, as_rows
-
-
-@triton.jit
-def _summed(x: tl.tensor, residual: tl.tensor, x_at: tl.tensor, residual_at: tl.tensor, mask: tl.tensor) -> tl.tensor:
-    """x + residual, rounded to x's dtype, in float32."""
-    total = tl.load(x + x_at, mask=mask, other=0.0)
-    if residual is not None:
-        added = total.to(tl.float32) + tl.load(residual + residual_at, mask=mask, other=0.0).to(tl.float32)
-        total = added.to(total.dtype)
-    return total.to(tl.float32)
+from .rows import RowTiles, as_rows, summed
 
 
 @triton.jit
@@ -71,7 +61,7 @@ def _add_rms_norm_kernel(
 
     if HIDDEN <= BLOCK:  # the row stays in registers
         mask = row_mask & (cols < HIDDEN)[None, :]
-        wide = _summed(x, residual, x_at + cols[None, :], residual_at + cols[None, :], mask)
+        wide = summed(x, residual, x_at + cols[None, :], residual_at + cols[None, :], mask)
         if residual is not None:
             tl.store(total + out_at + cols[None, :], wide.to(total.dtype.element_ty), mask=mask)
         scale = tl.rsqrt(tl.sum(wide * wide, axis=1) / HIDDEN + eps)
@@ -81,7 +71,7 @@ def _add_rms_norm_kernel(
         for start in range(0, HIDDEN, BLOCK):
             at = start + cols
             mask = row_mask & (at < HIDDEN)[None, :]
-            wide = _summed(x, residual, x_at + at[None, :], residual_at + at[None, :], mask)
+            wide = summed(x, residual, x_at + at[None, :], residual_at + at[None, :], mask)
             if residual is not None:
                 tl.store(total + out_at + at[None, :], wide.to(total.dtype.element_ty), mask=mask)
             squares += wide * wide
@@ -89,7 +79,7 @@ def _add_rms_norm_kernel(
         for start in range(0, HIDDEN, BLOCK):
             at = start + cols
             mask = row_mask & (at < HIDDEN)[None, :]
-            wide = _summed(x, residual, x_at + at[None, :], residual_at + at[None, :], mask)
+            wide = summed(x, residual, x_at + at[None, :], residual_at + at[None, :], mask)
             _store_normalised(wide, scale, weight, out, out_at + at[None, :], at, mask, HIDDEN, OFFSET)
 
 

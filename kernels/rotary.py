@@ -2,8 +2,8 @@
 
     (a, b) -> (a cos - b sin, b cos + a sin)    for the pairs (i, i + width), or (2i, 2i + 1) if interleaved
 
-One launch a layer: a program takes a token and some of its query heads, or of its KV heads. Definition:
-`eager.rotary_store_kv`.
+One launch a layer: a program takes a token and some of its query heads, or of its KV heads. Layers without rotation
+only store. Definitions: `eager.rotary_store_kv`, `eager.store_kv`.
 """
 
 import torch
@@ -23,6 +23,23 @@ def _store(to: tl.tensor, x: tl.tensor, mask: tl.tensor, FINITE: tl.constexpr) -
     if FINITE:
         x = tl.where(tl.abs(x.to(tl.float32)) < float("inf"), x, 0.0).to(x.dtype)
     tl.store(to, x, mask=mask)
+
+
+@triton.jit
+def _copy(
+    x: tl.tensor,  # the token's first head
+    to: tl.tensor,
+    x_stride: tl.tensor,  # from head to head
+    to_stride: tl.tensor,
+    heads: tl.tensor,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+) -> None:
+    heads = heads[:, None]
+    dims = tl.arange(0, BLOCK_DIM)[None, :]
+    mask = (heads < HEADS) & (dims < HEAD_DIM)
+    _store(to + heads * to_stride + dims, tl.load(x + heads * x_stride + dims, mask=mask, other=0.0), mask, True)
 
 
 @triton.jit
@@ -90,10 +107,11 @@ def _rotary_store_kv_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     INTERLEAVED: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_REST: tl.constexpr,
 ) -> None:
@@ -141,11 +159,50 @@ def _rotary_store_kv_kernel(
                 BLOCK_WIDTH,
                 BLOCK_REST,
             )
-            dims = tl.arange(0, BLOCK_DIM)[None, :]
-            mask = (heads[:, None] < KV_HEADS) & (dims < HEAD_DIM)
-            values = tl.load(value + token * value_token + heads[:, None] * value_head + dims, mask=mask, other=0.0)
-            to = value_cache + slot * value_slot + heads[:, None] * value_slot_head + dims
-            _store(to, values, mask, True)
+            _copy(
+                value + token * value_token,
+                value_cache + slot * value_slot,
+                value_head,
+                value_slot_head,
+                heads,
+                KV_HEADS,
+                VALUE_DIM,
+                BLOCK_VALUE,
+            )
+
+
+@triton.jit
+def _store_kv_kernel(
+    key: tl.tensor,
+    value: tl.tensor,
+    key_cache: tl.tensor,
+    value_cache: tl.tensor,
+    slots: tl.tensor,
+    key_token: tl.tensor,  # strides
+    key_head: tl.tensor,
+    value_token: tl.tensor,
+    value_head: tl.tensor,
+    key_slot: tl.tensor,
+    key_slot_head: tl.tensor,
+    value_slot: tl.tensor,
+    value_slot_head: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_VALUE: tl.constexpr,
+) -> None:
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
+    slot = tl.load(slots + token).to(tl.int64)
+    if slot >= 0:
+        key += token * key_token
+        value += token * value_token
+        to_key = key_cache + slot * key_slot
+        to_value = value_cache + slot * value_slot
+        _copy(key, to_key, key_head, key_slot_head, heads, KV_HEADS, HEAD_DIM, BLOCK_DIM)
+        _copy(value, to_value, value_head, value_slot_head, heads, KV_HEADS, VALUE_DIM, BLOCK_VALUE)
 
 
 def rotary_store_kv(
@@ -163,20 +220,14 @@ def rotary_store_kv(
     """`eager.rotary_store_kv`. The elements of a head lie side by side everywhere, the slots of a cache evenly."""
     num_tokens, num_heads, head_dim = query.shape
     num_kv_heads, width = key.shape[1], cos.shape[1]
-    assert key.shape == value.shape == (num_tokens, num_kv_heads, head_dim) and query.dtype == key.dtype == value.dtype
-    assert key_cache.shape == value_cache.shape and key_cache.shape[2:] == (num_kv_heads, head_dim)
-    assert key_cache.dtype == value_cache.dtype == key.dtype
+    _check_store(key, value, key_cache, value_cache, slots)
+    assert key.shape[::2] == query.shape[::2] and query.dtype == key.dtype and _side_by_side(query)
     assert 2 * width <= head_dim and cos.shape == sin.shape and cos.is_contiguous() and sin.is_contiguous()
-    assert positions.shape == slots.shape == (num_tokens,) and positions.is_contiguous() and slots.is_contiguous()
-    for heads in (query, key, value, key_cache, value_cache):
-        assert heads.stride(-1) == 1 or head_dim == 1
-    for cache in (key_cache, value_cache):
-        assert cache.stride(0) == cache.shape[1] * cache.stride(1) or len(cache) <= 1
+    assert positions.shape == (num_tokens,) and positions.is_contiguous()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if not num_tokens:
         return out
-    block_dim = power_of_two(head_dim)
-    block_heads = min(max(1, _TILE // block_dim), power_of_two(max(num_heads, num_kv_heads)))
+    block_heads, num_warps = _tile(max(num_heads, num_kv_heads), max(head_dim, value.shape[2]))
     groups = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
     _rotary_store_kv_kernel[(num_tokens, groups)](
         query,
@@ -198,12 +249,60 @@ def rotary_store_kv(
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
+        VALUE_DIM=value.shape[2],
         WIDTH=width,
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
-        BLOCK_DIM=block_dim,
+        BLOCK_VALUE=power_of_two(value.shape[2]),
         BLOCK_WIDTH=power_of_two(width),
         BLOCK_REST=power_of_two(head_dim - 2 * width),
-        num_warps=max(1, min(4, block_heads * block_dim // 512)),
+        num_warps=num_warps,
     )
     return out
+
+
+def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    """`eager.store_kv`. The elements of a head lie side by side everywhere, the slots of a cache evenly."""
+    _check_store(key, value, key_cache, value_cache, slots)
+    num_tokens, num_kv_heads, head_dim = key.shape
+    if not num_tokens:
+        return
+    block_heads, num_warps = _tile(num_kv_heads, max(head_dim, value.shape[2]))
+    _store_kv_kernel[(num_tokens, -(-num_kv_heads // block_heads))](
+        key,
+        value,
+        key_cache,
+        value_cache,
+        slots,
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *key_cache.stride()[1:3],
+        *value_cache.stride()[1:3],
+        KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        VALUE_DIM=value.shape[2],
+        BLOCK_HEADS=block_heads,
+        BLOCK_DIM=power_of_two(head_dim),
+        BLOCK_VALUE=power_of_two(value.shape[2]),
+        num_warps=num_warps,
+    )
+
+
+def _tile(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """Heads and warps of a program."""
+    block_dim = power_of_two(head_dim)
+    block_heads = min(max(1, _TILE // block_dim), power_of_two(num_heads))
+    return block_heads, max(1, min(4, block_heads * block_dim // 512))
+
+
+def _side_by_side(heads: Tensor) -> bool:
+    return heads.stride(-1) == 1 or heads.shape[-1] == 1
+
+
+def _check_store(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+    assert key.shape[:2] == value.shape[:2] and key_cache.shape[:2] == value_cache.shape[:2]
+    assert slots.shape == key.shape[:1] and slots.is_contiguous()
+    for heads, cache in ((key, key_cache), (value, value_cache)):
+        assert cache.shape[2:] == heads.shape[1:] and cache.dtype == heads.dtype == key.dtype
+        assert _side_by_side(heads) and _side_by_side(cache)
+        assert cache.stride(0) == cache.shape[1] * cache.stride(1) or len(cache) <= 1

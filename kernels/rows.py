@@ -1,7 +1,9 @@
-"""How kernels that work on whole rows (norms) cut their input into programs."""
+"""How kernels that work on whole rows (norms) cut their input into programs, and read it."""
 
 from dataclasses import dataclass
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
 _MAX_BLOCK = 16384  # elements of a row that a program holds at once: 32 a thread
@@ -38,3 +40,13 @@ def as_rows(x: Tensor) -> Tensor:
     """
     assert x.stride(-1) == 1 or x.shape[-1] == 1, f"a row's elements lie {x.stride(-1)} apart"
     return x if x.dim() == 3 else x.reshape(-1, 1, x.shape[-1])
+
+
+@triton.jit
+def summed(x: tl.tensor, residual: tl.tensor, x_at: tl.tensor, residual_at: tl.tensor, mask: tl.tensor) -> tl.tensor:
+    """x + residual, rounded to x's dtype, in float32."""
+    total = tl.load(x + x_at, mask=mask, other=0.0)
+    if residual is not None:
+        added = total.to(tl.float32) + tl.load(residual + residual_at, mask=mask, other=0.0).to(tl.float32)
+        total = added.to(total.dtype)
+    return total.to(tl.float32)

@@ -4,12 +4,12 @@ This imports triton, which not every machine has and no CPU needs: `ops.select_o
 """
 
 from . import linear
-from .activation import gelu_and_mul, silu_and_mul
+from .activation import activation, gated_activation
 from .embedding import embedding
-from .layer_norm import layer_norm
+from .layer_norm import add_layer_norm, head_layer_norm
 from .ops import Ops
 from .rms_norm import add_rms_norm, rms_norm
-from .rotary import rotary_store_kv
+from .rotary import rotary_store_kv, store_kv
 from .sample import counter_noise, sample_shard
 
 TRITON = Ops(
@@ -18,10 +18,12 @@ TRITON = Ops(
     bind_shared_linear=linear.bind_plain,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
-    layer_norm=layer_norm,
-    silu_and_mul=silu_and_mul,
-    gelu_and_mul=gelu_and_mul,
+    add_layer_norm=add_layer_norm,
+    head_layer_norm=head_layer_norm,
+    activation=activation,
+    gated_activation=gated_activation,
     rotary_store_kv=rotary_store_kv,
+    store_kv=store_kv,
     embedding=embedding,
     counter_noise=counter_noise,
     sample_shard=sample_shard,

@@ -1,15 +1,38 @@
 """Declarations of model families: names, sharding dims, sizes."""
 
-from .base import Dim, LayerModules, ModelSpec, Module, Policy, RotarySpec
+from .base import (
+    AttentionKind,
+    DecoderSpec,
+    Dim,
+    LayerSpec,
+    MLPSpec,
+    ModelSpec,
+    Module,
+    MultiHeadSpec,
+    NormSpec,
+    Policy,
+    QKNorm,
+    Residual,
+    RotarySpec,
+    TensorSpec,
+)
 from .registry import find_policy, supported_architectures
 
 __all__ = [
+    "AttentionKind",
+    "DecoderSpec",
     "Dim",
-    "LayerModules",
+    "LayerSpec",
+    "MLPSpec",
     "ModelSpec",
     "Module",
+    "MultiHeadSpec",
+    "NormSpec",
     "Policy",
+    "QKNorm",
+    "Residual",
     "RotarySpec",
+    "TensorSpec",
     "find_policy",
     "supported_architectures",
 ]

@@ -1,57 +1,89 @@
 """The vocabulary in which a family of models is declared.
 
-A `Policy` says what a family's modules are called, along which dims each is sharded and where its sizes stand in
-the transformers config. With a config it gives a `ModelSpec`: plain numbers that every rank builds its stage from.
+A `Policy` says what a family's modules are called, along which dims each is sharded, how a layer is put together and
+where its numbers stand in the transformers config. With a config it gives a `DecoderSpec`: plain data that every rank
+builds its stage from. Modules are called what transformers calls them in memory.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+T = TypeVar("T")
+Of: TypeAlias = T | Callable[[Any], T]
+"""A family's fixed answer, or how to read it from a config."""
 
 
 class Dim(StrEnum):
     """What a dim of a weight counts. All but HIDDEN are split over the tp axis."""
 
-    HIDDEN = "hidden"
-    QUERY = "query"  # query heads * head size
-    KEY_VALUE = "key_value"  # KV heads * head size
+    HIDDEN = "hidden"  # or anything else that every rank holds whole
+    QUERY = "query"  # query heads, any number of elements each
+    KEY_VALUE = "key_value"  # KV heads, any number of elements each
     INTERMEDIATE = "intermediate"
+    EXPERTS = "experts"  # split where whole experts go to ranks
+    EXPERT_INTERMEDIATE = "expert_intermediate"  # split where each expert does
     VOCABULARY = "vocabulary"
 
 
 @dataclass(frozen=True)
-class Module:
-    """A module of the checkpoint: a linear layer (output × input), an embedding, or a norm (one dim)."""
+class TensorSpec:
+    """A tensor of the checkpoint, or a part of one: parts of the same name lie one after the other along a dim."""
 
-    name: str  # in a decoder layer relative to it, otherwise from the root
-    dims: tuple[Dim, ...]  # of its weight
-    bias: bool = False
+    name: str
+    shape: tuple[int, ...]
+    dims: tuple[Dim, ...]
+    along: int = 0
 
-    def tensors(self, prefix: str = "") -> Iterator[tuple[str, tuple[Dim, ...]]]:
-        """The checkpoint's tensors of this module: (name, dims)."""
-        yield f"{prefix}{self.name}.weight", self.dims
-        if self.bias:
-            yield f"{prefix}{self.name}.bias", self.dims[:1]
+
+class Declared(Protocol):
+    """Anything that owns tensors of the checkpoint."""
+
+    def tensors(self, prefix: str) -> Iterator[TensorSpec]: ...
 
 
 @dataclass(frozen=True)
-class LayerModules:
-    """One decoder layer: attention then MLP, each behind a norm and added to the residual stream."""
+class Rows:
+    """Where a module's rows stand in a tensor that it shares with others: runs, from each period's first row on."""
 
-    input_norm: Module
-    query: Module
-    key: Module
-    value: Module
-    output: Module
-    mlp_norm: Module
-    gate: Module
-    up: Module
-    down: Module
+    first: int
+    run: int  # rows of the module in a period
+    period: int  # rows of the tensor in a period
 
-    def tensors(self, prefix: str) -> Iterator[tuple[str, tuple[Dim, ...]]]:
-        for module in vars(self).values():
-            yield from module.tensors(prefix)
+
+@dataclass(frozen=True)
+class Module:
+    """A module of the checkpoint: a linear layer (output × input), an embedding, a norm, or a bare parameter."""
+
+    name: str  # in a decoder layer relative to it, otherwise from the root
+    dims: tuple[Dim, ...]  # of its weight
+    sizes: tuple[int, ...]  # unsharded
+    bias: bool = False
+    rows: Rows | None = None  # in a tensor that is shared with others; None: all of them, or the next after the others'
+    transposed: bool = False  # the checkpoint has it as input × output
+    parameter: str = ".weight"  # "": the module is the parameter itself
+    has_weight: bool = True  # a norm may do without
+
+    def tensors(self, prefix: str) -> Iterator[TensorSpec]:
+        flip = -1 if self.transposed else 1
+        along = 1 if self.transposed else 0
+        if self.has_weight:
+            yield TensorSpec(prefix + self.name + self.parameter, self.sizes[::flip], self.dims[::flip], along)
+        if self.bias:
+            yield TensorSpec(f"{prefix}{self.name}.bias", self.sizes[:1], self.dims[:1])
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Rows of the checkpoint's tensor that are the module's rows `start` to `stop`, in order."""
+        if self.rows is None:
+            yield start, stop
+            return
+        first, run, period = self.rows.first, self.rows.run, self.rows.period
+        while start < stop:
+            count = min(stop, (start // run + 1) * run) - start
+            row = first + start // run * period + start % run
+            yield row, row + count
+            start += count
 
 
 @dataclass(frozen=True)
@@ -64,119 +96,526 @@ class RotarySpec:
 
 
 @dataclass(frozen=True)
+class AttentionKind:
+    """What a layer computes between its projections, whatever they are."""
+
+    head_dim: int
+    scale: float
+    value_dim: int | None = None  # None: head_dim
+    window: int | None = None  # keys that a query sees, its own the last; None: all before it
+    softcap: float | None = None
+    has_sinks: bool = False
+    alibi_slopes: tuple[float, ...] | None = None  # of all heads
+    is_latent: bool = False  # one KV head, which every rank keeps, its first value_dim elements being the values
+    is_replicated: bool = False  # every rank has all heads
+
+
+class QKNorm(StrEnum):
+    """What is normalised of query and key before they are rotated."""
+
+    HEAD = "head"  # each head, RMS
+    FULL = "full"  # all heads together, RMS
+    HEAD_LAYER = "head_layer"  # each head about its mean, with a weight of its own
+
+
+@dataclass(frozen=True)
+class MultiHeadSpec:
+    """Multi-head attention with keys and values of its own."""
+
+    kind: AttentionKind
+    query: Module
+    key: Module
+    value: Module
+    output: Module
+    rotary: int | None  # which of the model's; None: no rotation
+    interleaved: bool  # which elements rotate together
+    qk_norm: QKNorm | None = None
+    query_norm: Module | None = None
+    key_norm: Module | None = None
+    sinks: Module | None = None
+
+    def tensors(self, prefix: str) -> Iterator[TensorSpec]:
+        for module in (self.query, self.key, self.value, self.output, self.query_norm, self.key_norm, self.sinks):
+            if module is not None:
+                yield from module.tensors(prefix)
+
+
+@dataclass(frozen=True)
+class MLPSpec:
+    """``down(activation(gate) * up)``, or ``down(activation(up))`` where there is no gate."""
+
+    gate: Module | None
+    up: Module
+    down: Module
+    activation: str  # as transformers calls it
+
+    def tensors(self, prefix: str) -> Iterator[TensorSpec]:
+        for module in (self.gate, self.up, self.down):
+            if module is not None:
+                yield from module.tensors(prefix)
+
+
+class Residual(StrEnum):
+    """How attention and MLP join the residual stream x."""
+
+    SEQUENTIAL = "sequential"  # x += attention(norm(x)), then x += mlp(norm(x))
+    PARALLEL = "parallel"  # x += attention(norm(x)) + mlp(norm(x))
+    POST_NORM = "post_norm"  # x = norm(x + attention(x)), then x = norm(x + mlp(x))
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer."""
+
+    attention: Declared
+    mlp: Declared
+    input_norm: Module | None
+    attention_post_norm: Module | None  # of what attention gives
+    mlp_norm: Module | None  # with Residual.PARALLEL, None: what the input norm gives
+    mlp_post_norm: Module | None
+    residual: Residual
+    residual_multiplier: float
+
+    def tensors(self, prefix: str) -> Iterator[TensorSpec]:
+        for part in (
+            self.input_norm,
+            self.attention,
+            self.attention_post_norm,
+            self.mlp_norm,
+            self.mlp,
+            self.mlp_post_norm,
+        ):
+            if part is not None:
+                yield from part.tensors(prefix)
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """All norms of a model."""
+
+    is_rms: bool  # else about the mean
+    eps: float
+    offset: float = 0.0  # added to the weight
+
+
+@dataclass(frozen=True)
+class EmbeddingSpec:
+    """Token ids to hidden states: look-up, times `multiplier`, plus learned positions, norm; whatever of it there is."""
+
+    tokens: Module
+    multiplier: float = 1.0
+    projection: Module | None = None
+    positions: Module | None = None
+    first_position: int = 0  # row of position 0
+    norm: Module | None = None
+
+    def tensors(self, prefix: str = "") -> Iterator[TensorSpec]:
+        for module in (self.tokens, self.projection, self.positions, self.norm):
+            if module is not None:
+                yield from module.tensors(prefix)
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """Hidden states to logits: norm, projection, product with the vocabulary, times `multiplier`, softcap."""
+
+    linear: Module
+    norm: Module | None = None
+    projection: Module | None = None
+    multiplier: float = 1.0
+    softcap: float | None = None
+
+    def tensors(self, prefix: str = "") -> Iterator[TensorSpec]:
+        for module in (self.norm, self.projection, self.linear):
+            if module is not None:
+                yield from module.tensors(prefix)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything that a rank must know of a model to build its stage; plain data, sent to every rank."""
+    """What the engine must know of a model, however its layers are made; plain data, sent to every rank."""
 
     architecture: str
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
     hidden_size: int
-    intermediate_size: int
     vocab_size: int
-    max_position_embeddings: int
-    norm_eps: float
-    activation: str
-    rotary: RotarySpec
+    max_position_embeddings: int  # the longest sequence
     tied_embeddings: bool
     dtype: str  # of the checkpoint
-    embedding: Module
-    layers: str  # prefix of the decoder layers
-    layer: LayerModules
-    final_norm: Module
-    lm_head: Module
-    ignored: tuple[str, ...]  # patterns of checkpoint tensors that are knowingly not used
+    ignored: tuple[str, ...] = ()  # patterns of checkpoint tensors that are knowingly not used
 
-    def size(self, dim: Dim) -> int:
-        """The unsharded size of a dim, in elements."""
-        return {
-            Dim.HIDDEN: self.hidden_size,
-            Dim.QUERY: self.num_heads * self.head_dim,
-            Dim.KEY_VALUE: self.num_kv_heads * self.head_dim,
-            Dim.INTERMEDIATE: self.intermediate_size,
-            Dim.VOCABULARY: self.vocab_size,
-        }[dim]
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        """Of each layer."""
+        raise NotImplementedError
+
+    def embedding_tensors(self) -> Iterator[TensorSpec]:
+        """What the first stage holds beside its layers."""
+        raise NotImplementedError
+
+    def layer_tensors(self, index: int) -> Iterator[TensorSpec]:
+        raise NotImplementedError
+
+    def head_tensors(self) -> Iterator[TensorSpec]:
+        """What the last stage holds beside its layers; the embedding's weight again where it is tied."""
+        raise NotImplementedError
+
+    def tensors(self) -> Iterator[TensorSpec]:
+        """Every tensor that a checkpoint of this model must hold, in parts where several modules share it."""
+        first = list(self.embedding_tensors())
+        yield from first
+        for index in range(self.num_layers):
+            yield from self.layer_tensors(index)
+        names = {tensor.name for tensor in first}
+        yield from (tensor for tensor in self.head_tensors() if tensor.name not in names)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The same, each tensor once: name -> shape."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for tensor in self.tensors():
+            shape, along = list(tensor.shape), tensor.along
+            if tensor.name in shapes:
+                shape[along] += shapes[tensor.name][along]
+            shapes[tensor.name] = tuple(shape)
+        return shapes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderSpec(ModelSpec):
+    """A model whose layers are ours."""
+
+    prefix: str  # of the decoder layers
+    embedding: EmbeddingSpec
+    layers: tuple[LayerSpec, ...]
+    head: HeadSpec
+    norm: NormSpec
+    rotaries: tuple[RotarySpec, ...]
+
+    @property
+    def attention_kinds(self) -> tuple[AttentionKind, ...]:
+        return tuple(layer.attention.kind for layer in self.layers)  # type: ignore[attr-defined]
 
     def layer_prefix(self, index: int) -> str:
-        return f"{self.layers}.{index}."
+        return f"{self.prefix}.{index}."
 
-    def tensors(self) -> Iterator[tuple[str, tuple[Dim, ...]]]:
-        """Every tensor that a checkpoint of this model must hold: (name, dims)."""
+    def embedding_tensors(self) -> Iterator[TensorSpec]:
         yield from self.embedding.tensors()
-        for index in range(self.num_layers):
-            yield from self.layer.tensors(self.layer_prefix(index))
-        yield from self.final_norm.tensors()
-        if not self.tied_embeddings:
-            yield from self.lm_head.tensors()
+
+    def layer_tensors(self, index: int) -> Iterator[TensorSpec]:
+        yield from self.layers[index].tensors(self.layer_prefix(index))
+
+    def head_tensors(self) -> Iterator[TensorSpec]:
+        yield from self.head.tensors()
+
+
+# ---- reading a config ------------------------------------------------------------------------------------------------
+
+
+def read(config: Any, name: str, default: Any = None) -> Any:
+    """A config's field; where it has none, or None, the default."""
+    value = getattr(config, name, None)
+    return default if value is None else value
+
+
+def resolve(value: Of[T], config: Any) -> T:
+    return value(config) if callable(value) else value
+
+
+def layer_type(config: Any, layer: int) -> str | None:
+    """What transformers calls the kind of a layer's attention, where kinds differ."""
+    types = read(config, "layer_types")
+    return None if types is None else types[layer]
+
+
+def layer_window(config: Any, layer: int) -> int | None:
+    """The window of a layer's attention: of those that `layer_types` calls sliding, or of all where it says nothing."""
+    kind = layer_type(config, layer)
+    return None if kind == "full_attention" else read(config, "sliding_window")
+
+
+def no_window(config: Any, layer: int) -> int | None:
+    return None
+
+
+def always(config: Any, layer: int) -> bool:
+    return True
+
+
+# ---- a family --------------------------------------------------------------------------------------------------------
+
+
+class Layout(StrEnum):
+    """How query, key and value stand in one tensor."""
+
+    PACKED = "packed"  # all queries, all keys, all values
+    GROUPED = "grouped"  # KV head by KV head: its queries, its key, its value
+
+
+@dataclass(frozen=True)
+class Fused:
+    name: str
+    layout: Layout = Layout.PACKED
 
 
 @dataclass(frozen=True)
 class Policy:
-    """A family. The defaults are Llama's; a family states what differs."""
+    """A family. The defaults are Llama's; a family states what differs.
+
+    A field of type `Of` is a fixed answer or a function of the config; those of a layer take its number as well.
+    """
 
     architectures: tuple[str, ...]
+    config_names: Mapping[str, str] = field(default_factory=dict)  # our name -> the config's, where they differ
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+
+    # names of modules
     embedding: str = "model.embed_tokens"
+    embedding_norm: str | None = None
+    embedding_projection: Of[str | None] = None
+    embedding_size: Of[int | None] = None  # of a row, where it is not the hidden size
+    positions: str | None = None  # learned
+    first_position: int = 0  # row of position 0
     layers: str = "model.layers"
-    final_norm: str = "model.norm"
+    final_norm: Of[str | None] = "model.norm"
+    head_projection: Of[str | None] = None
     lm_head: str = "lm_head"
-    input_norm: str = "input_layernorm"
+    input_norm: Of[str | None] = "input_layernorm"
+    attention_post_norm: Of[str | None] = None
+    mlp_norm: Of[str | None] = "post_attention_layernorm"
+    mlp_post_norm: Of[str | None] = None
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
     value: str = "self_attn.v_proj"
+    qkv: Of[Fused | None] = None  # instead of the three
     output: str = "self_attn.o_proj"
-    mlp_norm: str = "post_attention_layernorm"
-    gate: str = "mlp.gate_proj"
+    sinks: str | None = None
+    gate: str | None = "mlp.gate_proj"  # None: the MLP has none
     up: str = "mlp.up_proj"
+    gate_up: str | None = None  # instead of the two
     down: str = "mlp.down_proj"
-    qkv_bias: str | bool = "attention_bias"  # a config field, or the family's fixed answer
-    output_bias: str | bool = "attention_bias"
-    mlp_bias: str | bool = "mlp_bias"
-    config_names: dict[str, str] = field(default_factory=dict)  # our name -> the config's, where they differ
-    ignored: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)
 
-    def spec(self, config: Any, rotary: Callable[[Any], RotarySpec]) -> ModelSpec:
-        """This family with one config's numbers. `config` is a transformers config, `rotary` reads its RoPE."""
+    # what they are
+    transposed: bool = False  # weights of linear layers are stored as input × output
+    qkv_bias: Of[bool] = lambda config: bool(read(config, "attention_bias", False))
+    output_bias: Of[bool] = lambda config: bool(read(config, "attention_bias", False))
+    mlp_bias: Of[bool] = lambda config: bool(read(config, "mlp_bias", False))
+    head_bias: bool = False
+    is_rms: bool = True
+    norm_eps: Of[float] = lambda config: float(config.rms_norm_eps)
+    norm_offset: float = 0.0
+    norm_bias: Of[bool] = False
+    norm_weight: Of[bool] = True
+    residual: Of[Residual] = Residual.SEQUENTIAL
+    activation: str = "hidden_act"  # the config's field
+    tied: Of[bool] = lambda config: bool(read(config, "tie_word_embeddings", False))
 
-        def read(name: str, default: Any = None) -> Any:
-            value = getattr(config, self.config_names.get(name, name), None)
-            return default if value is None else value
+    # attention
+    scale: Of[float | None] = None  # None: head_dim ** -0.5
+    softcap: Of[float | None] = None
+    window: Callable[[Any, int], int | None] = layer_window
+    rotates: Callable[[Any, int], bool] = always
+    interleaved: bool = False
+    alibi: Callable[[Any], tuple[float, ...] | None] = lambda config: None
+    qk_norm: Of[QKNorm | None] = None
+    query_norm: str = "self_attn.q_norm"
+    key_norm: str = "self_attn.k_norm"
 
-        def flag(value: str | bool) -> bool:
-            return bool(getattr(config, value, False)) if isinstance(value, str) else value
+    # numbers
+    embedding_multiplier: Of[float] = 1.0
+    residual_multiplier: Of[float] = 1.0
+    logits_multiplier: Of[float] = 1.0
+    logits_softcap: Of[float | None] = None
 
-        heads, hidden = read("num_attention_heads"), read("hidden_size")
-        qkv_bias, mlp_bias = flag(self.qkv_bias), flag(self.mlp_bias)
-        h, q, kv, ff, v = Dim.HIDDEN, Dim.QUERY, Dim.KEY_VALUE, Dim.INTERMEDIATE, Dim.VOCABULARY
-        return ModelSpec(
-            architecture=self.architectures[0],
-            num_layers=read("num_hidden_layers"),
-            num_heads=heads,
-            num_kv_heads=read("num_key_value_heads", heads),
-            head_dim=read("head_dim", hidden // heads),
-            hidden_size=hidden,
-            intermediate_size=read("intermediate_size"),
-            vocab_size=read("vocab_size"),
-            max_position_embeddings=read("max_position_embeddings"),
-            norm_eps=read("rms_norm_eps"),
-            activation=read("hidden_act"),
-            rotary=rotary(config),
-            tied_embeddings=bool(read("tie_word_embeddings", False)),
-            dtype=str(read("dtype", "float32")).removeprefix("torch."),
-            embedding=Module(self.embedding, (v, h)),
-            layers=self.layers,
-            layer=LayerModules(
-                input_norm=Module(self.input_norm, (h,)),
-                query=Module(self.query, (q, h), qkv_bias),
-                key=Module(self.key, (kv, h), qkv_bias),
-                value=Module(self.value, (kv, h), qkv_bias),
-                output=Module(self.output, (h, q), flag(self.output_bias)),
-                mlp_norm=Module(self.mlp_norm, (h,)),
-                gate=Module(self.gate, (ff, h), mlp_bias),
-                up=Module(self.up, (ff, h), mlp_bias),
-                down=Module(self.down, (h, ff), mlp_bias),
-            ),
-            final_norm=Module(self.final_norm, (h,)),
-            lm_head=Module(self.lm_head, (v, h)),
-            ignored=self.ignored + ((rf"{self.lm_head}\.weight",) if read("tie_word_embeddings", False) else ()),
+    # another kind of attention or MLP than the above declares: (config, layer) -> it, or None for the usual
+    attention_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
+    mlp_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
+
+    def spec(self, config: Any, rotary: Callable[[Any, str | None], RotarySpec]) -> DecoderSpec:
+        """This family with one config's numbers. `config` is a transformers config; `rotary` reads the RoPE of a type of
+        layer from it."""
+        return _Reader(self, config, rotary).spec()
+
+
+class _Reader:
+    """A policy with a config."""
+
+    def __init__(self, policy: Policy, config: Any, rotary: Callable[[Any, str | None], RotarySpec]) -> None:
+        self.policy, self.config = policy, config
+        self.hidden = self.number("hidden_size")
+        self.num_layers = self.number("num_hidden_layers")
+        self.heads = self.number("num_attention_heads")
+        self.kv_heads = self.number("num_key_value_heads", self.heads)
+        self.head_dim = self.number("head_dim", self.hidden // self.heads)
+        self.rotary_indices: dict[str | None, int] = {}  # type of layer -> which
+        self.rotaries: list[RotarySpec] = []
+        self._rotary = rotary
+
+    def number(self, name: str, default: Any = None) -> Any:
+        return read(self.config, self.policy.config_names.get(name, name), default)
+
+    def the(self, value: Of[T]) -> T:
+        return resolve(value, self.config)
+
+    def norm(self, name: Of[str | None]) -> Module | None:
+        name = self.the(name)
+        if name is None:
+            return None
+        bias, weight = self.the(self.policy.norm_bias), self.the(self.policy.norm_weight)
+        return Module(name, (Dim.HIDDEN,), (self.hidden,), bias, has_weight=weight)
+
+    def linear(self, name: str, dims: tuple[Dim, Dim], sizes: tuple[int, int], bias: bool) -> Module:
+        return Module(name, dims, sizes, bias, transposed=self.policy.transposed)
+
+    def spec(self) -> DecoderSpec:
+        policy, config = self.policy, self.config
+        layers = self._layers()
+        limits = [rotary.max_positions for rotary in self.rotaries if rotary.max_positions is not None]
+        tied = self.the(policy.tied)
+        embedding, head = self._ends(tied)
+        return DecoderSpec(
+            architecture=policy.architectures[0],
+            num_layers=self.num_layers,
+            num_heads=self.heads,
+            num_kv_heads=self.kv_heads,
+            hidden_size=self.hidden,
+            vocab_size=self.number("vocab_size"),
+            max_position_embeddings=min([self.number("max_position_embeddings"), *limits]),
+            tied_embeddings=tied,
+            dtype=str(read(config, "dtype", "float32")).removeprefix("torch."),
+            ignored=policy.ignored + ((rf"{policy.lm_head}\.weight",) if tied else ()),
+            prefix=policy.layers,
+            embedding=embedding,
+            layers=layers,
+            head=head,
+            norm=NormSpec(policy.is_rms, self.the(policy.norm_eps), policy.norm_offset),
+            rotaries=tuple(self.rotaries),
         )
+
+    def _ends(self, tied: bool) -> tuple[EmbeddingSpec, HeadSpec]:
+        policy, h, v = self.policy, Dim.HIDDEN, Dim.VOCABULARY
+        width = self.the(policy.embedding_size) or self.hidden
+        vocabulary = (v, h), (self.number("vocab_size"), width)
+        tokens = Module(policy.embedding, *vocabulary)
+        into, out = self.the(policy.embedding_projection), self.the(policy.head_projection)
+        rows = self.number("max_position_embeddings", 0) + policy.first_position
+        embedding = EmbeddingSpec(
+            tokens=tokens,
+            multiplier=self.the(policy.embedding_multiplier),
+            projection=Module(into, (h, h), (self.hidden, width)) if into else None,
+            positions=Module(policy.positions, (h, h), (rows, self.hidden)) if policy.positions else None,
+            first_position=policy.first_position,
+            norm=self.norm(policy.embedding_norm),
+        )
+        head = HeadSpec(
+            linear=tokens if tied else Module(policy.lm_head, *vocabulary, bias=policy.head_bias),
+            norm=self.norm(policy.final_norm),
+            projection=Module(out, (h, h), (width, self.hidden)) if out else None,
+            multiplier=self.the(policy.logits_multiplier),
+            softcap=self.the(policy.logits_softcap),
+        )
+        return embedding, head
+
+    def _layers(self) -> tuple[LayerSpec, ...]:
+        """Layers that are alike are one object."""
+        policy = self.policy
+        known: dict[LayerSpec, LayerSpec] = {}
+        layers = []
+        for index in range(self.num_layers):
+            layer = LayerSpec(
+                attention=policy.attention_of(self.config, index) or self._attention(index),
+                mlp=policy.mlp_of(self.config, index) or self._mlp(),
+                input_norm=self.norm(policy.input_norm),
+                attention_post_norm=self.norm(policy.attention_post_norm),
+                mlp_norm=self.norm(policy.mlp_norm),
+                mlp_post_norm=self.norm(policy.mlp_post_norm),
+                residual=self.the(policy.residual),
+                residual_multiplier=self.the(policy.residual_multiplier),
+            )
+            layers.append(known.setdefault(layer, layer))
+        return tuple(layers)
+
+    def _attention(self, index: int) -> MultiHeadSpec:
+        policy, h, q, kv = self.policy, Dim.HIDDEN, Dim.QUERY, Dim.KEY_VALUE
+        width, kv_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        bias = self.the(policy.qkv_bias)
+        fused = self.the(policy.qkv)
+        names = (policy.query, policy.key, policy.value) if fused is None else (fused.name,) * 3
+        parts = [
+            self.linear(name, (dim, h), (size, self.hidden), bias)
+            for name, dim, size in zip(names, (q, kv, kv), (width, kv_width, kv_width), strict=True)
+        ]
+        query, key, value = parts if fused is None else _fuse(parts, fused.layout, self.kv_heads)
+        alibi = policy.alibi(self.config)
+        kind = AttentionKind(
+            head_dim=self.head_dim,
+            scale=self.the(policy.scale) or self.head_dim**-0.5,
+            window=policy.window(self.config, index),
+            softcap=self.the(policy.softcap),
+            has_sinks=policy.sinks is not None,
+            alibi_slopes=alibi,
+        )
+        qk_norm = self.the(policy.qk_norm)
+        query_norm, key_norm = self._qk_norms(qk_norm)
+        return MultiHeadSpec(
+            kind=kind,
+            query=query,
+            key=key,
+            value=value,
+            output=self.linear(policy.output, (h, q), (self.hidden, width), self.the(policy.output_bias)),
+            rotary=self.rotary(index) if alibi is None and policy.rotates(self.config, index) else None,
+            interleaved=policy.interleaved,
+            qk_norm=qk_norm,
+            query_norm=query_norm,
+            key_norm=key_norm,
+            sinks=Module(policy.sinks, (q,), (self.heads,), parameter="") if policy.sinks else None,
+        )
+
+    def _qk_norms(self, kind: QKNorm | None) -> tuple[Module | None, Module | None]:
+        h, q, kv, size = Dim.HIDDEN, Dim.QUERY, Dim.KEY_VALUE, self.head_dim
+        names = self.policy.query_norm, self.policy.key_norm
+        if kind is None:
+            return None, None
+        if kind is QKNorm.HEAD:
+            return Module(names[0], (h,), (size,)), Module(names[1], (h,), (size,))
+        if kind is QKNorm.FULL:
+            return Module(names[0], (q,), (self.heads * size,)), Module(names[1], (kv,), (self.kv_heads * size,))
+        return Module(names[0], (q, h), (self.heads, size)), Module(names[1], (kv, h), (self.kv_heads, size))
+
+    def rotary(self, index: int) -> int:
+        """Which of the model's rotary embeddings a layer has."""
+        kind = layer_type(self.config, index)
+        if kind not in self.rotary_indices:
+            found = self._rotary(self.config, kind)
+            if found not in self.rotaries:
+                self.rotaries.append(found)
+            self.rotary_indices[kind] = self.rotaries.index(found)
+        return self.rotary_indices[kind]
+
+    def _mlp(self) -> MLPSpec:
+        policy, h, ff = self.policy, Dim.HIDDEN, Dim.INTERMEDIATE
+        size, bias = self.number("intermediate_size", 4 * self.hidden), self.the(policy.mlp_bias)
+        up = self.linear(policy.up, (ff, h), (size, self.hidden), bias)
+        gate = None if policy.gate is None else replace(up, name=policy.gate)
+        if policy.gate_up is not None:
+            gate = replace(up, name=policy.gate_up, rows=Rows(0, size, 2 * size))
+            up = replace(up, name=policy.gate_up, rows=Rows(size, size, 2 * size))
+        return MLPSpec(
+            gate=gate,
+            up=up,
+            down=self.linear(policy.down, (h, ff), (self.hidden, size), bias),
+            activation=read(self.config, policy.activation),
+        )
+
+
+def _fuse(parts: Iterable[Module], layout: Layout, kv_heads: int) -> list[Module]:
+    """Query, key and value as parts of one tensor."""
+    parts = list(parts)
+    total, groups = sum(part.sizes[0] for part in parts), kv_heads if layout is Layout.GROUPED else 1
+    first, fused = 0, []
+    for part in parts:
+        run = part.sizes[0] // groups
+        fused.append(replace(part, rows=Rows(first, run, total // groups)))
+        first += run
+    return fused

@@ -1,26 +1,67 @@
-"""The embedding and the LM head, split over the vocabulary."""
+"""From token ids to hidden states, and from hidden states to logits: both split over the vocabulary."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..kernels import Ops
-from ..policies import Dim, Module
-from .linear import ParallelLinear, Slices
+from ..policies import Dim, EmbeddingSpec, HeadSpec, Module
+from .linear import ColumnParallelLinear, Context, ParallelLinear, PostNorm
 from .weights import LoadedModule
 
 
 class VocabParallelEmbedding(LoadedModule):
     """[num_tokens] ids -> [num_tokens, hidden]: each rank looks up its own ids, the sum over tp is the whole."""
 
-    def __init__(self, module: Module, slices: Slices, ops: Ops) -> None:
+    def __init__(self, module: Module, context: Context) -> None:
         super().__init__()
+        slices = context.slices
         self.tp = slices.tp
-        self.start = slices.shards.range(Dim.VOCABULARY, slices.tp.rank)[0]
-        self.embedding = ops.embedding
-        self.pieces = {"weight": slices.pieces([module], "")}
-        self.weight = slices.parameter(self.pieces["weight"])
+        self.start = slices.range(Dim.VOCABULARY, module.sizes[0])[0]
+        self.embedding = context.ops.embedding
+        self.weight, pieces = slices.weight([module], "")
+        self.pieces = {"weight": pieces}
 
     def forward(self, token_ids: Tensor) -> Tensor:
         return self.tp.all_reduce(self.embedding(token_ids, self.weight, self.start))
+
+
+class PositionEmbedding(LoadedModule):
+    """Learned positions, whole on every rank: [num_tokens] positions -> [num_tokens, hidden]."""
+
+    def __init__(self, module: Module, first: int, context: Context) -> None:
+        super().__init__()
+        self.first = first
+        self.weight, pieces = context.slices.weight([module], "")
+        self.pieces = {"weight": pieces}
+
+    def forward(self, positions: Tensor) -> Tensor:
+        return self.weight[positions + self.first]
+
+
+class Embedding(nn.Module):
+    """Token ids and positions [num_tokens] -> hidden states [num_tokens, hidden]."""
+
+    def __init__(self, spec: EmbeddingSpec, context: Context) -> None:
+        super().__init__()
+        self.tokens = VocabParallelEmbedding(spec.tokens, context)
+        steps: list[nn.Module] = []
+        # In the dtype of the weights, as transformers does it: sqrt(hidden) is not a bfloat16.
+        self.multiplier = torch.tensor(spec.multiplier, dtype=context.slices.dtype, device="cpu").item()
+        if spec.projection is not None:
+            steps.append(ColumnParallelLinear([spec.projection], "", context))
+        self.positions: PositionEmbedding | None = None
+        if spec.positions is not None:
+            self.positions = PositionEmbedding(spec.positions, spec.first_position, context)
+        self.projection = nn.Sequential(*steps)
+        self.norm = nn.Identity() if spec.norm is None else PostNorm(spec.norm, "", context)
+
+    def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
+        x = self.projection(self.tokens(token_ids))
+        if self.multiplier != 1.0:
+            x = x * self.multiplier
+        if self.positions is not None:
+            x = x + self.positions(positions)
+        out: Tensor = self.norm(x)
+        return out
 
 
 class VocabParallelHead(ParallelLinear):
@@ -30,11 +71,31 @@ class VocabParallelHead(ParallelLinear):
     look-ups need it so, and is held once.
     """
 
-    def __init__(self, module: Module, slices: Slices, ops: Ops, tied: VocabParallelEmbedding | None) -> None:
-        super().__init__([module], "", slices, ops)
+    def __init__(self, module: Module, context: Context, tied: VocabParallelEmbedding | None) -> None:
+        super().__init__([module], "", context)
         if tied is not None:
             self.weight = tied.weight
-            self._bind_linear = ops.bind_shared_linear
+            self._bind_linear = context.ops.bind_shared_linear
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, None).float()
+        return self.product(x, self.bias).float()
+
+
+class Head(nn.Module):
+    """The residual stream [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
+
+    def __init__(self, spec: HeadSpec, context: Context, tied: VocabParallelEmbedding | None) -> None:
+        super().__init__()
+        self.norm = nn.Identity() if spec.norm is None else PostNorm(spec.norm, "", context)
+        if spec.projection is not None:
+            self.norm = nn.Sequential(self.norm, ColumnParallelLinear([spec.projection], "", context))
+        self.linear = VocabParallelHead(spec.linear, context, tied)
+        self.multiplier, self.softcap = spec.multiplier, spec.softcap
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.linear(self.norm(hidden))
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return logits

@@ -11,9 +11,10 @@ cache and weight loading all read the same lists. No split pads, so every size w
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from math import prod
 
-from ..policies import Dim, ModelSpec
+from ..policies import Dim, ModelSpec, TensorSpec
 
 Range = tuple[int, int]
 
@@ -61,7 +62,7 @@ def split_heads(num_heads: int, num_kv_heads: int, parts: int) -> tuple[list[Ran
 
 
 def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
-    """The decoder layers of each pipeline stage, so that the slowest stage is as fast as can be.
+    """The decoder layers of each pipeline stage, so that the slowest stage is as fast as can be, and the rest alike.
 
     Cost is counted in weight elements that a decode step reads: all of a layer's, all of the LM head's on the last
     stage, and of the embedding on the first only one row, since a look-up reads no more. Attention and small ops are
@@ -72,86 +73,83 @@ def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
         raise ValueError(
             f"pp_size={parts} is more than the model's {spec.num_layers} layers; use pp_size <= {spec.num_layers}"
         )
-    layer = sum(_num_elements(spec, dims) for _, dims in spec.layer.tensors(""))
+    layers = [sum(prod(tensor.shape) for tensor in spec.layer_tensors(i)) for i in range(spec.num_layers)]
+    costs = [0, *accumulate(layers)]  # of the layers before each
     extra = [0] * parts
     extra[0] += spec.hidden_size
-    extra[-1] += _num_elements(spec, spec.lm_head.dims) + spec.hidden_size
+    extra[-1] += sum(prod(tensor.shape) for tensor in spec.head_tensors())
 
-    # The smallest limit under which the stages can hold all layers, one each at least; stages then fill up to it.
-    def capacity(limit: int) -> list[int]:
-        return [max(1, (limit - more) // layer) for more in extra]
-
-    low, high = layer, layer * spec.num_layers + sum(extra)
-    while low < high:
-        middle = (low + high) // 2
-        if sum(capacity(middle)) >= spec.num_layers:
-            high = middle
-        else:
-            low = middle + 1
-    lengths = capacity(low)
-    spare = sum(lengths) - spec.num_layers
-    while spare:  # take the surplus from the stage that would be the slowest, the earlier one where they tie
-        stage = max((i for i in range(parts) if lengths[i] > 1), key=lambda i: (lengths[i] * layer + extra[i], -i))
-        lengths[stage] -= 1
-        spare -= 1
-    return _ranges(lengths)
+    # best[stop]: (slowest stage, sum of squares, stages' stops) of the best division of the layers before `stop`
+    Division = tuple[float, float, tuple[int, ...]]
+    best: dict[int, Division] = {0: (0.0, 0.0, ())}
+    for part in range(parts):
+        found: dict[int, Division] = {}
+        for stop in range(part + 1, spec.num_layers - (parts - part - 1) + 1):
+            options = []
+            for start, (slowest, squares, stops) in best.items():
+                if start < stop:
+                    cost = float(costs[stop] - costs[start] + extra[part])
+                    options.append((max(slowest, cost), squares + cost * cost, (*stops, stop)))
+            found[stop] = min(options)
+        best = found
+    return list(pairwise((0, *best[spec.num_layers][2])))
 
 
 class Shards:
-    """The splits of one model over `tp_size` ranks."""
+    """The splits of one model over `tp_size` ranks.
 
-    def __init__(self, spec: ModelSpec, tp_size: int) -> None:
-        if tp_size > spec.vocab_size or tp_size > spec.intermediate_size:
-            raise ValueError(
-                f"tp_size={tp_size} is more than the model's vocab_size={spec.vocab_size} or "
-                f"intermediate_size={spec.intermediate_size}"
-            )
-        self.tp_size = tp_size
+    expert_parallel: whole experts go to ranks; otherwise each expert is split.
+    """
+
+    def __init__(self, spec: ModelSpec, tp_size: int, expert_parallel: bool = False) -> None:
+        self.tp_size, self.expert_parallel = tp_size, expert_parallel
+        self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
         self.heads, self.kv_heads = split_heads(spec.num_heads, spec.num_kv_heads, tp_size)
-        elements = lambda ranges: [(a * spec.head_dim, b * spec.head_dim) for a, b in ranges]  # noqa: E731
-        self._ranges: dict[Dim, list[Range]] = {
-            Dim.HIDDEN: [(0, spec.hidden_size)] * tp_size,
-            Dim.QUERY: elements(self.heads),
-            Dim.KEY_VALUE: elements(self.kv_heads),
-            Dim.INTERMEDIATE: aligned_split(spec.intermediate_size, tp_size),
-            Dim.VOCABULARY: aligned_split(spec.vocab_size, tp_size),
-        }
+        splits = {Dim.VOCABULARY, Dim.INTERMEDIATE} | (set() if expert_parallel else {Dim.EXPERT_INTERMEDIATE})
+        for tensor in spec.tensors() if tp_size > 1 else ():
+            for dim, size in zip(tensor.dims, tensor.shape, strict=True):
+                if dim in splits and size < tp_size:
+                    raise ValueError(
+                        f"tp_size={tp_size} is more than the {size} elements of {tensor.name} along its {dim} dim; "
+                        f"use tp_size <= {size}"
+                    )
 
-    def range(self, dim: Dim, rank: int) -> Range:
-        """(start, stop) in elements of what tp rank `rank` holds along `dim`."""
-        return self._ranges[dim][rank]
+    def range(self, dim: Dim, size: int, rank: int) -> Range:
+        """(start, stop) of what tp rank `rank` holds along a dim of `size` elements."""
+        if dim is Dim.QUERY:
+            return _scaled(self.heads[rank], size, self.num_heads)
+        if dim is Dim.KEY_VALUE:
+            return _scaled(self.kv_heads[rank], size, self.num_kv_heads)
+        if dim is Dim.EXPERTS and self.expert_parallel:
+            return even_split(size, self.tp_size)[rank]
+        if dim in (Dim.INTERMEDIATE, Dim.VOCABULARY) or (dim is Dim.EXPERT_INTERMEDIATE and not self.expert_parallel):
+            return aligned_split(size, self.tp_size)[rank]
+        return 0, size
 
-    def length(self, dim: Dim, rank: int) -> int:
-        start, stop = self.range(dim, rank)
+    def length(self, dim: Dim, size: int, rank: int) -> int:
+        start, stop = self.range(dim, size, rank)
         return stop - start
 
-    def num_elements(self, dims: Sequence[Dim], rank: int) -> int:
-        count = 1
-        for dim in dims:
-            count *= self.length(dim, rank)
-        return count
+    def num_elements(self, tensor: TensorSpec, rank: int) -> int:
+        return prod(self.length(dim, size, rank) for dim, size in zip(tensor.dims, tensor.shape, strict=True))
+
+
+def _scaled(units: Range, size: int, num_units: int) -> Range:
+    each = size // num_units
+    assert each * num_units == size, (size, num_units)
+    return units[0] * each, units[1] * each
 
 
 def stage_num_elements(spec: ModelSpec, shards: Shards, layers: Range, tp_rank: int) -> int:
     """Weight elements that a rank holds: its stage's tensors, its slices of them."""
-    per_layer = sum(shards.num_elements(dims, tp_rank) for _, dims in spec.layer.tensors(""))
-    first, last = layers[0] == 0, layers[1] == spec.num_layers
-    count = (layers[1] - layers[0]) * per_layer
-    vocabulary = shards.num_elements(spec.embedding.dims, tp_rank)
-    count += vocabulary if first else 0
-    count += vocabulary if last and not (first and spec.tied_embeddings) else 0
-    return count + (spec.hidden_size if last else 0)
-
-
-def _num_elements(spec: ModelSpec, dims: Sequence[Dim]) -> int:
-    count = 1
-    for dim in dims:
-        count *= spec.size(dim)
-    return count
+    held = [tensor for index in range(*layers) for tensor in spec.layer_tensors(index)]
+    if layers[0] == 0:
+        held += spec.embedding_tensors()
+    if layers[1] == spec.num_layers:
+        names = {tensor.name for tensor in held}
+        held += [tensor for tensor in spec.head_tensors() if tensor.name not in names]
+    return sum(shards.num_elements(tensor, tp_rank) for tensor in held)
 
 
 def _ranges(lengths: Sequence[int]) -> list[Range]:
-    stops = [0]
-    for length in lengths:
-        stops.append(stops[-1] + length)
-    return list(pairwise(stops))
+    return list(pairwise(accumulate(lengths, initial=0)))

@@ -1,67 +1,119 @@
 """One pipeline stage's forward: [embedding] + some decoder layers + [final norm + LM head]."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..kernels import Ops
-from ..policies import ModelSpec
+from ..kernels.eager import ACTIVATIONS
+from ..policies import DecoderSpec, LayerSpec, MLPSpec, Module, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionBackend, AttentionMetadata
-from .embedding import VocabParallelEmbedding, VocabParallelHead
-from .linear import ColumnParallelLinear, RMSNorm, RowParallelLinear, Slices
+from .embedding import Embedding, Head
+from .linear import (
+    ColumnParallelLinear,
+    Context,
+    Norm,
+    PartialLinear,
+    PostNorm,
+    RowParallelLinear,
+    Scale,
+    Slices,
+    add_norm,
+)
 from .shard import Range
 
 
-class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))``, the intermediate dim split over tp."""
+class MLP(nn.Module):
+    """``down(activation(gate(x)) * up(x))`` or ``down(activation(up(x)))``, the intermediate dim split over tp."""
 
-    def __init__(self, spec: ModelSpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: MLPSpec, prefix: str, context: Context, partial: bool = False) -> None:
         super().__init__()
-        self.gate_up = ColumnParallelLinear([spec.layer.gate, spec.layer.up], prefix, slices, ops)
-        self.down = RowParallelLinear(spec.layer.down, prefix, slices, ops)
-        self.activation = ops.silu_and_mul
+        inputs = [spec.up] if spec.gate is None else [spec.gate, spec.up]
+        bind = context.ops.activation if spec.gate is None else context.ops.gated_activation
+        self.up = ColumnParallelLinear(inputs, prefix, context)
+        self.down = (PartialLinear if partial else RowParallelLinear)(spec.down, prefix, context)
+        self.activation = bind(ACTIVATIONS[spec.activation])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.gate_up(x)))
+        return self.down(self.activation(self.up(x)))
+
+
+ATTENTIONS: dict[type, Callable[..., nn.Module]] = {MultiHeadSpec: PagedAttention}
+MLPS: dict[type, Callable[..., nn.Module]] = {MLPSpec: MLP}
+"""What is built for what a policy declares: each takes (declaration, prefix, context, partial)."""
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm that also adds the previous one's result to the residual stream."""
+    """Attention and MLP around a residual stream, in the order of the family.
 
-    def __init__(
-        self,
-        spec: ModelSpec,
-        index: int,
-        slices: Slices,
-        ops: Ops,
-        backend: str,
-        device: torch.device,
-        block_size: int | None = None,
-    ) -> None:
+    Takes and gives (x, residual): the stream is their sum, which the next norm makes in passing.
+    """
+
+    def __init__(self, spec: LayerSpec, prefix: str, context: Context) -> None:
         super().__init__()
-        prefix = spec.layer_prefix(index)
-        self.input_norm = RMSNorm(spec.layer.input_norm, prefix, slices, spec.norm_eps, ops)
-        self.attention = PagedAttention(spec, spec.layer, prefix, slices, ops, backend, device, block_size)
-        self.mlp_norm = RMSNorm(spec.layer.mlp_norm, prefix, slices, spec.norm_eps, ops)
-        self.mlp = GatedMLP(spec, prefix, slices, ops)
+        is_parallel = spec.residual is Residual.PARALLEL
+        self.attention = ATTENTIONS[type(spec.attention)](spec.attention, prefix, context, is_parallel)
+        self.mlp = MLPS[type(spec.mlp)](spec.mlp, prefix, context, is_parallel)
+        self.input_norm = add_norm(spec.input_norm, prefix, context)
+        self.mlp_norm: nn.Module | None = add_norm(spec.mlp_norm, prefix, context)
+        if is_parallel:
+            self.tp = context.slices.tp
+            self.mlp_norm = None if spec.mlp_norm is None else PostNorm(spec.mlp_norm, prefix, context)
+        multiplier = spec.residual_multiplier
+        self.attention_end = _end(spec.attention_post_norm, multiplier, prefix, context)
+        self.mlp_end = _end(spec.mlp_post_norm, multiplier, prefix, context)
+        self._run = {
+            Residual.SEQUENTIAL: self._sequential,
+            Residual.PARALLEL: self._parallel,
+            Residual.POST_NORM: self._post_norm,
+        }[spec.residual]
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotary: RotaryTable, metadata: AttentionMetadata
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        return self._run(x, residual, rotaries, metadata)
+
+    def _sequential(
+        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor | None]:
         x, residual = self.input_norm(x, residual)
-        x = self.attention(x, rotary, metadata)
+        x = self.attention_end(self.attention(x, rotaries, metadata))
+        assert self.mlp_norm is not None
         x, residual = self.mlp_norm(x, residual)
-        return self.mlp(x), residual
+        return self.mlp_end(self.mlp(x)), residual
+
+    def _parallel(
+        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        x, residual = self.input_norm(x, residual)
+        other = x if self.mlp_norm is None else self.mlp_norm(residual)
+        return self.tp.all_reduce(self.attention(x, rotaries, metadata) + self.mlp(other)), residual
+
+    def _post_norm(
+        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+    ) -> tuple[Tensor, Tensor | None]:
+        assert residual is None and self.mlp_norm is not None
+        x, _ = self.input_norm(self.attention(x, rotaries, metadata), x)
+        x, _ = self.mlp_norm(self.mlp(x), x)
+        return x, None
+
+
+def _end(norm: Module | None, multiplier: float, prefix: str, context: Context) -> nn.Module:
+    """What becomes of a part's result before it is added."""
+    if norm is not None:
+        return PostNorm(norm, prefix, context)
+    return nn.Identity() if multiplier == 1.0 else Scale(multiplier)
 
 
 class PipelineStage(nn.Module):
-    """This rank's part of the model. Built on the meta device; the rotary table on the real one."""
+    """This rank's part of the model. Built on the meta device; the rotary tables on the real one."""
 
     def __init__(
         self,
-        spec: ModelSpec,
+        spec: DecoderSpec,
         layers: Range,
         slices: Slices,
         ops: Ops,
@@ -74,24 +126,26 @@ class PipelineStage(nn.Module):
         super().__init__()
         self.spec, self.layer_range, self.dtype, self.device = spec, layers, slices.dtype, device
         self.is_first, self.is_last = layers[0] == 0, layers[1] == spec.num_layers
+        context = Context(slices, ops, spec.norm, backend, device, block_size)
         with torch.device("meta"):
-            self.embedding = VocabParallelEmbedding(spec.embedding, slices, ops) if self.is_first else None
+            self.embedding = Embedding(spec.embedding, context) if self.is_first else None
             self.layers = nn.ModuleList(
-                DecoderLayer(spec, index, slices, ops, backend, device, block_size) for index in range(*layers)
+                DecoderLayer(spec.layers[index], spec.layer_prefix(index), context) for index in range(*layers)
             )
             if self.is_last:
-                self.final_norm = RMSNorm(spec.final_norm, "", slices, spec.norm_eps, ops)
-                head = spec.embedding if spec.tied_embeddings else spec.lm_head
-                self.lm_head = VocabParallelHead(head, slices, ops, self.embedding if spec.tied_embeddings else None)
+                is_shared = spec.tied_embeddings and self.embedding is not None
+                tied = cast(Embedding, self.embedding).tokens if is_shared else None
+                self.head = Head(spec.head, context, tied)
         self.weight_bytes = 0  # of all parameters, once they are loaded
-        self.rotary = RotaryTable(spec, max_model_len, slices.dtype, device)
+        self.rotaries = nn.ModuleList(
+            RotaryTable(rotary, max_model_len, slices.dtype, device) for rotary in spec.rotaries
+        )
 
     @property
     def attentions(self) -> Iterator[PagedAttention]:
         """The attention modules of this stage's layers, in order."""
         for layer in self.layers:
-            assert isinstance(layer, DecoderLayer)
-            yield layer.attention
+            yield cast(DecoderLayer, layer).attention  # type: ignore[misc]
 
     @property
     def backends(self) -> dict[str, AttentionBackend]:
@@ -104,13 +158,14 @@ class PipelineStage(nn.Module):
         Returns hidden states [num_tokens, hidden]: the residual stream with everything added.
         """
         if self.embedding is not None:
-            x = self.embedding(x)
+            x = self.embedding(x, metadata.positions)
         residual: Tensor | None = None
+        rotaries: Any = self.rotaries
         for layer in self.layers:
-            x, residual = layer(x, residual, self.rotary, metadata)
+            x, residual = layer(x, residual, rotaries, metadata)
         return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
-        normalised, _ = self.final_norm(hidden, None)
-        return self.lm_head(normalised)
+        logits: Tensor = self.head(hidden)
+        return logits

@@ -6,11 +6,11 @@ from pathlib import Path
 from ..weights import CheckpointError
 
 
-def checkpoint_files(directory: Path, name: str) -> tuple[list[Path], dict[str, Path]]:
+def checkpoint_files(directory: Path, name: str, others: str) -> tuple[list[Path], dict[str, Path]]:
     """The files, and where the index says that each tensor is, if there is one.
 
     name: of a checkpoint in one file, such as ``model.safetensors``; an index has ``.index.json`` behind it. Without
-    either, all files of that suffix. Raises CheckpointError where the index is none or files that it names are missing.
+    either, the files that match `others`. Raises CheckpointError where the index is none or files that it names are missing.
     """
     index_file = directory / f"{name}.index.json"
     if index_file.exists():
@@ -25,7 +25,7 @@ def checkpoint_files(directory: Path, name: str) -> tuple[list[Path], dict[str, 
             raise CheckpointError(f"{directory}: missing {', '.join(missing)}, named in {index_file.name}")
         return files, index
     whole = directory / name
-    return [whole] if whole.exists() else sorted(directory.glob(f"*{whole.suffix}")), {}
+    return [whole] if whole.exists() else sorted(directory.glob(others)), {}
 
 
 def check_index(directory: Path, name: str, index: dict[str, Path], holders: dict[str, str]) -> None:

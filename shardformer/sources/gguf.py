@@ -10,6 +10,9 @@ from torch import Tensor
 from ..shard import Range
 from ..weights import CheckpointError, WeightSource
 
+# Models of whose config a GGUF file, as transformers reads it, leaves nothing to guess but sizes, which the tensors'
+# shapes confirm. Of others it loses factors, windows, which layers are what, or what of a head is rotated.
+_WHOLE_CONFIGS = ("llama", "qwen2", "qwen3")
 _LLAMA3_FACTORS = "rope_freqs.weight"
 _ROPE_SCALING = ("scaling.type", "scaling.factor", "scale_linear", "scaling.attn_factor")
 
@@ -17,11 +20,16 @@ _ROPE_SCALING = ("scaling.type", "scaling.factor", "scale_linear", "scaling.attn
 class GGUFSource(WeightSource):
     """A GGUF file, dequantised tensor by tensor; names and layout as transformers maps them."""
 
-    def __init__(self, path: Path, hf_config: Any, spec: ModelSpec) -> None:
+    def __init__(self, path: Path, config: Any) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
         self._path = str(path)
+        if config.model_type not in _WHOLE_CONFIGS:
+            raise CheckpointError(
+                f"{path}: GGUF files of {config.model_type} are not supported, only of {', '.join(_WHOLE_CONFIGS)}: "
+                f"transformers reads no more than a part of other models' configs; use the safetensors directory"
+            )
         if any(tensor.name == _LLAMA3_FACTORS for tensor in self._reader.tensors):
             raise CheckpointError(
                 f"{path}: {_LLAMA3_FACTORS} (the RoPE factors of Llama 3.1 and later) is not supported: transformers "
@@ -32,12 +40,11 @@ class GGUFSource(WeightSource):
                 f"{path}: {scaling} (scaled RoPE) is not supported: transformers reads rope_theta alone from a GGUF "
                 f"file, and the tokens would be wrong; use the safetensors directory"
             )
-        processor = TENSOR_PROCESSORS.get(hf_config.model_type, TensorProcessor)
-        self._processor = processor(
-            config={"num_attention_heads": spec.num_heads, "num_key_value_heads": spec.num_kv_heads}
-        )
+        processor = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)
+        heads = ("num_attention_heads", "num_key_value_heads")
+        self._processor = processor(config={name: getattr(config, name) for name in heads})
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(hf_config)
+            model = AutoModelForCausalLM.from_config(config)
         names = get_gguf_hf_weights_map(model, self._processor)  # GGUF's name -> transformers'
         self._names = {}
         self.shapes = {}

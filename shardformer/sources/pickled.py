@@ -23,7 +23,7 @@ class PickledSource(WeightSource):
     """
 
     def __init__(self, directory: Path) -> None:
-        files, index = checkpoint_files(directory, WHOLE)
+        files, index = checkpoint_files(directory, WHOLE, "pytorch_model*.bin")
         self._holders: dict[str, str] = {}
         self._open: dict[str, dict[str, Tensor]] = {}  # by file
         self.shapes = {}
@@ -31,7 +31,9 @@ class PickledSource(WeightSource):
         for file in map(str, files):
             for name, tensor in self._tensors(file).items():
                 if name in self._holders:
-                    raise CheckpointError(f"{directory}: tensor {name} is in two files: {self._holders[name]} and {file}")
+                    raise CheckpointError(
+                        f"{directory}: tensor {name} is in two files: {self._holders[name]} and {file}"
+                    )
                 self._holders[name] = file
                 self.shapes[name] = tuple(tensor.shape)
                 dtypes.append(tensor.dtype)

@@ -43,23 +43,23 @@ class _Entry:
 
 
 class SafetensorsSource(WeightSource):
-    """The safetensors files of a directory.
+    """One safetensors file, or those of a directory.
 
     Reads with pread into the destination, not through a memory map, whose pages would count as the rank's memory
     beside the parameters.
     """
 
-    def __init__(self, directory: Path) -> None:
-        files, index = checkpoint_files(directory, WHOLE)
+    def __init__(self, path: Path) -> None:
+        files, index = checkpoint_files(path, WHOLE, "*.safetensors") if path.is_dir() else ([path], {})
         if not files:
-            raise CheckpointError(f"{directory}: holds no *.safetensors file (and no {WHOLE}.index.json)")
+            raise CheckpointError(f"{path}: holds no *.safetensors file (and no {WHOLE}.index.json)")
         self._entries: dict[str, _Entry] = {}
         for file in files:
             for name, entry in _read_header(file).items():
                 other = self._entries.setdefault(name, entry)
                 if other is not entry:
-                    raise CheckpointError(f"{directory}: tensor {name} is in two files: {other.file} and {entry.file}")
-        check_index(directory, WHOLE, index, {name: entry.file for name, entry in self._entries.items()})
+                    raise CheckpointError(f"{path}: tensor {name} is in two files: {other.file} and {entry.file}")
+        check_index(path, WHOLE, index, {name: entry.file for name, entry in self._entries.items()})
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.dtype = most_common_dtype(DTYPES[entry.dtype] for entry in self._entries.values())
         self._files: dict[str, int] = {}

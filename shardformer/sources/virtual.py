@@ -112,7 +112,9 @@ def concatenate(tensors: Sequence[Virtual], dim: int) -> Virtual:
     shape[dim] = 0
     for tensor in tensors:
         if [*tensor.shape[:dim], *tensor.shape[dim + 1 :]] != [*shape[:dim], *shape[dim + 1 :]]:
-            raise ValueError(f"{tensors[0].names[0]} {list(tensors[0].shape)} and {tensor.names[0]} {list(tensor.shape)}")
+            raise ValueError(
+                f"{tensors[0].names[0]} {list(tensors[0].shape)} and {tensor.names[0]} {list(tensor.shape)}"
+            )
         boxes += [box.moved(dim, shape[dim]) for box in tensor.boxes]
         shape[dim] += tensor.shape[dim]
     return Virtual(tuple(shape), tuple(boxes))

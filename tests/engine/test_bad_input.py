@@ -417,7 +417,7 @@ def test_directories_with_faults(directory: Path) -> None:
     weights.write_bytes(whole[0])
 
     config.write_text(json.dumps({**json.loads(whole[1]), "architectures": ["GPT9ForCausalLM"]}))
-    assert message().startswith("architecture GPT9ForCausalLM is not supported; supported: ")
+    assert message().startswith("architecture GPT9ForCausalLM is not supported; nearest supported: ")
     assert "LlamaForCausalLM" in message()
     config.unlink()
     assert message() == f"{directory}: holds no config.json"

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from meshlm.policies import Dim, ModelSpec, find_policy, supported_architectures
 from meshlm.policies.registry import POLICIES
-from meshlm.shardformer.shardformer import read_rotary
+from meshlm.shardformer.checkpoint import read_rotary
 from tiny import llama_config
 
 

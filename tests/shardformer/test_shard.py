@@ -17,7 +17,7 @@ from meshlm.shardformer.shard import (
     split_layers,
     stage_num_elements,
 )
-from meshlm.shardformer.shardformer import read_rotary
+from meshlm.shardformer.checkpoint import read_rotary
 from tiny import llama_config
 
 
