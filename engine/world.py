@@ -224,7 +224,7 @@ def for_other_processes(checkpoint: Checkpoint, files: ExitStack) -> Checkpoint:
     source = checkpoint.source
     if not isinstance(source, ModuleSource):
         return checkpoint
-    names = [name for name, _ in checkpoint.spec.tensors()]
+    names = list(checkpoint.spec.shapes())
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("meshlm-weights")
         files.callback(os.close, fd)

@@ -343,6 +343,9 @@ def always(config: Any, layer: int) -> bool:
     return True
 
 
+_UNLIMITED = 1 << 20  # tokens, where nothing in the model limits them
+
+
 # ---- a family --------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +372,7 @@ class Policy:
     architectures: tuple[str, ...]
     config_names: Mapping[str, str] = field(default_factory=dict)  # our name -> the config's, where they differ
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    refusal: Callable[[Any], str | None] = lambda config: None  # what of a config this policy does not serve
 
     # names of modules
     embedding: str = "model.embed_tokens"
@@ -408,11 +412,12 @@ class Policy:
     norm_bias: Of[bool] = False
     norm_weight: Of[bool] = True
     residual: Of[Residual] = Residual.SEQUENTIAL
-    activation: str = "hidden_act"  # the config's field
+    activation: Of[str] = lambda config: config.hidden_act
     tied: Of[bool] = lambda config: bool(read(config, "tie_word_embeddings", False))
 
     # attention
-    scale: Of[float | None] = None  # None: head_dim ** -0.5
+    num_kv_heads: Of[int | None] = lambda config: read(config, "num_key_value_heads")  # None: as many as query heads
+    scale: Callable[[Any, int], float | None] = lambda config, layer: None  # None: head_dim ** -0.5
     softcap: Of[float | None] = None
     window: Callable[[Any, int], int | None] = layer_window
     rotates: Callable[[Any, int], bool] = always
@@ -446,7 +451,7 @@ class _Reader:
         self.hidden = self.number("hidden_size")
         self.num_layers = self.number("num_hidden_layers")
         self.heads = self.number("num_attention_heads")
-        self.kv_heads = self.number("num_key_value_heads", self.heads)
+        self.kv_heads = self.the(policy.num_kv_heads) or self.heads
         self.head_dim = self.number("head_dim", self.hidden // self.heads)
         self.rotary_indices: dict[str | None, int] = {}  # type of layer -> which
         self.rotaries: list[RotarySpec] = []
@@ -470,6 +475,8 @@ class _Reader:
 
     def spec(self) -> DecoderSpec:
         policy, config = self.policy, self.config
+        if (refusal := policy.refusal(config)) is not None:
+            raise ValueError(f"{policy.architectures[0]} with {refusal} is not supported")
         layers = self._layers()
         limits = [rotary.max_positions for rotary in self.rotaries if rotary.max_positions is not None]
         tied = self.the(policy.tied)
@@ -481,7 +488,7 @@ class _Reader:
             num_kv_heads=self.kv_heads,
             hidden_size=self.hidden,
             vocab_size=self.number("vocab_size"),
-            max_position_embeddings=min([self.number("max_position_embeddings"), *limits]),
+            max_position_embeddings=min([self.number("max_position_embeddings", _UNLIMITED), *limits]),
             tied_embeddings=tied,
             dtype=str(read(config, "dtype", "float32")).removeprefix("torch."),
             ignored=policy.ignored + ((rf"{policy.lm_head}\.weight",) if tied else ()),
@@ -550,7 +557,7 @@ class _Reader:
         alibi = policy.alibi(self.config)
         kind = AttentionKind(
             head_dim=self.head_dim,
-            scale=self.the(policy.scale) or self.head_dim**-0.5,
+            scale=policy.scale(self.config, index) or self.head_dim**-0.5,
             window=policy.window(self.config, index),
             softcap=self.the(policy.softcap),
             has_sinks=policy.sinks is not None,
@@ -605,7 +612,7 @@ class _Reader:
             gate=gate,
             up=up,
             down=self.linear(policy.down, (h, ff), (self.hidden, size), bias),
-            activation=read(self.config, policy.activation),
+            activation=self.the(policy.activation),
         )
 
 

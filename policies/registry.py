@@ -4,9 +4,49 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 
 from .base import Policy
+from .bloom import BLOOM
+from .cohere import COHERE, COHERE2
+from .falcon import FALCON
+from .gemma import GEMMA, GEMMA2, GEMMA3
+from .glm import GLM, GLM4
+from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
+from .gptj import GPTJ
+from .granite import GRANITE
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .olmo2 import OLMO2
+from .opt import OPT
+from .phi3 import PHI3
+from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .smollm3 import SMOLLM3
+from .starcoder2 import STARCODER2
 
-POLICIES: tuple[Policy, ...] = (LLAMA,)
+POLICIES: tuple[Policy, ...] = (
+    BLOOM,
+    COHERE,
+    COHERE2,
+    FALCON,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GLM,
+    GLM4,
+    GPT2,
+    GPT_NEOX,
+    GPTJ,
+    GRANITE,
+    LLAMA,
+    MISTRAL,
+    OLMO2,
+    OPT,
+    PHI3,
+    QWEN2,
+    QWEN3,
+    SMOLLM3,
+    STARCODER2,
+)
 
 
 def supported_architectures() -> list[str]:

@@ -1,6 +1,7 @@
 """From a model, wherever it is, to what ranks need of it: its numbers, and a source of its weights."""
 
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -62,8 +63,8 @@ def _open_module(model: nn.Module) -> Checkpoint:
     dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
     spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
     source = ModuleSource(model)
-    tied = getattr(model, "all_tied_weights_keys", {})  # a module's copies of what it holds already
-    source.shapes = {name: shape for name, shape in source.shapes.items() if name not in tied}
+    unused = re.compile("|".join(f"(?:{pattern})" for pattern in spec.ignored) or "$.")
+    source.shapes = {name: shape for name, shape in source.shapes.items() if not unused.fullmatch(name)}
     return _checked(config, spec, source, name)
 
 
@@ -142,8 +143,8 @@ def _needs_remote_code(fields: dict[str, Any], path: Path, trusted: bool) -> boo
             raise
         if not trusted:
             raise ValueError(
-                f"architecture {', '.join(architectures)} is code that {path} brings (auto_map in config.json); it runs "
-                f"only with InferenceConfig.trust_remote_code=True"
+                f"architecture {', '.join(architectures)} is code that {path} brings (auto_map in config.json); it "
+                f"runs only with InferenceConfig.trust_remote_code=True"
             ) from None
         return True
     return False
@@ -155,8 +156,8 @@ def _open_files(path: Path, allow_pickle: bool) -> WeightSource:
         return SafetensorsSource(path)
     if not allow_pickle:
         raise CheckpointError(
-            f"{path}: its weights are only in {pickles[0].name}, a pickle, and reading one can execute code from it; if "
-            f"you trust it, set InferenceConfig.allow_pickle=True"
+            f"{path}: its weights are only in {pickles[0].name}, a pickle, and reading one can execute code from it; "
+            f"if you trust it, set InferenceConfig.allow_pickle=True"
         )
     return PickledSource(path)
 

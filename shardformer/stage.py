@@ -15,7 +15,6 @@ from .embedding import Embedding, Head
 from .linear import (
     ColumnParallelLinear,
     Context,
-    Norm,
     PartialLinear,
     PostNorm,
     RowParallelLinear,

@@ -10,7 +10,8 @@ def checkpoint_files(directory: Path, name: str, others: str) -> tuple[list[Path
     """The files, and where the index says that each tensor is, if there is one.
 
     name: of a checkpoint in one file, such as ``model.safetensors``; an index has ``.index.json`` behind it. Without
-    either, the files that match `others`. Raises CheckpointError where the index is none or files that it names are missing.
+    either, the files that match `others`. Raises CheckpointError where the index is none, or names files that are not
+    there.
     """
     index_file = directory / f"{name}.index.json"
     if index_file.exists():

@@ -149,8 +149,9 @@ class VirtualSource(WeightSource):
                 assert box is not None
                 box = box.within(dim, start, stop)
             assert box is not None
-            place = zip(box.start, box.stop, ranges, strict=True)
-            part = out[tuple(slice(first - start, last - start) for first, last, (start, _) in place)]
+            origins = [start for start, _ in ranges]
+            place = zip(box.start, box.stop, origins, strict=True)
+            part = out[tuple(slice(start - origin, stop - origin) for start, stop, origin in place)]
             single = [dim for dim in range(out.ndim) if dim not in box.dims]
             part = part.permute([*box.dims, *single])[(..., *(0,) * len(single))]
             self._stored.read(box.tensor, box.ranges, part)

@@ -23,9 +23,9 @@ from meshlm.policies import Dim
 from meshlm.shardformer import CheckpointError, open_checkpoint, weights
 from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
-from meshlm.shardformer.stage import PipelineStage
 from meshlm.shardformer.sources import ModuleSource, SafetensorsSource
 from meshlm.shardformer.sources import safetensors as safetensors_source
+from meshlm.shardformer.stage import PipelineStage
 from meshlm.shardformer.weights import Piece, WeightSource
 from tiny import llama_config, make_llama
 

@@ -1,0 +1,11 @@
+"""Phi-3, Phi-3.5 and Phi-4 (text): query, key and value in one tensor, gate and up in another."""
+
+from .base import Fused, Policy
+
+PHI3 = Policy(
+    architectures=("Phi3ForCausalLM",),
+    qkv=Fused("self_attn.qkv_proj"),
+    gate_up="mlp.gate_up_proj",
+    qkv_bias=False,
+    output_bias=False,
+)

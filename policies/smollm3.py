@@ -1,0 +1,8 @@
+"""SmolLM3: some layers do not rotate."""
+
+from .base import Policy
+
+SMOLLM3 = Policy(
+    architectures=("SmolLM3ForCausalLM",),
+    rotates=lambda config, layer: bool(config.no_rope_layers[layer]),  # 1: the layer does rotate
+)
