@@ -153,7 +153,9 @@ class VirtualSource(WeightSource):
             place = zip(box.start, box.stop, origins, strict=True)
             part = out[tuple(slice(start - origin, stop - origin) for start, stop, origin in place)]
             single = [dim for dim in range(out.ndim) if dim not in box.dims]
-            part = part.permute([*box.dims, *single])[(..., *(0,) * len(single))]
+            part = part.permute([*box.dims, *single])
+            for _ in single:
+                part = part[..., 0]
             self._stored.read(box.tensor, box.ranges, part)
 
     def close(self) -> None:

@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh
 from meshlm.kernels import select_ops
 from meshlm.mesh import Communicator
-from meshlm.policies import Dim
+from meshlm.policies import Dim, TensorSpec
 from meshlm.shardformer import CheckpointError, open_checkpoint, weights
 from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
@@ -195,7 +196,7 @@ def test_every_element_is_read_by_whoever_holds_it_and_filled_once(
     model = make_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     spec = open_checkpoint(model).spec
     shards = Shards(spec, tp_size)
-    recorder = Recorder({name: tuple(spec.size(dim) for dim in dims) for name, dims in spec.tensors()})
+    recorder = Recorder(spec.shapes())
     device = torch.device("cpu")
     for layers in split_layers(spec, pp_size):
         for rank in range(tp_size):
@@ -212,21 +213,20 @@ def test_every_element_is_read_by_whoever_holds_it_and_filled_once(
             held = weights.load_weights(stage, recorder, device)
             assert held == sum(parameter.numel() * parameter.element_size() for parameter in stage.parameters())
             assert all(torch.all(parameter == 1) for parameter in stage.parameters()), "each element filled once"
-    dims = dict(spec.tensors())
-    for name, counts in recorder.counts.items():
-        copies = _copies(dims[name], shards)
-        if tied and name == spec.embedding.name + ".weight" and pp_size > 1:
+    for tensor in spec.tensors():
+        counts, copies = recorder.counts[tensor.name], _copies(tensor, shards)
+        if tied and tensor.name == "model.embed_tokens.weight" and pp_size > 1:
             copies = copies * 2
-        assert torch.equal(counts, copies.expand_as(counts).int()), name
+        assert torch.equal(counts, copies.expand_as(counts).int()), tensor.name
 
 
-def _copies(dims: tuple[Dim, ...], shards: Shards) -> Tensor:
+def _copies(tensor: TensorSpec, shards: Shards) -> Tensor:
     """How many ranks hold each element along the split dim."""
-    for axis, dim in enumerate(dims):
+    for axis, (dim, size) in enumerate(zip(tensor.dims, tensor.shape, strict=True)):
         if dim is not Dim.HIDDEN:
-            held = Counter(i for rank in range(shards.tp_size) for i in range(*shards.range(dim, rank)))
+            held = Counter(i for rank in range(shards.tp_size) for i in range(*shards.range(dim, size, rank)))
             column = torch.tensor([held[i] for i in range(len(held))])
-            return column if len(dims) == 1 else column.unsqueeze(1 - axis)
+            return column if len(tensor.shape) == 1 else column.unsqueeze(1 - axis)
     return torch.tensor(shards.tp_size)
 
 
@@ -248,9 +248,9 @@ def test_a_whole_stage_holds_the_checkpoint(
         assert torch.equal(attention.qkv.bias, torch.cat([state[f"{p}.bias"] for p in parts]))
         assert torch.equal(attention.out.weight, state["model.layers.1.self_attn.o_proj.weight"])
         assert stage.embedding is not None
-        assert torch.equal(stage.embedding.weight, state["model.embed_tokens.weight"])
-        assert torch.equal(stage.lm_head.weight, state["lm_head.weight"])
-        assert (stage.lm_head.weight is stage.embedding.weight) == tied
+        assert torch.equal(stage.embedding.tokens.weight, state["model.embed_tokens.weight"])
+        assert torch.equal(stage.head.linear.weight, state["lm_head.weight"])
+        assert (stage.head.linear.weight is stage.embedding.tokens.weight) == tied
         assert all(not p.is_meta and not p.requires_grad for p in stage.parameters())
         model.float()
 
@@ -386,8 +386,8 @@ def test_an_architecture_that_is_not_supported(copy: Path, architectures: Any, n
 
 
 def test_an_activation_that_is_not_supported(copy: Path) -> None:
-    edit_config(copy, hidden_act="gelu")
-    assert fault(copy) == f"{copy}: hidden_act='gelu' is not supported; supported: 'silu'"
+    edit_config(copy, hidden_act="mish")
+    assert fault(copy).startswith(f"{copy}: activation 'mish' is not supported; supported: gelu, ")
 
 
 def test_no_weights(copy: Path) -> None:
@@ -435,8 +435,15 @@ def test_a_tied_model_may_hold_its_head_and_an_untied_one_must(saved: Path, tmp_
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     open_checkpoint(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(101, 36)}))
-    open_checkpoint(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert set(open_checkpoint(tmp_path).source.shapes) == set(open_checkpoint(saved).source.shapes) - {
+        "lm_head.weight"
+    }
+    rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"][100, 35].add_(1))
+    assert fault(tmp_path) == (
+        f"{tmp_path}: tensors lm_head.weight and model.embed_tokens.weight differ, though the config ties them "
+        f"(tie_word_embeddings); if both are meant, set it to false in config.json"
+    )
     rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
     edit_config(tmp_path, tie_word_embeddings=False)
     assert fault(tmp_path) == f"{tmp_path}: missing tensors: lm_head.weight"
@@ -534,14 +541,124 @@ def test_an_index_that_does_not_say_where_tensors_are_is_refused(tmp_path: Path)
             open_checkpoint(tmp_path)
 
 
-def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
+def test_heads_that_are_rotated_further_than_they_reach_are_refused(copy: Path) -> None:
     file = copy / "config.json"
     rope = json.loads(file.read_text())["rope_parameters"]
-    edit_config(copy, rope_parameters={**rope, "partial_rotary_factor": 0.5})
+    edit_config(copy, rope_parameters={**rope, "partial_rotary_factor": 2.0})
     assert fault(copy) == (
-        f"{copy}: rotary embedding of 2 of each head's 4 elements is not supported; head_dim must be even and "
-        f"partial_rotary_factor 1"
+        f"{copy}: rotary embedding of 8 of each head's 4 elements is not supported; head_dim must be even and "
+        f"at least that"
     )
+
+
+@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "bitsandbytes"])
+def test_quantised_checkpoints_are_refused_before_their_tensors_are_compared(copy: Path, method: str) -> None:
+    edit_config(copy, quantization_config={"quant_method": method, "bits": 4})
+    (copy / "model.safetensors").unlink()
+    assert fault(copy) == (
+        f"{copy / 'config.json'}: weights quantised by {method} (quantization_config) are not supported; use the model "
+        f"in bfloat16, float16 or float32"
+    )
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+def save_config(model: LlamaForCausalLM, folder: Path) -> None:
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+
+
+def pickled(model: LlamaForCausalLM, folder: Path, shards: int = 1, legacy: bool = False) -> Path:
+    """The model as .bin files, tied weights in them twice."""
+    save_config(model, folder)
+    items = list(model.state_dict().items())
+    if shards == 1:
+        torch.save(dict(items), folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        return folder
+    index = {name: f"pytorch_model-{i % shards + 1:05}-of-{shards:05}.bin" for i, (name, _) in enumerate(items)}
+    for file in set(index.values()):
+        torch.save({name: tensor for name, tensor in items if index[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize(("shards", "legacy"), [(1, False), (3, False), (1, True)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pickles_are_read_where_they_are_allowed(tied: bool, shards: int, legacy: bool, tmp_path: Path) -> None:
+    model = make_llama(tie_word_embeddings=tied)
+    pickled(model, tmp_path, shards, legacy)
+    torch.save({"lr": 0.1}, tmp_path / "training_args.bin")
+    first = min(tmp_path.glob("pytorch_model*.bin")).name
+    assert fault(tmp_path) == (
+        f"{tmp_path}: its weights are only in {first}, a pickle, and reading one can execute code from it; if you "
+        f"trust it, set InferenceConfig.allow_pickle=True"
+    )
+    source = pickle.loads(pickle.dumps(open_checkpoint(tmp_path, allow_pickle=True).source))
+    assert set(source.shapes) == set(model.state_dict()) - ({"lm_head.weight"} if tied else set())
+    for name, shape in source.shapes.items():
+        ranges = tuple((n // 3, n - n // 4) for n in shape)
+        out = torch.full([stop - start for start, stop in ranges], float("nan"), dtype=torch.bfloat16)
+        source.read(name, ranges, out)
+        assert torch.equal(out, model.state_dict()[name][tuple(slice(*r) for r in ranges)].bfloat16())
+    source.close()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_executes_nothing_even_where_it_is_allowed(
+    legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_llama()
+    save_config(model, tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({**model.state_dict(), "x": Evil()}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path, allow_pickle=True)
+    assert str(error.value).startswith(f"{file}: not a pickle of tensors alone: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_safetensors_are_preferred_to_pickles(copy: Path) -> None:
+    (copy / "pytorch_model.bin").write_bytes(b"not one")
+    open_checkpoint(copy, allow_pickle=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not one", b"PK\3\4"])
+def test_a_pickle_that_is_none(copy: Path, content: bytes) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: "):
+        open_checkpoint(copy, allow_pickle=True)
+
+
+# ---- code of the checkpoint's own -----------------------------------------------------------------------------------
+
+
+def test_code_that_a_checkpoint_brings_runs_only_where_it_is_trusted(copy: Path) -> None:
+    (copy / "configuration_own.py").write_text("raise SystemExit('executed')")
+    edit_config(
+        copy,
+        architectures=["OwnForCausalLM"],
+        model_type="own",
+        auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    )
+    assert fault(copy) == (
+        f"architecture OwnForCausalLM is code that {copy} brings (auto_map in config.json); it runs only with "
+        f"InferenceConfig.trust_remote_code=True"
+    )
+    with pytest.raises(SystemExit, match="executed"):
+        open_checkpoint(copy, trust_remote_code=True)
+    edit_config(copy, architectures=["LlamaForCausalLM"], model_type="llama")
+    open_checkpoint(copy, trust_remote_code=True)  # ours: theirs is not needed
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
 
 
 def write_gguf(file: Path, *tensors: str, **metadata: str | float) -> Path:
@@ -631,7 +748,7 @@ def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path)
     )
     stage = InferenceShardformer(InferenceConfig(device="cpu", dtype="float32"), mesh).optimize(tmp_path)
     assert stage.embedding is not None
-    assert torch.equal(stage.embedding.weight, model.model.embed_tokens.weight.float())
+    assert torch.equal(stage.embedding.tokens.weight, model.model.embed_tokens.weight.float())
 
 
 def test_a_file_that_is_no_gguf(tmp_path: Path) -> None:
