@@ -1,7 +1,7 @@
 """Which policy serves which architecture: one line a family."""
 
 from collections.abc import Iterable
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 
 from .base import Policy
 from .bloom import BLOOM
@@ -61,5 +61,11 @@ def find_policy(architectures: Iterable[str]) -> Policy:
             return policy
     if not wanted:
         raise ValueError("config.json names no architecture")
-    nearest = get_close_matches(wanted[0], supported_architectures(), n=3, cutoff=0.0)
+    supported, stem = supported_architectures(), _stem(wanted[0])
+    nearest = sorted(supported, key=lambda name: -SequenceMatcher(None, _stem(name), stem).ratio())[:3]
     raise ValueError(f"architecture {', '.join(wanted)} is not supported; nearest supported: {', '.join(nearest)}")
+
+
+def _stem(architecture: str) -> str:
+    """Without what nearly all names end in."""
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()

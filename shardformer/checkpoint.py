@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels.eager import ACTIVATIONS
-from ..policies import DecoderSpec, ModelSpec, MultiHeadSpec, RotarySpec, find_policy
+from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy
 from .conversion import converted
 from .sources import GGUFSource, ModuleSource, PickledSource, RandomSource, SafetensorsSource
 from .weights import CheckpointError, WeightSource, check_checkpoint
@@ -200,14 +200,6 @@ def check_spec(spec: ModelSpec, name: str) -> None:
             raise ValueError(
                 f"{name}: activation {activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
             )
-        attention = layer.attention
-        if isinstance(attention, MultiHeadSpec) and attention.rotary is not None:
-            width, head_dim = 2 * len(spec.rotaries[attention.rotary].inv_freq), attention.kind.head_dim
-            if width > head_dim or head_dim % 2:
-                raise ValueError(
-                    f"{name}: rotary embedding of {width} of each head's {head_dim} elements is not supported; "
-                    f"head_dim must be even and at least that"
-                )
 
 
 def read_rotary(config: Any, layer_type: str | None = None) -> RotarySpec:

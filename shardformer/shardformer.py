@@ -1,6 +1,6 @@
 """`InferenceShardformer`: from a model and a mesh to this rank's stage, loaded and bound."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -9,7 +9,7 @@ from ..kernels import select_ops
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
-from ..policies import ModelSpec
+from ..policies import DecoderSpec, ModelSpec
 from .backends import Workload, tune
 from .checkpoint import Checkpoint, Model, open_checkpoint
 from .linear import Slices
@@ -23,6 +23,10 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+STAGES: dict[type[ModelSpec], Callable[..., PipelineStage]] = {DecoderSpec: PipelineStage}
+"""Whose layers a spec's stage is made of."""
 
 
 def _own_device(name: str) -> torch.device:
@@ -69,7 +73,7 @@ class InferenceShardformer:
         pp_size, pp_rank = self.mesh.size("pp"), self.mesh.coordinate("pp")
         slices = Slices(self.shards(spec), self.tp, dtype)
         is_tuned = self.config.attention_backend == "tuned"
-        stage = PipelineStage(
+        stage = STAGES[type(spec)](
             spec,
             split_layers(spec, pp_size)[pp_rank],
             slices,
