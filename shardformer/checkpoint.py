@@ -12,13 +12,15 @@ from torch import nn
 from ..kernels.eager import ACTIVATIONS
 from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy
 from .conversion import converted
-from .sources import GGUFSource, ModuleSource, PickledSource, RandomSource, SafetensorsSource
+from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
 from .weights import CheckpointError, WeightSource, check_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 Model: TypeAlias = Union[str, Path, nn.Module, "PreTrainedConfig"]
+
+_DEQUANTISED = "mxfp4"  # GPT-OSS is published in no other form
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def _open_directory(path: Path, name: str, allow_pickle: bool, trust_remote_code
     fields = _read_fields(file)
     architectures = fields.get("architectures") or []
     runs_code = _needs_remote_code(fields, path, trust_remote_code)
-    quantization = fields.get("quantization_config") or {}
-    if method := quantization.get("quant_method"):
+    method = (fields.get("quantization_config") or {}).get("quant_method")
+    if method not in (None, _DEQUANTISED):
         raise CheckpointError(
             f"{file}: weights quantised by {method} (quantization_config) are not supported; use the model in "
             f"bfloat16, float16 or float32"
@@ -111,6 +113,7 @@ def _open_directory(path: Path, name: str, allow_pickle: bool, trust_remote_code
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
     spec = _read_spec(config, architectures, name)
     source = _open_files(path, allow_pickle)
+    source = MXFP4Source(source) if method == _DEQUANTISED else source
     spec = _of_dtype(spec, config, source)
     if source.shapes != spec.shapes():
         try:

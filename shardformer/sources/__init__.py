@@ -2,12 +2,14 @@
 
 from .gguf import GGUFSource
 from .memory import ModuleSource, RandomSource
+from .mxfp4 import MXFP4Source
 from .pickled import PickledSource
 from .safetensors import SafetensorsSource
 from .virtual import Virtual, VirtualSource
 
 __all__ = [
     "GGUFSource",
+    "MXFP4Source",
     "ModuleSource",
     "PickledSource",
     "RandomSource",

@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh
 from meshlm.kernels import select_ops
@@ -24,11 +25,11 @@ from meshlm.policies import Dim, TensorSpec
 from meshlm.shardformer import CheckpointError, open_checkpoint, weights
 from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
-from meshlm.shardformer.sources import ModuleSource, SafetensorsSource
+from meshlm.shardformer.sources import ModuleSource, MXFP4Source, SafetensorsSource, mxfp4
 from meshlm.shardformer.sources import safetensors as safetensors_source
 from meshlm.shardformer.stage import PipelineStage
 from meshlm.shardformer.weights import Piece, WeightSource
-from tiny import llama_config, make_llama
+from tiny import SIZES, llama_config, make_llama
 
 
 @pytest.fixture(scope="module")
@@ -553,7 +554,7 @@ def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("method", ["fp8", "mxfp4", "gptq", "awq", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
 def test_quantised_checkpoints_are_refused_before_their_tensors_are_compared(copy: Path, method: str) -> None:
     edit_config(copy, quantization_config={"quant_method": method, "bits": 4})
     (copy / "model.safetensors").unlink()
@@ -561,6 +562,29 @@ def test_quantised_checkpoints_are_refused_before_their_tensors_are_compared(cop
         f"{copy / 'config.json'}: weights quantised by {method} (quantization_config) are not supported; use the model "
         f"in bfloat16, float16 or float32"
     )
+
+
+def test_mxfp4_experts_are_what_transformers_makes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    monkeypatch.setattr(mxfp4, "_ROWS", 5)
+    torch.manual_seed(0)
+    blocks = torch.randint(256, (3, 14, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (3, 14, 4), dtype=torch.uint8)
+    bias = torch.randn(3, 14)
+    save_file({"w_blocks": blocks, "w_scales": scales, "bias": bias}, tmp_path / "model.safetensors")
+    whole = convert_moe_packed_tensors(blocks.clone(), scales.clone())
+    source = pickle.loads(pickle.dumps(MXFP4Source(SafetensorsSource(tmp_path))))
+    assert source.shapes == {"bias": (3, 14), "w": tuple(whole.shape)} and source.dtype == "float32"
+    for ranges in (((0, 3), (0, 128), (0, 14)), ((1, 2), (32, 64), (3, 4)), ((0, 2), (40, 99), (2, 13))):
+        before, out = source.bytes_read, torch.full([stop - start for start, stop in ranges], float("nan"))
+        source.read("w", ranges, out)
+        assert torch.equal(out, whole[tuple(slice(*r) for r in ranges)].float())
+        groups = -(-ranges[1][1] // 32) - ranges[1][0] // 32
+        assert source.bytes_read - before == out.shape[0] * out.shape[2] * groups * 17
+    out = torch.empty(1, 14)
+    source.read("bias", ((2, 3), (0, 14)), out)
+    assert torch.equal(out, bias[2:])
 
 
 # ---- pickles --------------------------------------------------------------------------------------------------------
@@ -663,12 +687,12 @@ def test_code_that_a_checkpoint_brings_runs_only_where_it_is_trusted(copy: Path)
 # ---- GGUF -----------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(file: Path, *tensors: str, **metadata: str | float) -> Path:
-    """A Llama that lacks most of its tensors; `metadata` by the name after "llama.", dots written as "__"."""
+def write_gguf(file: Path, *tensors: str, architecture: str = "llama", **metadata: str | float) -> Path:
+    """A model that lacks most of its tensors; `metadata` by the name after "llama.", dots written as "__"."""
     import numpy as np
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, architecture)
     writer.add_context_length(64)
     writer.add_block_count(1)
     writer.add_embedding_length(8)
@@ -737,6 +761,52 @@ def test_a_gguf_file_with_scaled_rope_is_refused(
             f"{file}: {named} (scaled RoPE) is not supported: transformers reads rope_theta alone from a GGUF file, "
             f"and the tokens would be wrong; use the safetensors directory"
         )
+
+
+def test_gguf_files_of_models_whose_config_they_hold_in_part_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", architecture="gemma2")
+    assert fault(file) == (
+        f"{file}: GGUF files of gemma2 are not supported, only of llama, qwen2, qwen3: transformers reads no more than "
+        f"a part of other models' configs; use the safetensors directory"
+    )
+
+
+@pytest.mark.parametrize("head_dim", [128, 16])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_gguf_file_of_another_family(architecture: str, head_dim: int, tmp_path: Path) -> None:
+    """Read as it is; or refused, where transformers does not read its head size."""
+    import gguf
+
+    sizes = {**SIZES, "hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 1}
+    extra = {"head_dim": head_dim} if architecture == "qwen3" else {}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**sizes, **extra))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_context_length(64)
+    writer.add_block_count(3)
+    writer.add_embedding_length(2 * head_dim)
+    writer.add_feed_forward_length(50)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(101)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), 3)
+    for name, tensor in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if architecture == "qwen3" and head_dim != 128:
+        assert "self_attn.q_proj.weight has shape [32, 32] instead of [256, 32]" in fault(tmp_path / "model.gguf")
+        return
+    source = open_checkpoint(tmp_path / "model.gguf").source
+    for name, tensor in model.state_dict().items():
+        out = torch.empty(tensor.shape)
+        source.read(name, tuple((0, n) for n in tensor.shape), out)
+        assert torch.equal(out, tensor), name
 
 
 def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path) -> None:
