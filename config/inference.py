@@ -56,6 +56,11 @@ class InferenceConfig(BaseSettings):
     pp_size: int = Field(default=1, ge=1, description="stages that the layers are divided into (pipeline parallelism)")
     dp_size: int = Field(default=1, ge=1, description="replicas of the model (data parallelism)")
 
+    expert_parallel: bool = Field(
+        default=False,
+        description="the ranks of tp_size hold whole experts of a mixture of experts, instead of a part of each",
+    )
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="type of weights and activations; auto: the checkpoint's"
     )

@@ -11,15 +11,18 @@ from .gemma import GEMMA, GEMMA2, GEMMA3
 from .glm import GLM, GLM4
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
+from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
 from .opt import OPT
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 from .smollm3 import SMOLLM3
 from .starcoder2 import STARCODER2
 
@@ -36,14 +39,18 @@ POLICIES: tuple[Policy, ...] = (
     GPT2,
     GPT_NEOX,
     GPTJ,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     OLMO2,
     OPT,
     PHI3,
     QWEN2,
     QWEN3,
+    QWEN2_MOE,
+    QWEN3_MOE,
     SMOLLM3,
     STARCODER2,
 )

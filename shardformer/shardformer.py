@@ -52,7 +52,7 @@ class InferenceShardformer:
 
     def shards(self, spec: ModelSpec) -> Shards:
         """How the model is split over this mesh's tp axis."""
-        return Shards(spec, self.mesh.size("tp"))
+        return Shards(spec, self.mesh.size("tp"), self.config.expert_parallel)
 
     def optimize(self, model: Model | Checkpoint) -> PipelineStage:
         """This rank's stage: its layers, its slices of them, ops and attention backend bound.
