@@ -1,6 +1,7 @@
 """Which policy serves which architecture: one line a family."""
 
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 from .base import Policy
 from .bloom import BLOOM
@@ -60,12 +61,18 @@ def supported_architectures() -> list[str]:
 
 
 def find_policy(architectures: Iterable[str]) -> Policy:
-    """The policy for a config's `architectures`. Raises ValueError listing the supported ones."""
+    """The policy for a config's `architectures`. Raises ValueError naming the nearest supported ones."""
     wanted = list(architectures)
     for policy in POLICIES:
         if any(name in policy.architectures for name in wanted):
             return policy
-    raise ValueError(
-        f"architecture {', '.join(wanted) or '(none named in config.json)'} is not supported; "
-        f"supported: {', '.join(supported_architectures())}"
-    )
+    if not wanted:
+        raise ValueError("config.json names no architecture")
+    supported, stem = supported_architectures(), _stem(wanted[0])
+    nearest = sorted(supported, key=lambda name: -SequenceMatcher(None, _stem(name), stem).ratio())[:3]
+    raise ValueError(f"architecture {', '.join(wanted)} is not supported; nearest supported: {', '.join(nearest)}")
+
+
+def _stem(architecture: str) -> str:
+    """Without what nearly all names end in."""
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
