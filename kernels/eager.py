@@ -83,6 +83,8 @@ ACTIVATIONS = {  # the kinds, by the names that transformers' configs give them
     "relu2": "relu2",
 }
 
+KINDS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")  # the last is always gated
+
 Activation = Callable[[Tensor], Tensor]
 
 

@@ -78,7 +78,12 @@ def _compiled(dtype: torch.dtype) -> Ops:
         name="C++",
         rms_norm=compiled.rms_norm,
         add_rms_norm=compiled.add_rms_norm,
+        add_layer_norm=compiled.add_layer_norm,
+        head_layer_norm=compiled.head_layer_norm,
+        activation=compiled.activation,
+        gated_activation=compiled.gated_activation,
         rotary_store_kv=compiled.rotary_store_kv,
+        store_kv=compiled.store_kv,
     )
 
 

@@ -200,7 +200,7 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """Token ids to hidden states: look-up, times `multiplier`, plus learned positions, norm; whatever of it there is."""
+    """Token ids to hidden states: look-up, projection, multiplier, learned positions, norm; whatever of it there is."""
 
     tokens: Module
     multiplier: float = 1.0
@@ -422,6 +422,7 @@ class Policy:
     window: Callable[[Any, int], int | None] = layer_window
     rotates: Callable[[Any, int], bool] = always
     interleaved: bool = False
+    rotates_in_part: bool = False  # whether partial_rotary_factor is heard
     alibi: Callable[[Any], tuple[float, ...] | None] = lambda config: None
     qk_norm: Of[QKNorm | None] = None
     query_norm: str = "self_attn.q_norm"
@@ -438,8 +439,8 @@ class Policy:
     mlp_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
 
     def spec(self, config: Any, rotary: Callable[[Any, str | None], RotarySpec]) -> DecoderSpec:
-        """This family with one config's numbers. `config` is a transformers config; `rotary` reads the RoPE of a type of
-        layer from it."""
+        """This family with one config's numbers. `config` is a transformers config; `rotary` reads from it the RoPE of
+        a type of layer. Raises ValueError where the config asks for what the policy does not serve."""
         return _Reader(self, config, rotary).spec()
 
 
@@ -595,6 +596,12 @@ class _Reader:
         kind = layer_type(self.config, index)
         if kind not in self.rotary_indices:
             found = self._rotary(self.config, kind)
+            width, size = 2 * len(found.inv_freq), self.head_dim
+            if size % 2 or width > size or (width < size and not self.policy.rotates_in_part):
+                raise ValueError(
+                    f"{self.policy.architectures[0]} with a rotary embedding of {width} of each head's {size} elements is "
+                    f"not supported; head_dim must be even and partial_rotary_factor 1"
+                )
             if found not in self.rotaries:
                 self.rotaries.append(found)
             self.rotary_indices[kind] = self.rotaries.index(found)

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -16,7 +16,7 @@ from ..kernels.eager import ACTIVATIONS
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
-from ..policies import DecoderSpec, ModelSpec, MultiHeadSpec, RotarySpec, find_policy
+from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy
 from .backends import Workload, tune
 from .linear import Slices
 from .rebinding import bind
@@ -53,6 +53,10 @@ class Checkpoint:
     source: WeightSource
     name: str
     eos_token_ids: tuple[int, ...]  # of the model's config; a generation config may know better
+
+
+STAGES: dict[type[ModelSpec], Callable[..., PipelineStage]] = {DecoderSpec: PipelineStage}
+"""Whose layers a spec's stage is made of."""
 
 
 def open_checkpoint(model: Model) -> Checkpoint:
@@ -149,14 +153,6 @@ def check_spec(spec: ModelSpec, name: str) -> None:
             raise ValueError(
                 f"{name}: activation {activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
             )
-        attention = layer.attention
-        if isinstance(attention, MultiHeadSpec) and attention.rotary is not None:
-            width, head_dim = 2 * len(spec.rotaries[attention.rotary].inv_freq), attention.kind.head_dim
-            if width > head_dim or head_dim % 2:
-                raise ValueError(
-                    f"{name}: rotary embedding of {width} of each head's {head_dim} elements is not supported; "
-                    f"head_dim must be even and at least that"
-                )
 
 
 def read_rotary(config: Any, layer_type: str | None = None) -> RotarySpec:
@@ -222,7 +218,7 @@ class InferenceShardformer:
         pp_size, pp_rank = self.mesh.size("pp"), self.mesh.coordinate("pp")
         slices = Slices(self.shards(spec), self.tp, dtype)
         is_tuned = self.config.attention_backend == "tuned"
-        stage = PipelineStage(
+        stage = STAGES[type(spec)](
             spec,
             split_layers(spec, pp_size)[pp_rank],
             slices,

@@ -64,26 +64,81 @@ def test_add_rms_norm(offset: float, shape: tuple[int, int], ops: CpuOps, dtype:
         assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (64, 1536)], ids=str)
-def test_silu_and_mul(shape: tuple[int, int], ops: CpuOps, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("parameters", ["weight, bias", "weight", "none"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (5, 576), (300, 129)], ids=str)
+def test_add_layer_norm(shape: tuple[int, int], parameters: str, ops: CpuOps, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    gate_up = (torch.randn(shape[0], 2 * shape[1]) * 4).to(dtype)
-    gate_up[:, :1] = 200.0  # e^200 and e^-200 are no float32
-    gate_up[1:, :1] = -200.0
-    ours, exact = ops.silu_and_mul(gate_up), eager.silu_and_mul(gate_up)
-    assert ours.shape == exact.shape
-    assert_close(ours, exact)
+    x, residual = (torch.randn(2, *shape) * 3 + 1).to(dtype)
+    weight = torch.randn(shape[1]).to(dtype) if "weight" in parameters else None
+    bias = torch.randn(shape[1]).to(dtype) if "bias" in parameters else None
+    before = x.clone()
+    for stream in (residual, None):
+        ours, total = ops.add_layer_norm(x, stream, weight, bias, 1e-5)
+        exact, exact_total = eager.add_layer_norm(x, stream, weight, bias, 1e-5)
+        assert ours.shape == exact.shape and ours.dtype == dtype
+        assert_close(ours, exact)
+        assert total is x if stream is None else torch.equal(total, exact_total)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 8), (1, 1, 1), (3, 5, 20), (70, 4, 128)], ids=str)
+def test_norms_of_heads(shape: tuple[int, int, int], ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_tokens, heads, head_dim = shape
+    x = (torch.randn(num_tokens, heads + 3, head_dim + 5) * 3 + 1).to(dtype)[:, 2:-1, 5:]
+    weight = torch.randn(heads, head_dim).to(dtype)
+    latent = x[:, 0]  # rows that are not heads, apart from each other as well
+    pairs = [
+        (ops.head_layer_norm(x, weight, 1e-5), eager.head_layer_norm(x, weight, 1e-5)),
+        (ops.rms_norm(x, weight[0], 1e-5), eager.rms_norm(x, weight[0], 1e-5)),
+        (ops.rms_norm(x, weight[0], 1e-5, 1.0), eager.rms_norm(x, weight[0], 1e-5, 1.0)),
+        (ops.rms_norm(latent, weight[0], 1e-5), eager.rms_norm(latent, weight[0], 1e-5)),
+    ]
+    for ours, exact in pairs:
+        assert ours.shape == exact.shape and ours.dtype == dtype and ours.is_contiguous()
+        assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("kind", eager.KINDS)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 17), (2, 48), (40, 900)], ids=str)
+def test_activations(shape: tuple[int, int], kind: str, ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wider = (torch.randn(shape[0], 2 * shape[1] + 3) * 4).to(dtype)
+    wider[:, 2:5] = torch.tensor([200.0, -200.0, -9.0], dtype=dtype)  # e^200 and e^-200 are no float32
+    before = wider.clone()
+    for x in (wider[:, 2:-1], wider[:, : 2 * shape[1]].contiguous()):
+        pairs = [(ops.gated_activation(kind)(x), eager.gated_activation(kind)(x.double()))]
+        if kind != "swiglu_oai":
+            pairs.append((ops.activation(kind)(x), eager.activation(kind)(x.double())))
+        for ours, exact in pairs:
+            assert ours.shape == exact.shape and ours.dtype == dtype
+            assert_close(ours, exact.to(dtype))
+    assert torch.equal(wider, before)
+
+
+def test_gelu_is_as_near_as_torchs(dtype: torch.dtype, ops: CpuOps) -> None:
+    """Of what erf gives in float64, over all of its range."""
+    x = torch.linspace(-14, 14, 200001).to(dtype).unsqueeze(0)
+    exact = x.double() * torch.special.ndtr(x.double())
+    ours, torchs = (
+        (gelu(x).double() - exact).abs().max() for gelu in (ops.activation("gelu"), torch.nn.functional.gelu)
+    )
+    assert ours <= torchs
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("head_dim", "width"), [(2, 1), (20, 10), (64, 32), (80, 16), (96, 3)])
+@pytest.mark.parametrize(
+    ("head_dim", "width", "value_dim"), [(2, 1, 2), (20, 10, 20), (64, 32, 64), (80, 16, 70), (96, 3, 1), (20, 4, 30)]
+)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 130])
 def test_rotary_store_kv(
-    num_tokens: int, head_dim: int, width: int, interleaved: bool, ops: CpuOps, dtype: torch.dtype
+    num_tokens: int, head_dim: int, width: int, value_dim: int, interleaved: bool, ops: CpuOps, dtype: torch.dtype
 ) -> None:
+    """And `store_kv`, which does not rotate."""
     torch.manual_seed(0)
-    qkv = torch.randn(num_tokens, 5 + 2 + 2, head_dim).to(dtype)
-    query, key, value = qkv.split((5, 2, 2), dim=1)  # not contiguous, as in the model
+    qkv = torch.randn(num_tokens, 5 + 2, head_dim).to(dtype)
+    query, key = qkv.split((5, 2), dim=1)  # not contiguous, as in the model
+    value = torch.randn(num_tokens, 3, value_dim + 1).to(dtype)[:, 1:, 1:]
     if num_tokens:
         value[0, 0, 0], value[-1, 1, -1] = float("nan"), float("-inf")
         key[0, 1, 0] = float("inf")
@@ -91,13 +146,20 @@ def test_rotary_store_kv(
     positions = torch.randint(200, (num_tokens,))
     slots = torch.randperm(60 * 3)[:num_tokens]
     slots[1:2] = -1
-    ours, exact = ((torch.full((60, 3, 2, head_dim), 7.0, dtype=dtype) for _ in range(2)) for _ in range(2))
-    ours, exact = tuple(ours), tuple(exact)
+
+    def caches() -> tuple[Tensor, Tensor]:
+        return tuple(torch.full((60, 3, 2, dim), 7.0, dtype=dtype) for dim in (head_dim, value_dim))
+
+    (ours, exact), (stored, exactly) = (caches(), caches()), (caches(), caches())
     rotated = ops.rotary_store_kv(query, key, value, cos, sin, positions, *ours, slots, interleaved)
     assert_close(rotated, eager.rotary_store_kv(query, key, value, cos, sin, positions, *exact, slots, interleaved))
+    ops.store_kv(key, value, *stored, slots)
+    eager.store_kv(key, value, *exactly, slots)
     for one, other in zip(ours, exact, strict=True):
         assert torch.isfinite(one).all()
         assert_close(one, other)
+    for one, other in zip(stored, exactly, strict=True):
+        assert torch.equal(one, other)
 
 
 BATCHES = {
