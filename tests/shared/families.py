@@ -66,9 +66,11 @@ _INDEXER = {"index_head_dim": 8, "index_n_heads": 3, "index_topk": 7}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "axk2": _INDEXER,
     "bamba": _MAMBA | {"attn_layer_indices": [1, 3]},
+    "blt": {"encoder_hash_byte_group_vocab": 50},
     "camembert": _PADDED,
     "codegen": {"n_head": 8, "n_embd": 64, "rotary_dim": 4},  # its heads come in four parts
-    "cohere_compass_text": _SLIDING_AND_FULL | {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
+    "cohere_compass_text": _SLIDING_AND_FULL
+    | {"rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE}},
     "data2vec-text": _PADDED,
     "dbrx": {
         "attn_config": {"kv_n_heads": 3, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -87,7 +89,23 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "diffllama": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 12},
     "dots1": {"n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 2, "n_group": 3, "topk_group": 2},
-    "dots3_note_text": _INDEXER | {"num_key_value_heads": 9, "per_layer_config": {}, "head_dim": 10},
+    "dots3_note_audio_encoder": {"adapter_input_size": 72, "adapter_out_dim": 72},
+    "dots3_note_text": _INDEXER
+    | {
+        "per_layer_config": {},
+        "head_dim": 10,
+        "shared_experts_intermediate_size": 26,
+        "rope_parameters": {
+            kind: _ROPE | {"partial_rotary_factor": 0.4} for kind in ("sliding_attention", "indexed_attention")
+        },
+    },
+    "dots3_note_vision_encoder": {
+        "adapter_in_dim": 72,
+        "adapter_out_dim": 72,
+        "mlp_bias": False,
+        "mlp_layer_types": ["dense"] * 4,
+        "per_layer_config": {},
+    },
     "falcon_h1": _MAMBA | {"mamba_d_ssm": 144},
     "gemma2": _SLIDING_AND_FULL,
     "gemma3n_text": _SLIDING_AND_FULL
@@ -103,6 +121,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "glm_moe_dsa": _INDEXER,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
     "gptj": {"rotary_dim": 4},
+    "got_ocr2_vision": {"mlp_dim": 50, "output_channels": 8, "image_size": 32},
     "granitemoehybrid": _MAMBA | {"layer_types": ["full_attention"] * 4},
     "hunyuan_v1_dense": _HEAD_DIM,
     "hunyuan_v1_moe": _HEAD_DIM,
@@ -124,6 +143,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "ssm_state_size": 16,
         "moe_shared_expert_intermediate_size": 26,
     },
+    "phi4_multimodal_audio": {
+        "num_blocks": 2,
+        "ext_pw_out_channel": 72,
+        "depthwise_separable_out_channel": 72,
+        "nemo_conv_channels": 8,
+    },
+    "phi4_multimodal_vision": {"image_size": 28, "crop_size": 28},
     "prophetnet": {
         "num_encoder_attention_heads": 9,
         "num_decoder_attention_heads": 9,
@@ -133,7 +159,17 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": _LINEAR,
     "qwen3_5_text": _LINEAR,
     "qwen3_next": _LINEAR,
-    "qwen4_exp_text": _LINEAR,
+    "qwen4_exp_text": _LINEAR
+    | {
+        "indexer_n_heads": 3,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+        "hc_lowrank": 12,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 64,
+    },
     "reformer": {"axial_pos_embds_dim": [36, 36], "axial_pos_shape": [8, 8]},
     "roberta": _PADDED,
     "roberta-prelayernorm": _PADDED,
@@ -152,7 +188,13 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 }
 
 # Families of which there is no small model without a network, and why.
-NOT_BUILT: dict[str, str] = {}
+NOT_BUILT: dict[str, str] = {
+    "gemma3n": "its vision tower needs the packages timm and pillow; see gemma3n_text",
+    "gemma4_assistant": "drafts for another model, whose keys and values it reads",
+    "gemma4_unified_assistant": "drafts for another model, whose keys and values it reads",
+    "musicgen": "its config is of three models; the one that generates draws several codebooks of audio at once",
+    "musicgen_melody": "its config is of three models; the one that generates draws several codebooks of audio at once",
+}
 
 
 def tiny_config(model_type: str) -> PreTrainedConfig:
@@ -164,7 +206,9 @@ def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
     overrides = OVERRIDES.get(kind.model_type, {})
     defaults = kind()
     fields = defaults.to_dict()
-    values = {name: value for name, value in SIZES.items() if not isinstance(fields.get(name), (list, dict, type(None)))}
+    values = {
+        name: value for name, value in SIZES.items() if not isinstance(fields.get(name), (list, dict, type(None)))
+    }
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if name in fields:
             declared = kind.__dataclass_fields__.get(name)
@@ -208,6 +252,7 @@ DRAWS: dict[str, Draw] = {
     "flex_olmo": Draw(seed=2),
     "fuyu": Draw(embedding=0.1),
     "gemma2": Draw(embedding=0.1),
+    "gemma3_text": Draw(seed=1, embedding=0.05),
     "gemma3n_text": Draw(seed=2, embedding=0.1),
     "gemma4_text": Draw(embedding=0.1),
     "gemma4_unified_text": Draw(seed=2, std=0.7, embedding=0.1),
@@ -217,6 +262,7 @@ DRAWS: dict[str, Draw] = {
     "hyperclovax": Draw(seed=1),
     "kolibri1": Draw(seed=1),
     "mbart": Draw(seed=2, std=0.7, embedding=0.1),
+    "mimo_v2_flash": Draw(embedding=0.1),
     "minicpm3": Draw(seed=1),
     "mistral": Draw(seed=1),
     "mpt": Draw(seed=1, std=0.15, embedding=0.1),
@@ -236,7 +282,7 @@ DRAWS: dict[str, Draw] = {
 
 
 def tiny_model(model_type: str, draw: Draw | None = None) -> PreTrainedModel:
-    """Float32, every weight drawn: as transformers begins, a model would repeat its last token, whatever it attends to."""
+    """Float32, every weight drawn: as transformers begins, it would repeat its last token, whatever it attends to."""
     config = tiny_config(model_type)
     config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
@@ -246,7 +292,7 @@ def tiny_model(model_type: str, draw: Draw | None = None) -> PreTrainedModel:
         for name, tensor in model.state_dict().items():
             if not tensor.is_floating_point() or any(part in name for part in _KEPT):
                 continue
-            elif "bias" in name.rpartition(".")[2]:
+            if "bias" in name.rpartition(".")[2]:
                 tensor.normal_(std=draw.bias)
             elif tensor.dim() > 1:
                 tensor.normal_(std=draw.std)
@@ -282,7 +328,7 @@ class Reference:
 
     def faults(self) -> list[str]:
         distinct = min(len(set(output)) for output in self.outputs)
-        alike = [p for p, output, changed in zip(self.prompts, self.outputs, self.changed) if output == changed]
+        alike = [self.prompts[i] for i, changed in enumerate(self.changed) if changed == self.outputs[i]]
         return [
             *([f"an output of {distinct} distinct tokens"] if distinct < MIN_DISTINCT else []),
             *(f"the first of {len(prompt)} tokens does not matter" for prompt in alike),
@@ -313,6 +359,3 @@ def _greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], float
     spread = torch.stack([logits[0].std() for logits in output.logits])
     margin = ((best[:, 0] - best[:, 1]) / spread).min().item()
     return output.sequences[0, len(prompt) :].tolist(), margin
-
-
-greedy = _greedy

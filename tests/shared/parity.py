@@ -119,7 +119,15 @@ def run_crew(folder: Path, crew: str, num_ranks: int, items: Sequence[tuple[str,
     file.touch()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"]
     while (done := _num_lines(file)) < len(items):
-        command = [sys.executable, *(torchrun if num_ranks > 1 else []), __file__, "--work", str(folder), crew, str(done)]
+        command = [
+            sys.executable,
+            *(torchrun if num_ranks > 1 else []),
+            __file__,
+            "--work",
+            str(folder),
+            crew,
+            str(done),
+        ]
         with (folder / f"{crew}.log").open("w") as log:
             process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
         try:
@@ -199,8 +207,8 @@ def document(results: Sequence[Result]) -> str:
         "",
         f"{len(good)} of the {len(FAMILIES)} families of causal language models in transformers pass: {by_hand} by",
         f"hand-written policies, {len(good) - by_hand} by the generic one. To pass is to generate, from a tiny random",
-        "model in float32, the tokens that transformers generates, 24 for each of 6 prompts in one batch, on every mesh",
-        "named. Written by `python tests/shared/parity.py`; `tests/families` holds it to what it says.",
+        "model in float32, the tokens that transformers generates, 24 for each of 6 prompts in one batch, on every",
+        "mesh named. Written by `python tests/shared/parity.py`; `tests/families` holds it to what it says.",
         "",
         "| family | architecture | policy | passes on |",
         "|---|---|---|---|",
