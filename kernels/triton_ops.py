@@ -3,7 +3,7 @@
 This imports triton, which not every machine has and no CPU needs: `ops.select_ops` imports it late.
 """
 
-from . import eager_moe, linear
+from . import linear
 from .activation import activation, gated_activation
 from .embedding import embedding
 from .experts import combine, plan_experts
@@ -34,8 +34,4 @@ TRITON = Ops(
     combine=combine,
     counter_noise=counter_noise,
     sample_shard=sample_shard,
-    route=eager_moe.route,
-    plan_experts=eager_moe.plan_experts,
-    bind_grouped_linear=eager_moe.bind_grouped_linear,
-    combine=eager_moe.combine,
 )

@@ -32,7 +32,7 @@ from meshlm.policies import MoESpec, RouterSpec, SharedExpertSpec, find_policy
 from meshlm.shardformer.linear import Context, Slices
 from meshlm.shardformer.moe import MixtureOfExperts
 from meshlm.shardformer.shard import Shards
-from meshlm.shardformer.shardformer import read_rotary
+from meshlm.shardformer.checkpoint import read_rotary
 from meshlm.shardformer.weights import ModuleSource, load_weights
 from tiny import llama_config
 
