@@ -106,7 +106,7 @@ class AttentionKind:
     softcap: float | None = None
     has_sinks: bool = False
     alibi_slopes: tuple[float, ...] | None = None  # of all heads
-    is_latent: bool = False  # one KV head, which every rank keeps, its first value_dim elements being the values
+    is_latent: bool = False  # one KV head, which every rank keeps, its last value_dim elements being the values
     is_replicated: bool = False  # every rank has all heads
 
 

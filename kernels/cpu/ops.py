@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import PagedBatch
-from ..eager import KINDS, PLAIN, Activation, AttentionFeatures
+from ..eager import KINDS, PLAIN, Activation, AttentionFeatures, values_in_keys
 from ..eager_moe import ExpertPlan, GroupedLinear, Routing
 from .build import Unavailable, load_library
 
@@ -37,14 +37,15 @@ class CpuOps:
         self._activation = _function(library, "activation", "iii" + "pp" + "llli")
         self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
         self._store_kv = _function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
-        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fflppi")
         self._route = _function(library, "route", "ippppllliifllii")
         self._plan_experts = _function(library, "plan_experts", "pppplll")
         self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
         self._panel: int = library.grouped_panel()
         self._step: int = library.grouped_step(self._dtype)
         self._combine = _function(library, "combine", "ipppp" + "llli")
+        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
+        self.max_head_dim: int = library.max_head_dim()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         return self.add_rms_norm(x, None, weight, eps, offset)[0]
@@ -110,7 +111,7 @@ class CpuOps:
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor,
@@ -120,14 +121,14 @@ class CpuOps:
         interleaved: bool = False,
     ) -> Tensor:
         num_tokens, heads, head_dim = query.shape
-        assert query.stride(2) == key.stride(2) == value.stride(2) == 1
-        assert key_cache.is_contiguous() and value_cache.is_contiguous()
+        assert query.stride(2) == key.stride(2) == 1 and key_cache.is_contiguous()
+        assert value is None or (value.stride(2) == 1 and value_cache.is_contiguous())
         out = torch.empty(num_tokens, heads, head_dim, dtype=query.dtype)
         self._rotary_store_kv(
             self._dtype,
             query.data_ptr(),
             key.data_ptr(),
-            value.data_ptr(),
+            None if value is None else value.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             positions.data_ptr(),
@@ -139,11 +140,11 @@ class CpuOps:
             heads,
             key.shape[1],
             head_dim,
-            value.shape[2],
+            value_cache.shape[3],
             cos.shape[1],
             *query.stride()[:2],
             *key.stride()[:2],
-            *value.stride()[:2],
+            *((0, 0) if value is None else value.stride()[:2]),
             interleaved,
             self._threads,
         )
@@ -175,10 +176,13 @@ class CpuOps:
         scale: float,
         features: AttentionFeatures = PLAIN,
     ) -> Tensor:
-        """query: [num_tokens, heads, head_dim], contiguous; head_dim a multiple of `head_dim_multiple`, up to 256."""
-        assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+        """query: [num_tokens, heads, head_dim], contiguous; head_dim and value_dim multiples of `head_dim_multiple`, up
+        to `max_head_dim`."""
+        assert query.is_contiguous() and key_cache.is_contiguous()
+        assert value_cache.is_contiguous() or values_in_keys(key_cache, value_cache)
         _, block_size, kv_heads, head_dim = key_cache.shape
-        out = torch.empty_like(query)
+        num_tokens, heads, value_dim = *query.shape[:2], value_cache.shape[-1]
+        out = torch.empty(num_tokens, heads, value_dim, dtype=query.dtype)
         num_seqs, max_blocks = batch.block_tables.shape
         sinks = None if features.sinks is None else features.sinks.float().contiguous()
         slopes = None if features.alibi_slopes is None else features.alibi_slopes.float().contiguous()
@@ -193,9 +197,11 @@ class CpuOps:
             batch.key_lens.data_ptr(),
             num_seqs,
             max_blocks,
-            query.shape[1],
+            heads,
             kv_heads,
             head_dim,
+            value_dim,
+            value_cache.stride(1),
             block_size,
             scale,
             features.softcap or 0.0,

@@ -209,6 +209,18 @@ def test_one_rank(found: Case, block: nn.Module, num_tokens: int, ops: Ops) -> N
     assert module(x[:0]).shape == (0, HIDDEN)
 
 
+def test_the_router_is_transformers_to_the_bit(found: Case, block: nn.Module) -> None:
+    x = torch.randn(60, HIDDEN)
+    (module,) = parts(found.spec, block, 1, EAGER)
+    weights, ids = module.router(x)
+    router = getattr(block, found.spec.router.name.removeprefix("mlp."))
+    with torch.no_grad():
+        _, expected_weights, expected_ids = router(x)
+    order, expected_order = ids.argsort(dim=1), expected_ids.argsort(dim=1)
+    assert torch.equal(ids.long().gather(1, order), expected_ids.gather(1, expected_order))
+    assert torch.equal(weights.gather(1, order), expected_weights.gather(1, expected_order))
+
+
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
 @pytest.mark.parametrize("size", [2, 3, 9])
 def test_the_ranks_parts_add_up(found: Case, block: nn.Module, size: int, expert_parallel: bool) -> None:
