@@ -81,6 +81,7 @@ ACTIVATIONS = {  # the kinds, by the names that transformers' configs give them
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
+    "swiglu_oai": "swiglu_oai",  # whose config calls it silu
 }
 
 KINDS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")  # the last is always gated

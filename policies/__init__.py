@@ -18,6 +18,8 @@ from .base import (
     RotarySpec,
     TensorSpec,
 )
+from .experts import MoESpec, RouterSpec, SharedExpertSpec
+from .latent import LatentSpec
 from .registry import find_policy, supported_architectures
 
 __all__ = [
@@ -26,8 +28,10 @@ __all__ = [
     "Dim",
     "EmbeddingSpec",
     "HeadSpec",
+    "LatentSpec",
     "LayerSpec",
     "MLPSpec",
+    "MoESpec",
     "ModelSpec",
     "Module",
     "MultiHeadSpec",
@@ -36,6 +40,8 @@ __all__ = [
     "QKNorm",
     "Residual",
     "RotarySpec",
+    "RouterSpec",
+    "SharedExpertSpec",
     "TensorSpec",
     "find_policy",
     "supported_architectures",

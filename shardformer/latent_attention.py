@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..policies.base import Module
-from ..policies.latent import LatentSpec
+from ..policies import LatentSpec, Module
 from .attention import RotaryTable, attention_spec
 from .backends import AttentionMetadata, create_backend
 from .linear import ColumnParallelLinear, Context, PartialLinear, RowParallelLinear
