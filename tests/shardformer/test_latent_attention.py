@@ -227,6 +227,24 @@ def test_models(case: str, sizes: dict[str, int]) -> None:
     assert block == 2 * 4 * (14 + 6) * 4, "one latent a token and layer, on every rank"
 
 
+def test_another_backend_while_running() -> None:
+    """It is tried on caches of the latents' shape first."""
+    try:
+        CpuOps(torch.float32)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    model = make_model("V3", kv_lora_rank=32, qk_rope_head_dim=16)
+    greedy, found = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True), []
+    with InferenceEngine(model, CONFIG) as engine:
+        for name in ("cpu", "eager", "cpu"):
+            engine.set_attention_backend(name)
+            assert engine.ranks[0].attention_backends == (name,)
+            found.append([output.token_ids for output in engine.generate(PROMPTS, greedy, progress=False)])
+        with pytest.raises(ValueError, match="values of 32 elements within the keys beside keys of 48"):
+            engine.set_attention_backend("flash")
+    assert found[0] == found[1] == found[2]
+
+
 def test_what_is_not_served() -> None:
     config: PreTrainedConfig = DeepseekV3Config(**{**SIZES, "q_lora_rank": None, "attention_bias": True})
     with pytest.raises(ValueError, match="attention_bias=True and no q_lora_rank is not supported"):
