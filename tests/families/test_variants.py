@@ -88,7 +88,11 @@ def test_variant(variant: Variant) -> None:
     ("family", "values", "message"),
     [
         ("falcon", {"alibi": True}, "FalconForCausalLM with alibi=True"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "Gemma3ForCausalLM with use_bidirectional_attention=True"),
+        (
+            "gemma3_text",
+            {"use_bidirectional_attention": True},
+            "Gemma3ForCausalLM with use_bidirectional_attention=True",
+        ),
         ("gpt2", {"add_cross_attention": True}, "GPT2LMHeadModel with add_cross_attention=True"),
         ("gptj", {"rotary_dim": None}, "GPTJForCausalLM with rotary_dim=None"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "BloomForCausalLM with apply_residual"),
