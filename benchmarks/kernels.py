@@ -226,8 +226,8 @@ def rows(bench: Bench) -> Iterator[Row]:
     def add_rms_norm(ops: Ops) -> Call:
         return partial(ops.add_rms_norm, x(), x(), weight, 1e-5)
 
-    def layer_norm(ops: Ops) -> Call:
-        return partial(ops.layer_norm, x(), weight, bias, 1e-5)
+    def add_layer_norm(ops: Ops) -> Call:
+        return partial(ops.add_layer_norm, x(), x(), weight, bias, 1e-5)
 
     def rotary_store_kv(ops: Ops) -> Call:
         query, key, value = bench.randn(tokens, qkv_heads, shape.head_dim).split(heads, dim=1)
@@ -235,11 +235,11 @@ def rows(bench: Bench) -> Iterator[Row]:
         slots = torch.randperm(num_blocks * bench.block_size, device=bench.device)[:tokens]
         return partial(ops.rotary_store_kv, query, key, value, cos, sin, positions, *caches, slots)
 
-    def silu_and_mul(ops: Ops) -> Call:
-        return partial(ops.silu_and_mul, bench.randn(tokens, 2 * shape.intermediate))
+    def gated_activation(kind: str, ops: Ops) -> Call:
+        return partial(ops.gated_activation(kind), bench.randn(tokens, 2 * shape.intermediate))
 
-    def gelu_and_mul(ops: Ops) -> Call:
-        return partial(ops.gelu_and_mul, bench.randn(tokens, 2 * shape.intermediate), True)
+    def activation(kind: str, ops: Ops) -> Call:
+        return partial(ops.activation(kind), bench.randn(tokens, shape.intermediate))
 
     def embedding(ops: Ops) -> Call:
         return partial(ops.embedding, torch.randint(shape.vocab, (tokens,), device=bench.device), table, 0)
@@ -255,7 +255,7 @@ def rows(bench: Bench) -> Iterator[Row]:
     kernels: list[tuple[str, str, float, Callable[[Ops], Call], bool]] = [  # name, shape, bytes, call, has target
         ("rms_norm", f"{width} {hidden}", (2 * elements + hidden) * size, rms_norm, True),
         ("add_rms_norm", f"{width} {hidden}", (4 * elements + hidden) * size, add_rms_norm, True),
-        ("layer_norm", f"{width} {hidden}", (2 * elements + 2 * hidden) * size, layer_norm, True),
+        ("add_layer_norm", f"{width} {hidden}", (4 * elements + 2 * hidden) * size, add_layer_norm, True),
         (
             "rotary_store_kv",
             f"{width} ({shape.heads} + 2 * {kv_dim // shape.head_dim})",
@@ -263,10 +263,13 @@ def rows(bench: Bench) -> Iterator[Row]:
             rotary_store_kv,
             True,
         ),
-        ("silu_and_mul", f"{width} {shape.intermediate}", 3 * activated * size, silu_and_mul, True),
-        ("gelu_and_mul", f"{width} {shape.intermediate}", 3 * activated * size, gelu_and_mul, True),
         ("embedding", f"{width} {hidden}", 2 * elements * size + 8 * tokens, embedding, False),
     ]
+    for kind in ("silu", "gelu", "gelu_tanh", "swiglu_oai"):
+        gated = partial(gated_activation, kind)
+        kernels.append((f"{kind}, gated", f"{width} {shape.intermediate}", 3 * activated * size, gated, True))
+    alone = partial(activation, "gelu_tanh")
+    kernels.append(("gelu_tanh", f"{width} {shape.intermediate}", 2 * activated * size, alone, True))
     for num_rows in shape.samples:
         for kind, temperature in (("greedy", 0.0), ("drawn", 0.6)):
             work = float((4 * shape.vocab + 24) * num_rows)

@@ -75,7 +75,7 @@ def make_checkpoint(directory: Path, num_layers: int) -> None:
     from transformers import LlamaConfig
 
     from meshlm.policies import find_policy
-    from meshlm.shardformer.shardformer import read_rotary
+    from meshlm.shardformer.checkpoint import read_rotary
 
     directory.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(
@@ -92,10 +92,10 @@ def make_checkpoint(directory: Path, num_layers: int) -> None:
     )
     spec = find_policy(config.architectures).spec(config, read_rotary)
     files: dict[str, list[tuple[str, list[int]]]] = {}
-    for name, dims in spec.tensors():
-        layer = re.match(rf"{re.escape(spec.layers)}\.(\d+)\.", name)
+    for name, shape in spec.shapes().items():
+        layer = re.match(rf"{re.escape(spec.prefix)}\.(\d+)\.", name)
         file = f"model-layers-{int(layer[1]) // 2:02}.safetensors" if layer else "model-vocabulary.safetensors"
-        files.setdefault(file, []).append((name, [spec.size(dim) for dim in dims]))
+        files.setdefault(file, []).append((name, list(shape)))
     torch.manual_seed(0)
     for file, tensors in files.items():
         save_file({name: torch.randn(shape).mul_(0.02).bfloat16() for name, shape in tensors}, directory / file)

@@ -110,6 +110,17 @@ class InferenceConfig(BaseSettings):
     )
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
 
+    allow_pickle: bool = Field(
+        default=False,
+        description="read .bin files where a model has no others: unpickling can execute code from the file. Only "
+        "torch's restricted unpickler (weights_only) is used, which builds tensors and calls nothing that the file "
+        "names, but allow it for files that you trust",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that a model's directory brings, where its architecture is not in transformers",
+    )
+
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of requests that bring none of their own")
     start_timeout_s: float = Field(default=120.0, gt=0, description="seconds for all ranks to start and meet")
     collective_timeout_s: float = Field(default=300.0, gt=0, description="seconds for one collective between ranks")

@@ -1,12 +1,13 @@
 """This rank's paged KV cache: for each layer of its stage, its own KV heads, in blocks.
 
     key_cache[layer]   [num_blocks, block_size, local_kv_heads, head_dim]
-    value_cache[layer] the same
+    value_cache[layer] the same with the size of a value head, or a part of each key (`AttentionSpec.caches`)
 
 A block id means the same place in every layer and on every rank of a replica.
 """
 
 import os
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -14,18 +15,17 @@ import numpy as np
 import psutil
 import torch
 
-from ..shardformer.stage import PipelineStage
+from ..shardformer.base import Stage
 
 
 class KVCache:
     """Allocates the caches of a stage and gives each attention module its own."""
 
-    def __init__(self, stage: PipelineStage, num_blocks: int, block_size: int) -> None:
+    def __init__(self, stage: Stage, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
+        zeros = partial(_zeros, dtype=stage.dtype, device=stage.device)
         for attention in stage.attentions:
-            shape = (num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
-            key, value = (_zeros(shape, stage.dtype, stage.device) for _ in range(2))
-            attention.bind_cache(key, value)
+            attention.bind_cache(*attention.backend.spec.caches(num_blocks, block_size, zeros))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -39,9 +39,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def block_bytes(stage: PipelineStage, block_size: int) -> int:
+def block_bytes(stage: Stage, block_size: int) -> int:
     """Bytes that one block takes on this rank, all its layers together."""
-    elements = sum(2 * attention.num_kv_heads * attention.head_dim for attention in stage.attentions)
+    elements = sum(attention.backend.spec.token_size for attention in stage.attentions)
     return elements * block_size * stage.dtype.itemsize
 
 

@@ -54,7 +54,7 @@ def route(logits: Tensor, routing: Routing, correction: Tensor | None = None) ->
     """The experts of each token: (weights float32 [num_tokens, top_k], ids int32 [num_tokens, top_k]), best first.
 
     logits: [num_tokens, num_experts]; correction: float32 [num_experts], added to the scores for the choice alone
-    (DeepSeek-V3's balancing without a loss). Of equals torch.topk decides. All in float32.
+    (DeepSeek-V3's balancing without a loss). Among equals torch.topk decides, but on a GPU the first. All in float32.
     """
     logits = logits.float()
     if routing.scoring == "softmax of chosen":

@@ -1,4 +1,4 @@
-"""``weight * (x - mean(x)) / sqrt(var(x) + eps) + bias`` (Ba et al. 2016), after adding to the residual stream, or of heads.
+"""``weight * (x - mean(x)) / sqrt(var(x) + eps) + bias`` (Ba et al. 2016), of the residual stream or of heads.
 
 One program a row, or a few short rows; the variance is taken about the mean, never as a difference of two large
 numbers, so that a row longer than a block is read three times. Definitions: `eager.add_layer_norm`,

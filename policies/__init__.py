@@ -18,9 +18,10 @@ from .base import (
     RotarySpec,
     TensorSpec,
 )
-from .experts import MoESpec, RouterSpec, SharedExpertSpec, check_experts
+from .experts import MoESpec, RouterSpec, SharedExpertSpec
 from .generic import GenericSpec
-from .registry import find_policy, supported_architectures
+from .latent import LatentSpec
+from .registry import find_policy, has_policy, nearest_supported, supported_architectures
 
 __all__ = [
     "AttentionKind",
@@ -29,6 +30,7 @@ __all__ = [
     "EmbeddingSpec",
     "GenericSpec",
     "HeadSpec",
+    "LatentSpec",
     "LayerSpec",
     "MLPSpec",
     "MoESpec",
@@ -43,7 +45,8 @@ __all__ = [
     "RouterSpec",
     "SharedExpertSpec",
     "TensorSpec",
-    "check_experts",
     "find_policy",
+    "has_policy",
+    "nearest_supported",
     "supported_architectures",
 ]

@@ -106,7 +106,7 @@ class AttentionKind:
     softcap: float | None = None
     has_sinks: bool = False
     alibi_slopes: tuple[float, ...] | None = None  # of all heads
-    is_latent: bool = False  # one KV head, which every rank keeps, its first value_dim elements being the values
+    is_latent: bool = False  # one KV head, which every rank keeps, its last value_dim elements being the values
     is_replicated: bool = False  # every rank has all heads
 
 
@@ -200,7 +200,7 @@ class NormSpec:
 
 @dataclass(frozen=True)
 class EmbeddingSpec:
-    """Token ids to hidden states: look-up, times `multiplier`, plus learned positions, norm; whatever of it there is."""
+    """Token ids to hidden states: look-up, projection, multiplier, learned positions, norm; whatever of it there is."""
 
     tokens: Module
     multiplier: float = 1.0
@@ -422,6 +422,7 @@ class Policy:
     window: Callable[[Any, int], int | None] = layer_window
     rotates: Callable[[Any, int], bool] = always
     interleaved: bool = False
+    rotates_in_part: bool = False  # whether partial_rotary_factor is heard
     alibi: Callable[[Any], tuple[float, ...] | None] = lambda config: None
     qk_norm: Of[QKNorm | None] = None
     query_norm: str = "self_attn.q_norm"
@@ -433,13 +434,14 @@ class Policy:
     logits_multiplier: Of[float] = 1.0
     logits_softcap: Of[float | None] = None
 
-    # another kind of attention or MLP than the above declares: (config, layer) -> it, or None for the usual
-    attention_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
+    # another kind of attention or MLP than the above declares: (config, layer) -> it, or None for the usual; attention
+    # is also given what tells which of the model's rotary embeddings a layer has
+    attention_of: Callable[[Any, int, Callable[[int], int]], Declared | None] = lambda config, layer, rotary: None
     mlp_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
 
     def spec(self, config: Any, rotary: Callable[[Any, str | None], RotarySpec]) -> DecoderSpec:
-        """This family with one config's numbers. `config` is a transformers config; `rotary` reads the RoPE of a type of
-        layer from it."""
+        """This family with one config's numbers. `config` is a transformers config; `rotary` reads from it the RoPE of
+        a type of layer. Raises ValueError where the config asks for what the policy does not serve."""
         return _Reader(self, config, rotary).spec()
 
 
@@ -531,7 +533,7 @@ class _Reader:
         layers = []
         for index in range(self.num_layers):
             layer = LayerSpec(
-                attention=policy.attention_of(self.config, index) or self._attention(index),
+                attention=policy.attention_of(self.config, index, self.rotary) or self._attention(index),
                 mlp=policy.mlp_of(self.config, index) or self._mlp(),
                 input_norm=self.norm(policy.input_norm),
                 attention_post_norm=self.norm(policy.attention_post_norm),
@@ -595,6 +597,12 @@ class _Reader:
         kind = layer_type(self.config, index)
         if kind not in self.rotary_indices:
             found = self._rotary(self.config, kind)
+            width, size = 2 * len(found.inv_freq), self.head_dim
+            if size % 2 or width > size or (width < size and not self.policy.rotates_in_part):
+                raise ValueError(
+                    f"{self.policy.architectures[0]} with a rotary embedding of {width} of each head's {size} elements "
+                    f"is not supported; head_dim must be even and partial_rotary_factor 1"
+                )
             if found not in self.rotaries:
                 self.rotaries.append(found)
             self.rotary_indices[kind] = self.rotaries.index(found)

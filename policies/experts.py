@@ -7,10 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from .base import Dim
-
-Tensors = Iterator[tuple[str, tuple[int, ...], tuple[Dim, ...]]]
-"""Of a checkpoint: (name, shape, dims)."""
+from .base import Dim, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -57,70 +54,57 @@ class MoESpec:
     bias: bool = False  # of both: gate_up_proj_bias, down_proj_bias
     transposed: bool = False  # [experts, in, out], not [experts, out, in]
     shared: SharedExpertSpec | None = None
-    expert_parallel: bool = False  # tp ranks hold whole experts, not a part of each
+
+    def __post_init__(self) -> None:
+        router = self.router
+        if router.num_groups < 1 or self.num_experts % router.num_groups:
+            raise ValueError(
+                f"num_experts={self.num_experts} is not a multiple of the router's {router.num_groups} groups"
+            )
+        group = self.num_experts // router.num_groups
+        if not 1 <= router.top_k <= group * router.top_groups:
+            raise ValueError(
+                f"top_k={router.top_k} experts cannot be chosen among {group * router.top_groups} "
+                f"({router.top_groups} of {router.num_groups} groups of {group})"
+            )
 
     @property
     def interleaved(self) -> bool:
         """Whether gate and up come in turns, not one after the other: the activation takes them as they come."""
         return self.activation == "swiglu_oai"
 
-    def tensors(self, prefix: str) -> Tensors:
-        """Every tensor of one layer's mixture. Gate and up are each split: INTERMEDIATE stands for both."""
+    def tensors(self, prefix: str) -> Iterator[TensorSpec]:
         e, i, h = self.num_experts, self.intermediate_size, self.hidden_size
-        across = Dim.EXPERTS if self.expert_parallel else Dim.HIDDEN
-        inside = Dim.HIDDEN if self.expert_parallel else Dim.INTERMEDIATE
-        whole = Dim.HIDDEN
+        across, inside, whole = Dim.EXPERTS, Dim.EXPERT_INTERMEDIATE, Dim.HIDDEN
 
-        def stacked(size_out: int, size_in: int, out: Dim, into: Dim) -> tuple[tuple[int, ...], tuple[Dim, ...]]:
-            shape, dims = (size_out, size_in), (out, into)
-            return (e, *(shape[::-1] if self.transposed else shape)), (
-                across,
-                *(dims[::-1] if self.transposed else dims),
-            )
+        def stacked(name: str, out: tuple[int, Dim], into: tuple[int, Dim], along: int = 0) -> TensorSpec:
+            sides, along = ((into, out), 2 * along) if self.transposed else ((out, into), along)
+            (first, first_dim), (second, second_dim) = sides
+            return TensorSpec(f"{prefix}{self.name}.{name}", (e, first, second), (across, first_dim, second_dim), along)
 
-        yield f"{prefix}{self.name}.gate_up_proj", *stacked(2 * i, h, inside, whole)
-        yield f"{prefix}{self.name}.down_proj", *stacked(h, i, whole, inside)
+        for _ in ("gate", "up"):
+            yield stacked("gate_up_proj", (i, inside), (h, whole), along=1)
+            if self.bias:
+                yield TensorSpec(f"{prefix}{self.name}.gate_up_proj_bias", (e, i), (across, inside), along=1)
+        yield stacked("down_proj", (h, whole), (i, inside))
         if self.bias:
-            yield f"{prefix}{self.name}.gate_up_proj_bias", (e, 2 * i), (across, inside)
-            yield f"{prefix}{self.name}.down_proj_bias", (e, h), (across, whole)
-        yield f"{prefix}{self.router.name}.weight", (e, h), (whole, whole)
+            yield TensorSpec(f"{prefix}{self.name}.down_proj_bias", (e, h), (across, whole))
+        yield TensorSpec(f"{prefix}{self.router.name}.weight", (e, h), (whole, whole))
         if self.router.bias:
-            yield f"{prefix}{self.router.name}.bias", (e,), (whole,)
+            yield TensorSpec(f"{prefix}{self.router.name}.bias", (e,), (whole,))
         if self.router.correction is not None:
-            yield f"{prefix}{self.router.correction}", (e,), (whole,)
+            yield TensorSpec(f"{prefix}{self.router.correction}", (e,), (whole,))
         if self.shared is not None:
             yield from self._shared_tensors(self.shared, f"{prefix}{self.shared.name}.", prefix)
 
-    def _shared_tensors(self, shared: SharedExpertSpec, inner: str, prefix: str) -> Tensors:
+    def _shared_tensors(self, shared: SharedExpertSpec, inner: str, prefix: str) -> Iterator[TensorSpec]:
         i, h = shared.intermediate_size, self.hidden_size
         for part in ("gate_proj", "up_proj"):
-            yield f"{inner}{part}.weight", (i, h), (Dim.INTERMEDIATE, Dim.HIDDEN)
+            yield TensorSpec(f"{inner}{part}.weight", (i, h), (Dim.INTERMEDIATE, Dim.HIDDEN))
             if shared.bias:
-                yield f"{inner}{part}.bias", (i,), (Dim.INTERMEDIATE,)
-        yield f"{inner}down_proj.weight", (h, i), (Dim.HIDDEN, Dim.INTERMEDIATE)
+                yield TensorSpec(f"{inner}{part}.bias", (i,), (Dim.INTERMEDIATE,))
+        yield TensorSpec(f"{inner}down_proj.weight", (h, i), (Dim.HIDDEN, Dim.INTERMEDIATE))
         if shared.bias:
-            yield f"{inner}down_proj.bias", (h,), (Dim.HIDDEN,)
+            yield TensorSpec(f"{inner}down_proj.bias", (h,), (Dim.HIDDEN,))
         if shared.gate is not None:
-            yield f"{prefix}{shared.gate}.weight", (1, h), (Dim.HIDDEN, Dim.HIDDEN)
-
-
-def check_experts(spec: MoESpec | None, architecture: str, tp_size: int, expert_parallel: bool) -> None:
-    """Raises ValueError where experts cannot be divided as asked, naming the field and what would work."""
-    if expert_parallel and spec is None:
-        raise ValueError(f"expert_parallel=True has no effect: {architecture} has no experts; leave it False")
-    if spec is None:
-        return
-    router = spec.router
-    if router.num_groups < 1 or spec.num_experts % router.num_groups:
-        raise ValueError(f"num_experts={spec.num_experts} is not a multiple of the router's {router.num_groups} groups")
-    candidates = spec.num_experts // router.num_groups * router.top_groups
-    if not 1 <= router.top_k <= candidates:
-        raise ValueError(
-            f"top_k={router.top_k} experts cannot be chosen among {candidates} ({router.top_groups} of "
-            f"{router.num_groups} groups of {spec.num_experts // router.num_groups})"
-        )
-    if not expert_parallel and tp_size > spec.intermediate_size:
-        raise ValueError(
-            f"tp_size={tp_size} is more than the experts' intermediate size {spec.intermediate_size}; use tp_size <= "
-            f"{spec.intermediate_size} or expert_parallel=True"
-        )
+            yield TensorSpec(f"{prefix}{shared.gate}.weight", (1, h), (Dim.HIDDEN, Dim.HIDDEN))

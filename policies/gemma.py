@@ -1,5 +1,8 @@
-"""Gemma 1, 2 and 3 (text): norms with an offset, scaled embeddings; from 2 on norms before and after, scores by
-`query_pre_attn_scalar`, softcaps, windows in turns; from 3 on normalised heads and a RoPE base for each kind of layer."""
+"""Gemma 1, 2 and 3 (text): norms with an offset, scaled embeddings.
+
+From 2 on norms before and after, softcaps, windows in turns; from 3 on normalised heads and a RoPE for each kind of
+layer.
+"""
 
 from dataclasses import replace
 

@@ -9,6 +9,7 @@ GLM = Policy(
     gate_up="mlp.gate_up_proj",
     output_bias=False,
     interleaved=True,
+    rotates_in_part=True,
 )
 GLM4 = replace(
     GLM,

@@ -14,6 +14,7 @@ GPT_NEOX = Policy(
     up="mlp.dense_h_to_4h",
     down="mlp.dense_4h_to_h",
     mlp_bias=True,
+    rotates_in_part=True,
     is_rms=False,
     norm_bias=True,
     norm_eps=lambda config: config.layer_norm_eps,

@@ -43,25 +43,27 @@ class Embedding(nn.Module):
     def __init__(self, spec: EmbeddingSpec, context: Context) -> None:
         super().__init__()
         self.tokens = VocabParallelEmbedding(spec.tokens, context)
-        steps: list[nn.Module] = []
         # In the dtype of the weights, as transformers does it: sqrt(hidden) is not a bfloat16.
         self.multiplier = torch.tensor(spec.multiplier, dtype=context.slices.dtype, device="cpu").item()
+        self.projection: nn.Module | None = None
         if spec.projection is not None:
-            steps.append(ColumnParallelLinear([spec.projection], "", context))
-        self.positions: PositionEmbedding | None = None
+            self.projection = ColumnParallelLinear([spec.projection], "", context)
+        self.positions: nn.Module | None = None
         if spec.positions is not None:
             self.positions = PositionEmbedding(spec.positions, spec.first_position, context)
-        self.projection = nn.Sequential(*steps)
-        self.norm = nn.Identity() if spec.norm is None else PostNorm(spec.norm, "", context)
+        self.norm: nn.Module | None = None
+        if spec.norm is not None:
+            self.norm = PostNorm(spec.norm, "", context)
 
     def forward(self, token_ids: Tensor, positions: Tensor) -> Tensor:
-        x = self.projection(self.tokens(token_ids))
+        x: Tensor = self.tokens(token_ids)
+        if self.projection is not None:
+            x = self.projection(x)
         if self.multiplier != 1.0:
             x = x * self.multiplier
         if self.positions is not None:
             x = x + self.positions(positions)
-        out: Tensor = self.norm(x)
-        return out
+        return x if self.norm is None else self.norm(x)
 
 
 class VocabParallelHead(ParallelLinear):
@@ -86,9 +88,10 @@ class Head(nn.Module):
 
     def __init__(self, spec: HeadSpec, context: Context, tied: VocabParallelEmbedding | None) -> None:
         super().__init__()
-        self.norm = nn.Identity() if spec.norm is None else PostNorm(spec.norm, "", context)
+        steps: list[nn.Module] = [] if spec.norm is None else [PostNorm(spec.norm, "", context)]
         if spec.projection is not None:
-            self.norm = nn.Sequential(self.norm, ColumnParallelLinear([spec.projection], "", context))
+            steps.append(ColumnParallelLinear([spec.projection], "", context))
+        self.norm = nn.Sequential(*steps)
         self.linear = VocabParallelHead(spec.linear, context, tied)
         self.multiplier, self.softcap = spec.multiplier, spec.softcap
 

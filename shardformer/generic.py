@@ -5,7 +5,7 @@ hidden states that it received, the layers and norms after them do nothing.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,8 +19,8 @@ from ..mesh.collectives import Communicator
 from ..policies import Dim, GenericSpec, Module, NormSpec, TensorSpec
 from ..policies.base import Rows
 from ..policies.generic import STYLES, Style
-from .attention import attention_spec
-from .backends import AttentionBackend, AttentionMetadata, AttentionSpec, create_backend
+from .backends import AttentionMetadata, AttentionSpec, create_backend
+from .base import Stage
 from .embedding import VocabParallelHead
 from .interfaces import NAME, Step
 from .linear import ColumnParallelLinear, Context, ParallelLinear, RowParallelLinear, Slices
@@ -89,7 +89,6 @@ class PagedKernel(nn.Module):
 
     def __init__(self, asked: AttentionSpec, backend: str, ops: Ops) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = asked.num_heads, asked.num_kv_heads, asked.head_dim
         self.store_kv = ops.store_kv
         self.backend = create_backend(backend, asked)
         self.key_cache = self.value_cache = torch.empty(0)
@@ -114,8 +113,12 @@ class GroupedExperts(LoadedModule):
 
     _NAMES = {"up": ("gate_up_proj", "up_proj"), "down": ("down_proj",)}
 
-    def __init__(self, owner: Any, ops: Ops) -> None:
+    def __init__(self, name: str, owner: Any, parts: Mapping[str, list[TensorSpec]], context: Context) -> None:
         super().__init__()
+        slices, ops = context.slices, context.ops
+        if owner.has_bias and slices.tp.size > 1:
+            raise ValueError(f"{name}: experts with biases are not split; use tp_size=1")
+        self.first = slices.range(Dim.EXPERTS, parts[f"{name}.down_proj"][0].shape[0])[0]
         self.pieces = {}
         self.is_transposed = owner.is_transposed
         for ours, names in self._NAMES.items():
@@ -132,7 +135,6 @@ class GroupedExperts(LoadedModule):
             self._activate = owner.act_fn.forward
         self.after: Any = owner.post_expert_norm.forward if owner.has_post_expert_norm else None
         self.plan_experts, self.combine, self._bind = ops.plan_experts, ops.combine, ops.bind_grouped_linear
-        self.first = 0
 
     def bind(self) -> None:
         self.num_local = len(self.up)
@@ -184,8 +186,8 @@ class PassThrough(nn.Module):
         return hidden if self.outputs is None else (hidden,) + (None,) * (self.outputs - 1)
 
 
-class GenericStage(nn.Module):
-    """This rank's part of a model whose layers are transformers'. Offers what `PipelineStage` does."""
+class GenericStage(Stage):
+    """A stage of transformers' layers."""
 
     def __init__(
         self,
@@ -199,10 +201,8 @@ class GenericStage(nn.Module):
         device: torch.device,
         block_size: int | None = None,
     ) -> None:
-        super().__init__()
-        self.spec, self.layer_range, self.dtype, self.device = spec, layers, slices.dtype, device
-        self.is_first, self.is_last = layers[0] == 0, layers[1] == spec.num_layers
-        self.weight_bytes = 0  # of all parameters, once they are loaded
+        super().__init__(spec, layers, slices.dtype, device)
+        self.max_model_len = max_model_len
         model = build(spec.config, spec.architecture, slices.dtype)
         self._paths = [f"{spec.prefix}.{index}.{spec.attention}" for index in range(*layers)]
         _keep_wide(model, slices.dtype)
@@ -237,7 +237,7 @@ class GenericStage(nn.Module):
                     num_heads=call.num_heads,
                     num_kv_heads=call.num_kv_heads,
                     head_dim=call.head_dim,
-                    **({} if call.value_dim == call.head_dim else {"value_dim": call.value_dim}),
+                    value_dim=None if call.value_dim == call.head_dim else call.value_dim,
                     scale=call.scale,
                     dtype=self.dtype,
                     device=self.device,
@@ -256,20 +256,14 @@ class GenericStage(nn.Module):
 
     @property
     def attentions(self) -> Iterator[PagedKernel]:
-        """The attention modules of this stage's layers, in order."""
         for path in self._paths:
             yield self.model.get_submodule(path).paged  # type: ignore[misc]
 
-    @property
-    def backends(self) -> dict[str, AttentionBackend]:
-        """One of each kind of backend bound on this stage, by `plan_key`: they prepare the step for all layers."""
-        return {attention.backend.plan_key: attention.backend for attention in self.attentions}
+    def prove(self) -> None:
+        prove_apart(self, self.max_model_len)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.
-
-        Returns hidden states [num_tokens, hidden], on the last stage normalised.
-        """
+        """What it gives on the last stage is normalised."""
         return self.run(x, metadata.positions, partial(StageStep, metadata))
 
     def run(self, x: Tensor, positions: Tensor, make_step: Callable[[Tensor | None], Step]) -> Tensor:
@@ -287,7 +281,6 @@ class GenericStage(nn.Module):
         return out.squeeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
         return run_head(self._head[0], hidden.unsqueeze(0)).squeeze(0)
 
 
@@ -354,7 +347,7 @@ def _shard(model: nn.Module, spec: GenericSpec, context: Context, is_first: bool
             if own not in module._non_persistent_buffers_set:
                 _hold(module, own, parts[f"{name}.{own}"], slices)
         if hasattr(module, "has_gate") and hasattr(module, "is_transposed"):  # see `use_experts_implementation`
-            module.experts = GroupedExperts(module, context.ops)
+            module.experts = GroupedExperts(name, module, parts, context)
 
 
 def _tell(attention: nn.Module, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..policies import AttentionKind, Dim, GenericSpec, TensorSpec
+from ..policies import AttentionKind, Dim, GenericSpec, TensorSpec, nearest_supported
 from ..policies.generic import STYLES, Style, find_plan, style_of
 from .interfaces import NotHandedOn
 from .trace import Call, Refused, base_name, build, check_logits, check_windows, run
@@ -22,16 +22,11 @@ _KEY_VALUE = re.compile(r"(k|v|kv|key|value)(_|$)")
 _CHANGING_ROPE = ("dynamic", "longrope")  # frequencies by the length of a sequence
 
 
-def generic_architecture(architectures: Sequence[str], default: str | None = None) -> str:
-    """The first that is a class of transformers; else the default. Raises ValueError where there is none."""
+def transformers_architecture(architectures: Sequence[str]) -> str | None:
+    """The first that is a class of transformers; None if none is."""
     import transformers
 
-    for name in architectures:
-        if hasattr(transformers, name):
-            return name
-    if default is None:
-        raise ValueError(f"architecture {', '.join(architectures)}: no class of transformers, so no generic policy")
-    return default
+    return next((name for name in architectures if hasattr(transformers, name)), None)
 
 
 def read_generic(config: Any, architecture: str) -> GenericSpec:
@@ -39,7 +34,9 @@ def read_generic(config: Any, architecture: str) -> GenericSpec:
     try:
         return _read(config, architecture)
     except Refused as error:
-        raise ValueError(f"architecture {architecture} is not supported: {error}") from error
+        raise ValueError(
+            f"architecture {architecture} is not supported: {error}; {nearest_supported(architecture)}"
+        ) from error
 
 
 def _read(config: Any, architecture: str) -> GenericSpec:

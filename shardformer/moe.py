@@ -1,6 +1,6 @@
 """Mixture of experts: of many gated MLPs each token uses a few, which a router chooses (Shazeer et al. 2017).
 
-Over tp either each expert is split, as an MLP is, or ranks hold whole experts (`MoESpec.expert_parallel`), unevenly or
+Over tp either each expert is split, as an MLP is, or ranks hold whole experts (`Shards.expert_parallel`), unevenly or
 none where they do not divide. Either way every rank sees every token and routes it alike, computes what its weights
 contribute, and one sum over tp, shared experts included, makes the output.
 """
@@ -8,12 +8,12 @@ contribute, and one sum over tp, shared experts included, makes the output.
 import torch
 from torch import Tensor, nn
 
-from ..kernels import Ops
+from ..kernels.eager import ACTIVATIONS
 from ..kernels.eager_moe import GroupedLinear, Routing
 from ..kernels.linear import Linear
-from ..policies.experts import MoESpec, RouterSpec, SharedExpertSpec
-from .linear import Slices
-from .shard import Range, aligned_split, even_split
+from ..policies import Dim, MoESpec, RouterSpec, SharedExpertSpec
+from .linear import Context
+from .shard import Range
 from .weights import LoadedModule, Piece
 
 
@@ -24,8 +24,9 @@ def _blank(shape: tuple[int, ...], dtype: torch.dtype) -> nn.Parameter:
 class Router(LoadedModule):
     """[num_tokens, hidden] -> (weights float32, expert ids int32), both [num_tokens, top_k]; replicated over tp."""
 
-    def __init__(self, spec: RouterSpec, num_experts: int, hidden: int, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: RouterSpec, num_experts: int, hidden: int, prefix: str, context: Context) -> None:
         super().__init__()
+        slices, ops = context.slices, context.ops
         dtype = torch.float32 if spec.float32 else slices.dtype
         experts = (0, num_experts)
         self.pieces = {"weight": [Piece(f"{prefix}{spec.name}.weight", (experts, (0, hidden)))]}
@@ -65,17 +66,16 @@ class Experts(LoadedModule):
     """This rank's part of the routed experts; its outputs' sum over tp is theirs.
 
     Products take weights [local experts, out, in]; those that the checkpoint has transposed are turned once they are
-    loaded. The bias of a down product is held whole, by the rank that has the expert, or else by rank 0.
+    loaded. A bias of the down product, of which no rank has a part, is that of the rank which has the expert, or of
+    rank 0.
     """
 
-    def __init__(self, spec: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: MoESpec, prefix: str, context: Context) -> None:
         super().__init__()
-        rank, size, i, h = slices.tp.rank, slices.tp.size, spec.intermediate_size, spec.hidden_size
-        experts, part = (0, spec.num_experts), (0, i)
-        if spec.expert_parallel:
-            experts = even_split(spec.num_experts, size)[rank]
-        else:
-            part = aligned_split(i, size)[rank]
+        slices, ops = context.slices, context.ops
+        rank, i, h = slices.tp.rank, spec.intermediate_size, spec.hidden_size
+        experts = slices.range(Dim.EXPERTS, spec.num_experts)
+        part = slices.range(Dim.EXPERT_INTERMEDIATE, i)
         self.first, self.num_local, width = experts[0], experts[1] - experts[0], part[1] - part[0]
         ups = [(2 * part[0], 2 * part[1])] if spec.interleaved else [part, (i + part[0], i + part[1])]
         self.transposed = spec.transposed
@@ -102,11 +102,11 @@ class Experts(LoadedModule):
             bias = f"{prefix}{spec.name}.gate_up_proj_bias"
             self.pieces["gate_up_bias"] = [Piece(bias, (experts, up), (0, i * width)) for i, up in enumerate(ups)]
             self.gate_up_bias = _blank((self.num_local, 2 * width), slices.dtype)
-            if spec.expert_parallel or rank == 0:
+            if slices.shards.expert_parallel or rank == 0:
                 self.pieces["down_bias"] = [Piece(f"{prefix}{spec.name}.down_proj_bias", (experts, (0, h)))]
                 self.down_bias = _blank((self.num_local, h), slices.dtype)
         self.plan_experts, self.combine = ops.plan_experts, ops.combine
-        self.activation = ops.gated_activation(spec.activation)
+        self.activation = ops.gated_activation(ACTIVATIONS[spec.activation])
         self._bind_grouped_linear = ops.bind_grouped_linear
         self.gate_up_product: GroupedLinear
         self.down_product: GroupedLinear
@@ -132,10 +132,11 @@ class Experts(LoadedModule):
 class SharedExpert(LoadedModule):
     """This rank's part of the MLP that all tokens use; its outputs' sum over tp is the MLP's."""
 
-    def __init__(self, spec: SharedExpertSpec, moe: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: SharedExpertSpec, moe: MoESpec, prefix: str, context: Context) -> None:
         super().__init__()
+        slices, ops = context.slices, context.ops
         inner, hidden = f"{prefix}{spec.name}.", (0, moe.hidden_size)
-        part = aligned_split(spec.intermediate_size, slices.tp.size)[slices.tp.rank]
+        part = slices.range(Dim.INTERMEDIATE, spec.intermediate_size)
         width, h = part[1] - part[0], moe.hidden_size
         ups = {"gate_proj": 0, "up_proj": width}  # first row
         self.pieces = {
@@ -156,7 +157,7 @@ class SharedExpert(LoadedModule):
         if spec.gate is not None:
             self.pieces["gate"] = [Piece(f"{prefix}{spec.gate}.weight", ((0, 1), hidden))]
             self.gate = _blank((1, h), slices.dtype)
-        self.activation = ops.gated_activation(moe.activation)
+        self.activation = ops.gated_activation(ACTIVATIONS[moe.activation])
         self._bind_linear = ops.bind_linear
         self.gate_up_product: Linear
         self.down_product: Linear
@@ -176,15 +177,16 @@ class SharedExpert(LoadedModule):
 
 class MixtureOfExperts(nn.Module):
     """[num_tokens, hidden] -> [num_tokens, hidden]: each token's experts, weighted, and the shared one; one sum over
-    tp."""
+    tp, left to the caller if `partial`."""
 
-    def __init__(self, spec: MoESpec, prefix: str, slices: Slices, ops: Ops) -> None:
+    def __init__(self, spec: MoESpec, prefix: str, context: Context, partial: bool = False) -> None:
         super().__init__()
-        self.tp = slices.tp
-        self.router = Router(spec.router, spec.num_experts, spec.hidden_size, prefix, slices, ops)
-        self.experts = Experts(spec, prefix, slices, ops)
-        self.shared = None if spec.shared is None else SharedExpert(spec.shared, spec, prefix, slices, ops)
+        self.tp, self.partial = context.slices.tp, partial
+        self.router = Router(spec.router, spec.num_experts, spec.hidden_size, prefix, context)
+        self.experts = Experts(spec, prefix, context)
+        self.shared = None if spec.shared is None else SharedExpert(spec.shared, spec, prefix, context)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.experts(x, *self.router(x))
-        return self.tp.all_reduce(out if self.shared is None else out + self.shared(x))
+        out = out if self.shared is None else out + self.shared(x)
+        return out if self.partial else self.tp.all_reduce(out)

@@ -1,19 +1,19 @@
 """Another attention backend for a stage that is running: tried on every layer first, then taken by all or by none."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from .backends import AttentionBackend, Sequences, Workload, create_backend, tune
 from .backends.proof import difference
-from .generic import GenericStage
-from .stage import PipelineStage
+from .base import Stage
 
 _TRIAL = ((1, 17), (3, 12), (5, 5), (1, 1))  # (queries, keys): a decode, a chunk, a prompt, a second decode
 
 
 def try_backend(
-    stage: PipelineStage | GenericStage, name: str, block_size: int, live: Sequences | None, workload: Workload
+    stage: Stage, name: str, block_size: int, live: Sequences | None, workload: Workload
 ) -> list[AttentionBackend]:
     """A backend of that name (or what "auto" or "tuned" choose) for each attention layer, in order; the stage keeps its
     own. workload: what "tuned" is to be fast at.
@@ -30,15 +30,14 @@ def try_backend(
         tried.add(backend.spec)
         sequences = _trial(block_size, backend.spec.device)
         num_blocks = 1 + max(block for table in sequences.block_tables for block in table)
-        shape = (2, num_blocks, block_size, backend.spec.num_kv_heads, backend.spec.head_dim)
-        key_cache, value_cache = torch.randn(shape, dtype=backend.spec.dtype, device=backend.spec.device)
-        _compare(backend, key_cache, value_cache, sequences)
+        make = partial(torch.randn, dtype=backend.spec.dtype, device=backend.spec.device)
+        _compare(backend, *backend.spec.caches(num_blocks, block_size, make), sequences)
         if live is not None:
             _compare(backend, attention.key_cache, attention.value_cache, live)
     return backends
 
 
-def bind(stage: PipelineStage | GenericStage, backends: list[AttentionBackend]) -> None:
+def bind(stage: Stage, backends: list[AttentionBackend]) -> None:
     """Gives each attention layer its new backend."""
     for attention, backend in zip(stage.attentions, backends, strict=True):
         attention.backend = backend

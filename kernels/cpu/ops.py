@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 from ctypes import CDLL, c_float, c_int, c_long, c_void_p
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import PagedBatch
-from ..eager import PLAIN, AttentionFeatures
-from ..eager_moe import ExpertPlan, GroupedLinear
+from ..eager import KINDS, PLAIN, Activation, AttentionFeatures, values_in_keys
+from ..eager_moe import ExpertPlan, GroupedLinear, Routing
 from .build import Unavailable, load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 
 _Function = Callable[..., None]
 
@@ -29,16 +32,20 @@ class CpuOps:
         self._dtype = DTYPES[dtype]
         self._threads = torch.get_num_threads()
         library = load_library()
-        self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "llffi")
-        self._silu_and_mul = _function(library, "silu_and_mul", "ipplli")
-        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 8 + "ii")
-        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fflppi")
+        self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "l" * 5 + "ffi")
+        self._add_layer_norm = _function(library, "add_layer_norm", "i" + "p" * 6 + "l" * 5 + "fii")
+        self._activation = _function(library, "activation", "iii" + "pp" + "llli")
+        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
+        self._store_kv = _function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
+        self._route = _function(library, "route", "ippppllliifllii")
         self._plan_experts = _function(library, "plan_experts", "pppplll")
         self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
         self._panel: int = library.grouped_panel()
         self._step: int = library.grouped_step(self._dtype)
         self._combine = _function(library, "combine", "ipppp" + "llli")
+        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
+        self.max_head_dim: int = library.max_head_dim()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         return self.add_rms_norm(x, None, weight, eps, offset)[0]
@@ -46,37 +53,65 @@ class CpuOps:
     def add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float = 0.0
     ) -> tuple[Tensor, Tensor]:
-        assert x.is_contiguous() and (residual is None or residual.is_contiguous())
-        out = torch.empty_like(x)
-        total = x if residual is None else torch.empty_like(x)
-        hidden = x.shape[-1]
+        out, total, sizes = _norm_outputs(x, residual)
         self._add_rms_norm(
             self._dtype,
             x.data_ptr(),
-            None if residual is None else residual.data_ptr(),
+            _address(residual),
             weight.data_ptr(),
             out.data_ptr(),
             total.data_ptr(),
-            x.numel() // hidden,
-            hidden,
+            *sizes,
             eps,
             offset,
             self._threads,
         )
         return out, total
 
-    def silu_and_mul(self, gate_up: Tensor) -> Tensor:
-        assert gate_up.is_contiguous()
-        rows, n = gate_up.shape[0], gate_up.shape[1] // 2
-        out = torch.empty(rows, n, dtype=gate_up.dtype)
-        self._silu_and_mul(self._dtype, gate_up.data_ptr(), out.data_ptr(), rows, n, self._threads)
+    def add_layer_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        out, total, sizes = _norm_outputs(x, residual)
+        self._add_layer_norm(
+            self._dtype,
+            x.data_ptr(),
+            _address(residual),
+            _address(weight),
+            _address(bias),
+            out.data_ptr(),
+            total.data_ptr(),
+            *sizes,
+            eps,
+            weight is not None and weight.dim() == 2,
+            self._threads,
+        )
+        return out, total
+
+    def head_layer_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        assert weight.shape == x.shape[1:] and weight.is_contiguous()
+        return self.add_layer_norm(x, None, weight, None, eps)[0]
+
+    def activation(self, kind: str) -> Activation:
+        return partial(self._activate, KINDS.index(kind), False)
+
+    def gated_activation(self, kind: str) -> Activation:
+        return partial(self._activate, KINDS.index(kind), True)
+
+    def _activate(self, kind: int, gated: bool, x: Tensor) -> Tensor:
+        rows, n = x.shape
+        stride, step = x.stride()
+        assert step == 1
+        if gated:
+            n //= 2
+        out = torch.empty(rows, n, dtype=x.dtype)
+        self._activation(self._dtype, kind, gated, x.data_ptr(), out.data_ptr(), rows, n, stride, self._threads)
         return out
 
     def rotary_store_kv(
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor,
@@ -86,15 +121,14 @@ class CpuOps:
         interleaved: bool = False,
     ) -> Tensor:
         num_tokens, heads, head_dim = query.shape
-        kv_heads = key.shape[1]
-        assert query.stride()[1:] == key.stride()[1:] == value.stride()[1:] == (head_dim, 1)
-        assert key_cache.is_contiguous() and value_cache.is_contiguous()
+        assert query.stride(2) == key.stride(2) == 1 and key_cache.is_contiguous()
+        assert value is None or (value.stride(2) == 1 and value_cache.is_contiguous())
         out = torch.empty(num_tokens, heads, head_dim, dtype=query.dtype)
         self._rotary_store_kv(
             self._dtype,
             query.data_ptr(),
             key.data_ptr(),
-            value.data_ptr(),
+            None if value is None else value.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             positions.data_ptr(),
@@ -104,16 +138,34 @@ class CpuOps:
             out.data_ptr(),
             num_tokens,
             heads,
-            kv_heads,
+            key.shape[1],
             head_dim,
+            value_cache.shape[3],
             cos.shape[1],
-            query.stride(0),
-            key.stride(0),
-            value.stride(0),
+            *query.stride()[:2],
+            *key.stride()[:2],
+            *((0, 0) if value is None else value.stride()[:2]),
             interleaved,
             self._threads,
         )
         return out
+
+    def store_kv(self, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
+        assert key.stride(2) == value.stride(2) == 1
+        assert key_cache.is_contiguous() and value_cache.is_contiguous()
+        self._store_kv(
+            self._dtype,
+            key.data_ptr(),
+            value.data_ptr(),
+            key_cache.data_ptr(),
+            value_cache.data_ptr(),
+            slots.data_ptr(),
+            *key.shape,
+            value.shape[2],
+            *key.stride()[:2],
+            *value.stride()[:2],
+            self._threads,
+        )
 
     def paged_attention(
         self,
@@ -124,10 +176,13 @@ class CpuOps:
         scale: float,
         features: AttentionFeatures = PLAIN,
     ) -> Tensor:
-        """query: [num_tokens, heads, head_dim], contiguous; head_dim a multiple of `head_dim_multiple`, up to 256."""
-        assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+        """query: [num_tokens, heads, head_dim], contiguous; head_dim and value_dim multiples of `head_dim_multiple`, up
+        to `max_head_dim`."""
+        assert query.is_contiguous() and key_cache.is_contiguous()
+        assert value_cache.is_contiguous() or values_in_keys(key_cache, value_cache)
         _, block_size, kv_heads, head_dim = key_cache.shape
-        out = torch.empty_like(query)
+        num_tokens, heads, value_dim = *query.shape[:2], value_cache.shape[-1]
+        out = torch.empty(num_tokens, heads, value_dim, dtype=query.dtype)
         num_seqs, max_blocks = batch.block_tables.shape
         sinks = None if features.sinks is None else features.sinks.float().contiguous()
         slopes = None if features.alibi_slopes is None else features.alibi_slopes.float().contiguous()
@@ -142,18 +197,45 @@ class CpuOps:
             batch.key_lens.data_ptr(),
             num_seqs,
             max_blocks,
-            query.shape[1],
+            heads,
             kv_heads,
             head_dim,
+            value_dim,
+            value_cache.stride(1),
             block_size,
             scale,
             features.softcap or 0.0,
             features.window or 0,
-            None if sinks is None else sinks.data_ptr(),
-            None if slopes is None else slopes.data_ptr(),
+            _address(sinks),
+            _address(slopes),
             self._threads,
         )
         return out
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits: of any dtype of these ops."""
+        assert logits.is_contiguous() and (correction is None or correction.dtype == torch.float32)
+        num_tokens, num_experts = logits.shape
+        weights = torch.empty(num_tokens, routing.top_k)
+        ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int32)
+        self._route(
+            DTYPES[logits.dtype],
+            logits.data_ptr(),
+            None if correction is None else correction.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            num_tokens,
+            num_experts,
+            routing.top_k,
+            _SCORINGS[routing.scoring],
+            routing.normalise,
+            routing.scale,
+            routing.num_groups,
+            routing.top_groups,
+            routing.group_score == "sum of two",
+            self._threads,
+        )
+        return weights, ids
 
     def plan_experts(self, ids: Tensor, first: int, num_local: int) -> ExpertPlan:
         assert ids.is_contiguous() and ids.dtype == torch.int32
@@ -210,6 +292,23 @@ class CpuOps:
             self._threads,
         )
         return out
+
+
+def _norm_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """A norm's outputs for x [num_tokens, hidden] or [num_tokens, heads, hidden], and outer, inner, hidden, strides."""
+    if x.dim() == 2:
+        (outer, hidden), (stride, step) = x.shape, x.stride()
+        sizes = (outer, 1, hidden, stride, 0)
+    else:
+        *strides, step = x.stride()
+        sizes = (*x.shape, *strides)
+    assert step == 1 and (residual is None or residual.is_contiguous())
+    out = torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype)
+    return out, x if residual is None else torch.empty_like(out), sizes
+
+
+def _address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
 
 
 def _function(library: CDLL, name: str, signature: str) -> _Function:

@@ -75,6 +75,11 @@ template <class T> static inline vfloat rounded(vfloat x) { T t[W]; store(t, x);
 template <> inline float rounded<float>(float x) { return x; }
 template <> inline vfloat rounded<float>(vfloat x) { return x; }
 
+// The same by what is asked for, so that a row's vectors and its last elements are one piece of code (`each`).
+template <class T> static inline vfloat load(const T* p, vfloat) { return load(p); }
+template <class T> static inline float load(const T* p, float) { return load_one(p); }
+template <class T> static inline void store(T* p, float x) { store_one(p, x); }
+
 static inline vfloat max(vfloat a, vfloat b) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_max_ps((__m512)a, (__m512)b);
@@ -90,6 +95,22 @@ static inline float sum(vfloat v) {
   for (int i = 0; i < W; i++) s += v[i];
   return s;
 #endif
+}
+
+// Calls f for all of a row: f(i, vfloat{}) where it takes a vector from i on, then f(i, 0.0f) where one element.
+template <class F> static inline void each(long n, F f) {
+  long i = 0;
+  for (; i + W <= n; i += W) f(i, vfloat{});
+  for (; i < n; i++) f(i, 0.0f);
+}
+// The sum of what f, called so, returns.
+template <class F> static inline float sum_of(long n, F f) {
+  vfloat sums = {};
+  float tail = 0;
+  long i = 0;
+  for (; i + W <= n; i += W) sums += f(i, vfloat{});
+  for (; i < n; i++) tail += f(i, 0.0f);
+  return sum(sums) + tail;
 }
 
 // e^x to about 2 units in the last place (Cephes' expf: x = n ln 2 + r, a polynomial in r); 0 below -87, finite above 88.

@@ -7,6 +7,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -18,6 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from meshlm.kernels.eager import KINDS
 from meshlm.kernels.eager_moe import Routing
 from meshlm.kernels.triton_ops import TRITON as ops
 
@@ -60,29 +62,27 @@ def randn(*shape: int) -> Tensor:
 def norms(num_tokens: int) -> None:
     x, residual, weight = randn(num_tokens, 4096), randn(num_tokens, 4096), randn(4096)
     ops.add_rms_norm(x, residual, weight, 1e-5)
-    ops.layer_norm(x, weight, weight, 1e-5)
+    ops.add_layer_norm(x, residual, weight, weight, 1e-5)
 
 
 def long_norms(num_tokens: int) -> None:
     x, weight = randn(num_tokens, 20000), randn(20000)
     ops.rms_norm(x, weight, 1e-5, 1.0)
-    ops.layer_norm(x, weight, None, 1e-5)
+    ops.add_layer_norm(x, x, None, None, 1e-5)
 
 
-def head_norm(num_tokens: int) -> None:
-    ops.rms_norm(randn(num_tokens, 48, 128)[:, :32], randn(128), 1e-5)
+def head_norms(num_tokens: int) -> None:
+    heads = randn(num_tokens, 48, 128)[:, :32]
+    ops.rms_norm(heads, randn(128), 1e-5)
+    ops.head_layer_norm(heads, randn(32, 128), 1e-5)
 
 
-def silu(num_tokens: int) -> None:
-    ops.silu_and_mul(randn(num_tokens, 2 * 14336))
+def activation(kind: str, num_tokens: int) -> None:
+    ops.activation(kind)(randn(num_tokens, 14336))
 
 
-def gelu(num_tokens: int) -> None:
-    ops.gelu_and_mul(randn(num_tokens, 2 * 14336), False)
-
-
-def gelu_tanh(num_tokens: int) -> None:
-    ops.gelu_and_mul(randn(num_tokens, 2 * 14336), True)
+def gated_activation(kind: str, num_tokens: int) -> None:
+    ops.gated_activation(kind)(randn(num_tokens, 2 * 14336))
 
 
 def rotary(num_tokens: int, head_dim: int = 128, width: int = 64, interleaved: bool = False) -> None:
@@ -94,6 +94,11 @@ def rotary(num_tokens: int, head_dim: int = 128, width: int = 64, interleaved: b
 
 def partial_rotary(num_tokens: int) -> None:
     rotary(num_tokens, 80, 16, True)
+
+
+def store(num_tokens: int) -> None:
+    key, value, slots = randn(num_tokens, 8, 192), randn(num_tokens, 8, 128), torch.zeros(num_tokens, dtype=torch.int64)
+    ops.store_kv(key, value, randn(5, 16, 8, 192), randn(5, 16, 8, 128), slots)
 
 
 def embedding(num_tokens: int) -> None:
@@ -131,12 +136,12 @@ def sampling(num_tokens: int) -> None:
 STEPS: list[Callable[[int], None]] = [
     norms,
     long_norms,
-    head_norm,
-    silu,
-    gelu,
-    gelu_tanh,
+    head_norms,
+    *(partial(activation, kind) for kind in ("relu2", "gelu")),  # the rest is compiled with a gate
+    *(partial(gated_activation, kind) for kind in KINDS),
     rotary,
     partial_rotary,
+    store,
     embedding,
     routing,
     experts,
@@ -152,4 +157,4 @@ if __name__ == "__main__":
         for num_tokens in (1, 2, 3, 16, 40):
             step(num_tokens)
         again = {name: len(variants) for name, variants in compiled.items() if len(variants) > 1}
-        assert compiled and not again, f"{step.__name__}: compiled more than once: {again}"
+        assert compiled and not again, f"{step}: compiled more than once: {again}"

@@ -64,26 +64,81 @@ def test_add_rms_norm(offset: float, shape: tuple[int, int], ops: CpuOps, dtype:
         assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (64, 1536)], ids=str)
-def test_silu_and_mul(shape: tuple[int, int], ops: CpuOps, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("parameters", ["weight, bias", "weight", "none"])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 17), (5, 576), (300, 129)], ids=str)
+def test_add_layer_norm(shape: tuple[int, int], parameters: str, ops: CpuOps, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    gate_up = (torch.randn(shape[0], 2 * shape[1]) * 4).to(dtype)
-    gate_up[:, :1] = 200.0  # e^200 and e^-200 are no float32
-    gate_up[1:, :1] = -200.0
-    ours, exact = ops.silu_and_mul(gate_up), eager.silu_and_mul(gate_up)
-    assert ours.shape == exact.shape
-    assert_close(ours, exact)
+    x, residual = (torch.randn(2, *shape) * 3 + 1).to(dtype)
+    weight = torch.randn(shape[1]).to(dtype) if "weight" in parameters else None
+    bias = torch.randn(shape[1]).to(dtype) if "bias" in parameters else None
+    before = x.clone()
+    for stream in (residual, None):
+        ours, total = ops.add_layer_norm(x, stream, weight, bias, 1e-5)
+        exact, exact_total = eager.add_layer_norm(x, stream, weight, bias, 1e-5)
+        assert ours.shape == exact.shape and ours.dtype == dtype
+        assert_close(ours, exact)
+        assert total is x if stream is None else torch.equal(total, exact_total)
+        assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 8), (1, 1, 1), (3, 5, 20), (70, 4, 128)], ids=str)
+def test_norms_of_heads(shape: tuple[int, int, int], ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    num_tokens, heads, head_dim = shape
+    x = (torch.randn(num_tokens, heads + 3, head_dim + 5) * 3 + 1).to(dtype)[:, 2:-1, 5:]
+    weight = torch.randn(heads, head_dim).to(dtype)
+    latent = x[:, 0]  # rows that are not heads, apart from each other as well
+    pairs = [
+        (ops.head_layer_norm(x, weight, 1e-5), eager.head_layer_norm(x, weight, 1e-5)),
+        (ops.rms_norm(x, weight[0], 1e-5), eager.rms_norm(x, weight[0], 1e-5)),
+        (ops.rms_norm(x, weight[0], 1e-5, 1.0), eager.rms_norm(x, weight[0], 1e-5, 1.0)),
+        (ops.rms_norm(latent, weight[0], 1e-5), eager.rms_norm(latent, weight[0], 1e-5)),
+    ]
+    for ours, exact in pairs:
+        assert ours.shape == exact.shape and ours.dtype == dtype and ours.is_contiguous()
+        assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("kind", eager.KINDS)
+@pytest.mark.parametrize("shape", [(0, 4), (1, 1), (3, 17), (2, 48), (40, 900)], ids=str)
+def test_activations(shape: tuple[int, int], kind: str, ops: CpuOps, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    wider = (torch.randn(shape[0], 2 * shape[1] + 3) * 4).to(dtype)
+    wider[:, 2:5] = torch.tensor([200.0, -200.0, -9.0], dtype=dtype)  # e^200 and e^-200 are no float32
+    before = wider.clone()
+    for x in (wider[:, 2:-1], wider[:, : 2 * shape[1]].contiguous()):
+        pairs = [(ops.gated_activation(kind)(x), eager.gated_activation(kind)(x.double()))]
+        if kind != "swiglu_oai":
+            pairs.append((ops.activation(kind)(x), eager.activation(kind)(x.double())))
+        for ours, exact in pairs:
+            assert ours.shape == exact.shape and ours.dtype == dtype
+            assert_close(ours, exact.to(dtype))
+    assert torch.equal(wider, before)
+
+
+def test_gelu_is_as_near_as_torchs(dtype: torch.dtype, ops: CpuOps) -> None:
+    """Of what erf gives in float64, over all of its range."""
+    x = torch.linspace(-14, 14, 200001).to(dtype).unsqueeze(0)
+    exact = x.double() * torch.special.ndtr(x.double())
+    ours, torchs = (
+        (gelu(x).double() - exact).abs().max() for gelu in (ops.activation("gelu"), torch.nn.functional.gelu)
+    )
+    assert ours <= torchs
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("head_dim", "width"), [(2, 1), (20, 10), (64, 32), (80, 16), (96, 3)])
+@pytest.mark.parametrize(
+    ("head_dim", "width", "value_dim"), [(2, 1, 2), (20, 10, 20), (64, 32, 64), (80, 16, 70), (96, 3, 1), (20, 4, 30)]
+)
 @pytest.mark.parametrize("num_tokens", [0, 1, 5, 130])
 def test_rotary_store_kv(
-    num_tokens: int, head_dim: int, width: int, interleaved: bool, ops: CpuOps, dtype: torch.dtype
+    num_tokens: int, head_dim: int, width: int, value_dim: int, interleaved: bool, ops: CpuOps, dtype: torch.dtype
 ) -> None:
+    """And `store_kv`, which does not rotate."""
     torch.manual_seed(0)
-    qkv = torch.randn(num_tokens, 5 + 2 + 2, head_dim).to(dtype)
-    query, key, value = qkv.split((5, 2, 2), dim=1)  # not contiguous, as in the model
+    qkv = torch.randn(num_tokens, 5 + 2, head_dim).to(dtype)
+    query, key = qkv.split((5, 2), dim=1)  # not contiguous, as in the model
+    value = torch.randn(num_tokens, 3, value_dim + 1).to(dtype)[:, 1:, 1:]
     if num_tokens:
         value[0, 0, 0], value[-1, 1, -1] = float("nan"), float("-inf")
         key[0, 1, 0] = float("inf")
@@ -91,13 +146,20 @@ def test_rotary_store_kv(
     positions = torch.randint(200, (num_tokens,))
     slots = torch.randperm(60 * 3)[:num_tokens]
     slots[1:2] = -1
-    ours, exact = ((torch.full((60, 3, 2, head_dim), 7.0, dtype=dtype) for _ in range(2)) for _ in range(2))
-    ours, exact = tuple(ours), tuple(exact)
+
+    def caches() -> tuple[Tensor, Tensor]:
+        return tuple(torch.full((60, 3, 2, dim), 7.0, dtype=dtype) for dim in (head_dim, value_dim))
+
+    (ours, exact), (stored, exactly) = (caches(), caches()), (caches(), caches())
     rotated = ops.rotary_store_kv(query, key, value, cos, sin, positions, *ours, slots, interleaved)
     assert_close(rotated, eager.rotary_store_kv(query, key, value, cos, sin, positions, *exact, slots, interleaved))
+    ops.store_kv(key, value, *stored, slots)
+    eager.store_kv(key, value, *exactly, slots)
     for one, other in zip(ours, exact, strict=True):
         assert torch.isfinite(one).all()
         assert_close(one, other)
+    for one, other in zip(stored, exactly, strict=True):
+        assert torch.equal(one, other)
 
 
 BATCHES = {
@@ -143,6 +205,29 @@ FEATURES: dict[str, dict[str, Any]] = {
 FEATURES["all"] = {name: value for features in FEATURES.values() for name, value in features.items()}
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim", "in_keys"),
+    [(6, 2, 48, 32, False), (6, 2, 32, 80, False), (4, 1, 80, 64, True), (12, 2, 48, 48, True), (3, 1, 576, 512, True)],
+)
+def test_values(
+    heads: int, kv_heads: int, head_dim: int, value_dim: int, in_keys: bool, ops: CpuOps, dtype: torch.dtype
+) -> None:
+    """Of another size than keys, or a part of them; few rows and many, keys split and not."""
+    torch.manual_seed(0)
+    query_lens, key_lens = zip(*BATCHES["all of it"], strict=True)
+    counts = [-(-length // 3) for length in key_lens]
+    ids = random.Random(0).sample(range(sum(counts)), sum(counts))
+    tables = [[ids.pop() for _ in range(count)] for count in counts]
+    keys = torch.randn(sum(counts), 3, kv_heads, head_dim).to(dtype)
+    values = keys[..., -value_dim:] if in_keys else torch.randn(sum(counts), 3, kv_heads, value_dim).to(dtype)
+    query, scale = torch.randn(sum(query_lens), heads, head_dim).to(dtype), head_dim**-0.5
+    ours = ops.paged_attention(query, keys, values, PagedBatch.of(query_lens, key_lens, tables, 3, CPU), scale)
+    plan = eager.plan_attention(query_lens, key_lens, tables, 3, torch.float64, CPU)
+    exact = eager.paged_attention(query.double(), keys.double(), values.double(), plan, scale)
+    assert ours.shape == exact.shape == (*query.shape[:2], value_dim) and ours.dtype == dtype
+    assert_close(ours, exact)
+
+
 @pytest.mark.parametrize("features", FEATURES)
 def test_features(features: str, ops: CpuOps, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -157,6 +242,21 @@ def test_features(features: str, ops: CpuOps, dtype: torch.dtype) -> None:
     plan = eager.plan_attention(query_lens, key_lens, tables, 16, torch.float32, CPU, found.window)
     exact = eager.paged_attention(query.float(), *caches.float(), plan, 0.3, found)
     assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("value_dim", [0, 9, 40])
+def test_rotary_store_of_other_values(value_dim: int, ops: CpuOps, dtype: torch.dtype) -> None:
+    """Values of another size than keys, and none, which leaves the values' cache alone."""
+    torch.manual_seed(0)
+    query, key = torch.randn(5, 3, 20).to(dtype).split((2, 1), dim=1)
+    value = torch.randn(5, 1, value_dim).to(dtype) if value_dim else None
+    cos, sin = torch.randn(2, 50, 8).to(dtype)
+    positions, slots = torch.randint(50, (5,)), torch.randperm(12)[:5]
+    ours, exact = ([torch.full((4, 3, 1, n), 7.0, dtype=dtype) for n in (20, value_dim or 4)] for _ in range(2))
+    rotated = ops.rotary_store_kv(query, key, value, cos, sin, positions, *ours, slots, True)
+    assert_close(rotated, eager.rotary_store_kv(query, key, value, cos, sin, positions, *exact, slots, True))
+    for one, other in zip(ours, exact, strict=True):
+        assert_close(one, other)
 
 
 def test_paged_attention_of_nothing(ops: CpuOps, dtype: torch.dtype) -> None:

@@ -2,13 +2,21 @@
 
 import math
 import random
-from collections.abc import Sequence
+import types
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import ACT2FN
+from transformers.models.bloom.modeling_bloom import BloomGelu
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from meshlm.kernels import eager, select_ops
 
@@ -78,55 +86,109 @@ def test_a_large_bfloat16_row_does_not_overflow() -> None:
     assert_close(eager.rms_norm(half, torch.ones(64, dtype=torch.float16), 1e-5), torch.ones(1, 64))
 
 
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("parameters", ["weight, bias", "weight", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (3, 576)], ids=str)
-def test_layer_norm(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> None:
+def test_add_layer_norm(shape: tuple[int, int], dtype: torch.dtype, parameters: str) -> None:
     torch.manual_seed(0)
-    x, eps = (torch.randn(shape) * 3 + 1).to(dtype), 1e-3
-    weight, added = torch.randn(2, shape[1]).to(dtype)
-    rows = []
-    for row in x.double().tolist():
-        mean = sum(row) / len(row)
-        root = math.sqrt(sum((v - mean) ** 2 for v in row) / len(row) + eps)
-        rows.append([(v - mean) / root for v in row])
-    exact = torch.tensor(rows, dtype=torch.float64) * weight.double() + (added.double() if bias else 0)
-    ours = eager.layer_norm(x, weight, added if bias else None, eps)
-    assert ours.dtype == dtype and ours.shape == x.shape
-    assert_close(ours, exact)
+    x, residual, eps = (torch.randn(shape) * 3 + 1).to(dtype), torch.randn(shape).to(dtype), 1e-3
+    weight = torch.randn(shape[1]).to(dtype) if "weight" in parameters else None
+    bias = torch.randn(shape[1]).to(dtype) if "bias" in parameters else None
+    before = x.clone(), residual.clone()
+    for stream in (None, residual):
+        normalised, total = eager.add_layer_norm(x, stream, weight, bias, eps)
+        assert total is x if stream is None else torch.equal(total, x + stream)
+        rows = []
+        for row in total.double().tolist():
+            mean = sum(row) / len(row)
+            root = math.sqrt(sum((v - mean) ** 2 for v in row) / len(row) + eps)
+            rows.append([(v - mean) / root for v in row])
+        exact = torch.tensor(rows, dtype=torch.float64)
+        exact = exact if weight is None else exact * weight.double()
+        assert normalised.dtype == dtype and normalised.shape == x.shape
+        assert_close(normalised, exact if bias is None else exact + bias.double())
+    assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 768)], ids=str)
-def test_silu_and_mul(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_layer_norms_are_those_of_transformers_bit_for_bit(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    num_tokens, n = shape
-    gate_up = (torch.randn(num_tokens, 2 * n) * 4).to(dtype)
-    exact = torch.tensor(
-        [[row[i] / (1 + math.exp(-row[i])) * row[n + i] for i in range(n)] for row in gate_up.double().tolist()]
-    )
-    ours = eager.silu_and_mul(gate_up)
-    assert ours.dtype == dtype and ours.shape == (num_tokens, n)
-    torch.testing.assert_close(ours.double(), exact.double(), rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+    x = (torch.randn(5, 36) * 3 + 1).to(dtype)
+    weight, bias = torch.randn(2, 36).to(dtype)
+    theirs = torch.nn.functional.layer_norm(x, (36,), weight, bias, 1e-5)  # nn.LayerNorm: GPT-2, OPT, BLOOM, ...
+    assert torch.equal(eager.add_layer_norm(x, None, weight, bias, 1e-5)[0], theirs)
+    assert torch.equal(eager.add_layer_norm(x, None, None, None, 1e-5)[0], OlmoLayerNorm(36)(x))
 
 
-@pytest.mark.parametrize("tanh", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norms_of_heads_are_those_of_transformers_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    heads = (torch.randn(5, 4 + 2 + 2, 6) * 3 + 1).to(dtype)[:, 4:6]
+    weight = torch.randn(2, 6).to(dtype)
+    theirs: torch.nn.Module = CohereLayerNorm((2, 6), 1e-5)
+    theirs.load_state_dict({"weight": weight})
+    ours = eager.head_layer_norm(heads, weight, 1e-5)
+    assert torch.equal(ours, theirs.to(dtype)(heads)) and ours.is_contiguous()
+    for theirs, offset in ((Qwen3RMSNorm(6, 1e-5), 0.0), (Gemma3RMSNorm(6, 1e-5), 1.0)):
+        theirs.load_state_dict({"weight": weight[0]})
+        ours = eager.rms_norm(heads, weight[0], 1e-5, offset)
+        assert torch.equal(ours, theirs.to(dtype)(heads)) and ours.is_contiguous()
+
+
+FORMULAS: dict[str, Callable[[float], float]] = {
+    "silu": lambda x: x / (1 + math.exp(-x)),
+    "gelu": lambda x: x / 2 * (1 + math.erf(x / math.sqrt(2))),
+    "gelu_tanh": lambda x: x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "quick_gelu": lambda x: x / (1 + math.exp(-1.702 * x)),
+    "relu": lambda x: max(x, 0),
+    "relu2": lambda x: max(x, 0) ** 2,
+}
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5), (2, 768)], ids=str)
-def test_gelu_and_mul(shape: tuple[int, int], dtype: torch.dtype, tanh: bool) -> None:
+def test_activations(shape: tuple[int, int], dtype: torch.dtype, kind: str) -> None:
     torch.manual_seed(0)
     num_tokens, n = shape
-    gate_up = (torch.randn(num_tokens, 2 * n) * 2).to(dtype)
-
-    def gelu(x: float) -> float:
-        if tanh:
-            return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-        return x / 2 * (1 + math.erf(x / math.sqrt(2)))
-
-    exact = torch.tensor([[gelu(row[i]) * row[n + i] for i in range(n)] for row in gate_up.double().tolist()])
-    ours = eager.gelu_and_mul(gate_up, tanh)
+    gate_up = (torch.randn(num_tokens, 2 * n) * 3).to(dtype)
+    before = gate_up.clone()
+    exact = torch.tensor([[FORMULAS[kind](v) for v in row] for row in gate_up.double().tolist()], dtype=torch.float64)
+    assert_close(eager.activation(kind)(gate_up), exact)
+    ours = eager.gated_activation(kind)(gate_up)
     assert ours.dtype == dtype and ours.shape == (num_tokens, n)
-    torch.testing.assert_close(ours.double(), exact.double(), rtol=3 * TOLERANCE[dtype], atol=3 * TOLERANCE[dtype])
+    tolerance = 3 * TOLERANCE[dtype]
+    torch.testing.assert_close(ours.double(), exact[:, :n] * gate_up[:, n:].double(), rtol=tolerance, atol=tolerance)
+    assert torch.equal(gate_up, before)
+
+
+def test_every_kind_is_tested() -> None:
+    assert {*FORMULAS, "swiglu_oai"} == set(eager.KINDS) and set(eager.ACTIVATIONS.values()) == set(FORMULAS)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [*eager.ACTIVATIONS, "BLOOM"])
+def test_activations_are_those_of_transformers(name: str, dtype: torch.dtype) -> None:
+    """Bit for bit where it computes in float32 inside as well; NewGELU and others like it round at each step."""
+    torch.manual_seed(0)
+    x = (torch.randn(7, 33) * 3).to(dtype)
+    theirs = BloomGelu() if name == "BLOOM" else ACT2FN[name]
+    ours = eager.activation("gelu_tanh" if name == "BLOOM" else eager.ACTIVATIONS[name])(x)
+    if name in ("silu", "swish", "gelu", "gelu_pytorch_tanh", "relu", "relu2"):
+        assert torch.equal(ours, theirs(x))
+    else:
+        assert_close(ours, theirs(x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_oai_is_that_of_transformers(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    gate_up = (torch.randn(7, 66) * 8).to(dtype)  # past both limits
+    settings = types.SimpleNamespace(alpha=1.702, limit=7.0)
+    ours = eager.gated_activation("swiglu_oai")(gate_up)
+    assert ours.dtype == dtype
+    theirs = GptOssExperts._apply_gate(settings, gate_up.float())
+    torch.testing.assert_close(ours, theirs.to(dtype), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -159,7 +221,8 @@ def test_store_kv_writes_its_slots_and_no_other(block_size: int) -> None:
     before_key, before_value = key_cache.clone(), value_cache.clone()
     slots = torch.randperm(5 * block_size)[:4]
     qkv = torch.randn(4, 3 + 2 + 2, 4)
-    key, value = qkv[:, 3:5], qkv[:, 5:]  # not contiguous, as in the model
+    key, value = qkv[:, 3:5], qkv[:, 5:, :3]  # not contiguous, as in the model; heads of other sizes
+    value_cache, before_value = value_cache[..., :3].contiguous(), before_value[..., :3]
     eager.store_kv(key, value, key_cache, value_cache, slots)
     for slot in range(5 * block_size):
         place = divmod(slot, block_size)
@@ -182,12 +245,12 @@ def test_padding_is_not_stored(padding: list[int]) -> None:
     eager.store_kv(key, value, masked[0], masked[1], slots)
     assert torch.equal(masked, expected)
     # The form for devices that the host should not wait for.
-    repeated, flat = caches.clone(), caches.flatten(1, 2)
-    key, value, slots = eager._repeat_over_padding(key, value, flat[0], flat[1], slots)
-    eager.store_kv(key, value, repeated[0], repeated[1], slots)
-    assert torch.equal(repeated, expected)
-    nothing = eager._repeat_over_padding(key[:0], value[:0], flat[0], flat[1], slots[:0])
-    assert [len(of) for of in nothing] == [0, 0, 0]
+    for cache, of_tokens, stored in zip(caches.clone(), (key, value), expected, strict=True):
+        rows_and_slots = eager._repeat_over_padding(of_tokens, cache.flatten(0, 1), slots)
+        eager.store(rows_and_slots[0], cache, rows_and_slots[1])
+        assert torch.equal(cache, stored)
+    nothing = eager._repeat_over_padding(key[:0], caches[0].flatten(0, 1), slots[:0])
+    assert [len(of) for of in nothing] == [0, 0]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

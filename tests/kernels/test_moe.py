@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meshlm.kernels import eager_moe
 from meshlm.kernels.cpu import CpuOps, Unavailable
-from meshlm.kernels.eager_moe import Routing
+from meshlm.kernels.eager_moe import GroupedLinear, Routing
 from meshlm.kernels.ops import EAGER, Ops
 
 Same = Callable[[Tensor, Tensor], None]
@@ -25,6 +25,7 @@ FORMS = [
     ("triton", torch.float16),
     pytest.param(("triton", torch.bfloat16), marks=pytest.mark.cuda),  # which the interpreter multiplies wrongly
 ]
+COMPILED = [("C++", torch.float32), ("triton", torch.float32)]
 
 
 @pytest.fixture(params=FORMS, ids=str)
@@ -44,7 +45,7 @@ def form(request: pytest.FixtureRequest, device: torch.device) -> Iterator[tuple
             ops = CpuOps(dtype)
         except Unavailable as reason:
             pytest.skip(f"{reason}")
-        chosen = {name: getattr(ops, name) for name in ("plan_experts", "bind_grouped_linear", "combine")}
+        chosen = {name: getattr(ops, name) for name in ("route", "plan_experts", "bind_grouped_linear", "combine")}
         yield replace(EAGER, **chosen), dtype
         torch.set_num_threads(before)
 
@@ -66,29 +67,43 @@ ROUTINGS = {
 }
 
 
-@pytest.mark.parametrize("num_tokens", [0, 9])
 @pytest.mark.parametrize("routing", ROUTINGS.values(), ids=ROUTINGS.keys())
-def test_triton_routes_alike(
-    routing: Routing, num_tokens: int, dtype: torch.dtype, device: torch.device, assert_same: Same
-) -> None:
-    route = pytest.importorskip("meshlm.kernels.route").route
+def test_route(routing: Routing, form: tuple[Ops, torch.dtype], device: torch.device, assert_same: Same) -> None:
     torch.manual_seed(0)
+    ops, dtype = form
     # No two alike: of equals torch may choose any.
-    logits = (torch.rand(num_tokens, 40, device=device).argsort(dim=1) / 8).to(dtype)[:, 3:21]
+    logits = (torch.rand(9, 18, device=device).argsort(dim=1) / 4 - 2).to(dtype)
     correction = torch.randn(18, device=device) * 0.3 if routing.scoring == "sigmoid" else None
-    weights, ids = route(logits, routing, correction)
-    expected_weights, expected_ids = eager_moe.route(logits, routing, correction)
-    assert torch.equal(ids, expected_ids)
-    assert_same(weights, expected_weights)
+    for num_tokens in (9, 1, 0):
+        weights, ids = ops.route(logits[:num_tokens], routing, correction)
+        expected_weights, expected_ids = eager_moe.route(logits[:num_tokens], routing, correction)
+        assert torch.equal(ids, expected_ids)
+        assert_same(weights, expected_weights)
+
+
+@pytest.mark.parametrize("form", COMPILED[:1], ids=str, indirect=True)
+def test_of_equals_cpp_chooses_as_torch_does(form: tuple[Ops, torch.dtype]) -> None:
+    torch.manual_seed(0)
+    for routing in (*ROUTINGS.values(), Routing(2, "softmax")):
+        logits = torch.randint(4, (50, 252), dtype=torch.float32)[:, : 18 if routing.top_k > 2 else 252].contiguous()
+        assert torch.equal(form[0].route(logits, routing, None)[1], eager_moe.route(logits, routing)[1])
+
+
+@pytest.mark.parametrize("form", COMPILED[1:], ids=str, indirect=True)
+def test_of_equals_triton_chooses_the_first(form: tuple[Ops, torch.dtype], device: torch.device) -> None:
+    logits = torch.tensor([[0.0, 1.0, 0.0, 1.0, 0.0, 1.0]], device=device)
+    assert form[0].route(logits, Routing(4, "softmax"), None)[1].tolist() == [[1, 3, 5, 0]]
+    grouped = Routing(3, "sigmoid", num_groups=3, top_groups=2, group_score="sum of two")
+    assert form[0].route(logits, grouped, None)[1].tolist() == [[1, 3, 0]]
 
 
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # the interpreter's
+@pytest.mark.parametrize("form", COMPILED, ids=str, indirect=True)
 @pytest.mark.parametrize("name", ROUTINGS)
-def test_any_logits_choose_experts(name: str, device: torch.device) -> None:
-    route = pytest.importorskip("meshlm.kernels.route").route
+def test_any_logits_choose_experts(name: str, form: tuple[Ops, torch.dtype], device: torch.device) -> None:
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[nan] * 18, [inf] * 18, [-inf] * 18, [1.0, inf, nan] * 6], device=device)
-    _, ids = route(logits, ROUTINGS[name])
+    _, ids = form[0].route(logits, ROUTINGS[name], None)
     assert ((ids >= 0) & (ids < 18)).all()
     assert all(len(set(row)) == len(row) for row in ids.tolist())
 
@@ -121,7 +136,7 @@ CHOICES: dict[str, Callable[[int, int], Tensor]] = {  # of num_tokens among num_
 
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("num_tokens", [0, 1, 40, 1500])
-@pytest.mark.parametrize("form", [("C++", torch.float32), ("triton", torch.float32)], ids=str, indirect=True)
+@pytest.mark.parametrize("form", COMPILED, ids=str, indirect=True)
 def test_plan(form: tuple[Ops, torch.dtype], num_tokens: int, choice: str, device: torch.device) -> None:
     torch.manual_seed(0)
     for share in SHARES.values():
@@ -196,3 +211,26 @@ def test_a_row_of_nan_stays_alone(form: tuple[Ops, torch.dtype], device: torch.d
     total = ops.combine(rows, torch.ones(9, 2, device=device), plan)
     assert total[4].isnan().all() and total[torch.arange(9) != 4].isfinite().all()
     assert (total.abs().sum(dim=1) == 0).nonzero().flatten().tolist() == [2, 7]
+
+
+@pytest.mark.cuda
+def test_a_graph_serves_other_choices(device: torch.device) -> None:
+    """No launch depends on how many rows an expert has."""
+    ops = pytest.importorskip("meshlm.kernels.triton_ops").TRITON
+    torch.manual_seed(0)
+    x, weight = torch.randn(12, 64, device=device), torch.randn(6, 32, 64, device=device)
+    product, logits = ops.bind_grouped_linear(weight), torch.randn(12, 6, device=device)
+
+    def forward(ops: Ops, product: GroupedLinear) -> Tensor:
+        weights, ids = ops.route(logits, Routing(2, "softmax"), None)
+        plan = ops.plan_experts(ids, 0, 6)
+        return ops.combine(product(x, None, plan, True), weights, plan)
+
+    forward(ops, product)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward(ops, product)
+    for _ in range(3):
+        logits.add_(torch.randn_like(logits))
+        graph.replay()
+        torch.testing.assert_close(out, forward(EAGER, EAGER.bind_grouped_linear(weight)), rtol=1e-4, atol=1e-4)

@@ -40,7 +40,7 @@ def test_a_gpu_where_triton_fails_gets_the_eager_ops(monkeypatch: pytest.MonkeyP
     def fails(gate_up: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("no compiler")
 
-    module = types.SimpleNamespace(TRITON=types.SimpleNamespace(silu_and_mul=fails))
+    module = types.SimpleNamespace(TRITON=types.SimpleNamespace(gated_activation=lambda kind: fails))
     monkeypatch.setitem(sys.modules, "meshlm.kernels.triton_ops", module)
     monkeypatch.setattr(torch, "ones", lambda *size, dtype, device: torch.zeros(size, dtype=dtype))
     with pytest.warns(UserWarning, match="no compiler"):

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from meshlm.policies import Dim, ModelSpec, find_policy, supported_architectures
+from meshlm.policies import DecoderSpec, MultiHeadSpec, find_policy, supported_architectures
 from meshlm.policies.registry import POLICIES
-from meshlm.shardformer.shardformer import read_rotary
+from meshlm.shardformer.checkpoint import read_rotary
 from tiny import llama_config
 
 
-def spec_of(config: LlamaConfig) -> ModelSpec:
+def spec_of(config: LlamaConfig) -> DecoderSpec:
     return find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
 
 
@@ -35,20 +35,20 @@ def test_a_spec_names_and_sizes_every_tensor(values: dict[str, Any]) -> None:
         state = LlamaForCausalLM(config).state_dict()
     if spec.tied_embeddings:
         del state["lm_head.weight"]
-    declared = list(spec.tensors())
-    assert len(dict(declared)) == len(declared), "each once"
-    assert {name: tuple(map(spec.size, dims)) for name, dims in declared} == {
-        name: tuple(tensor.shape) for name, tensor in state.items()
-    }
+    assert len(spec.shapes()) == len(list(spec.tensors())), "each once"
+    assert spec.shapes() == {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
 def test_a_spec_s_numbers() -> None:
     spec = spec_of(llama_config(rms_norm_eps=0.01, dtype=torch.bfloat16))
     assert (spec.architecture, spec.num_layers, spec.num_heads, spec.num_kv_heads) == ("LlamaForCausalLM", 3, 9, 3)
-    assert (spec.head_dim, spec.norm_eps, spec.activation, spec.dtype) == (4, 0.01, "silu", "bfloat16")
+    assert (spec.attention_kinds[0].head_dim, spec.norm.eps, spec.dtype) == (4, 0.01, "bfloat16")
     assert (spec.max_position_embeddings, spec.tied_embeddings) == (64, False)
-    assert [spec.size(dim) for dim in (Dim.QUERY, Dim.KEY_VALUE)] == [36, 12]
-    assert isinstance(hash(spec.rotary), int) and spec.rotary.max_positions is None
+    attention = spec.layers[0].attention
+    assert isinstance(attention, MultiHeadSpec) and (attention.query.sizes, attention.key.sizes) == ((36, 36), (12, 36))
+    assert spec.layers[0] is spec.layers[2], "layers that are alike are one object"
+    (rotary,) = spec.rotaries
+    assert isinstance(hash(rotary), int) and rotary.max_positions is None
 
 
 ROPES: list[dict[str, Any]] = [
@@ -71,7 +71,7 @@ ROPES: list[dict[str, Any]] = [
 def test_frequencies_are_those_of_transformers(rope: dict[str, Any], head_dim: int | None) -> None:
     config = llama_config(rope_parameters=dict(rope), **({"head_dim": head_dim} if head_dim else {}))
     rotary = LlamaForCausalLM(config).model.rotary_emb
-    spec = spec_of(config).rotary
+    (spec,) = spec_of(config).rotaries
     assert len(spec.inv_freq) == (head_dim or 4) // 2
     assert torch.equal(torch.tensor(spec.inv_freq), rotary.inv_freq)
     assert spec.scaling == rotary.attention_scaling
@@ -89,14 +89,14 @@ def test_every_registered_architecture_is_found_and_is_one_of_transformers() -> 
         assert hasattr(transformers, name)
 
 
-@pytest.mark.parametrize("wanted", [["NoSuchForCausalLM"], []])
-def test_others_are_refused_with_the_list(wanted: list[str]) -> None:
+def test_others_are_refused_with_the_nearest() -> None:
     with pytest.raises(ValueError) as error:
-        find_policy(wanted)
-    named = wanted[0] if wanted else "(none named in config.json)"
-    assert str(error.value) == (
-        f"architecture {named} is not supported; supported: {', '.join(supported_architectures())}"
+        find_policy(["Llama9ForCausalLM"])
+    assert str(error.value).startswith(
+        "architecture Llama9ForCausalLM is not supported; nearest supported: LlamaForCausalLM, "
     )
+    with pytest.raises(ValueError, match=r"^config\.json names no architecture$"):
+        find_policy([])
 
 
 def test_one_of_several_architectures_is_enough() -> None:

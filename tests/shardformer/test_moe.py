@@ -28,10 +28,14 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from meshlm.kernels import select_ops
 from meshlm.kernels.ops import EAGER, Ops
-from meshlm.policies import MoESpec, RouterSpec, SharedExpertSpec, check_experts
-from meshlm.shardformer.linear import Slices
+from meshlm.policies import MoESpec, RouterSpec, SharedExpertSpec, find_policy
+from meshlm.shardformer.checkpoint import read_rotary
+from meshlm.shardformer.linear import Context, Slices
 from meshlm.shardformer.moe import MixtureOfExperts
-from meshlm.shardformer.weights import ModuleSource, load_weights
+from meshlm.shardformer.shard import Shards
+from meshlm.shardformer.sources import ModuleSource
+from meshlm.shardformer.weights import load_weights
+from tiny import llama_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -173,20 +177,37 @@ def reference(block: nn.Module, x: Tensor) -> Tensor:
     return (out[0] if isinstance(out, tuple) else out).squeeze(0)
 
 
-def parts(spec: MoESpec, block: nn.Module, size: int, ops: Ops) -> Iterator[MixtureOfExperts]:
+def parts(
+    spec: MoESpec, block: nn.Module, size: int, ops: Ops, expert_parallel: bool = False
+) -> Iterator[MixtureOfExperts]:
     """Each rank's module, loaded."""
+    model = find_policy(["LlamaForCausalLM"]).spec(llama_config(), read_rotary)
+    shards = Shards(replace(model, layers=(replace(model.layers[0], mlp=spec),) * 3), size, expert_parallel)
     for rank in range(size):
-        slices = Slices(None, Position(rank, size), torch.float32)  # type: ignore[arg-type]
+        slices = Slices(shards, Position(rank, size), torch.float32)  # type: ignore[arg-type]
         with torch.device("meta"):
-            module = MixtureOfExperts(spec, "", slices, ops)
+            module = MixtureOfExperts(spec, "", Context(slices, ops, model.norm, "auto", CPU, None))
         load_weights(module, ModuleSource(Mlp(block)), CPU)
         yield module
 
 
 def test_the_declared_tensors_are_the_blocks(found: Case, block: nn.Module) -> None:
-    declared = {name: shape for name, shape, _ in found.spec.tensors("")}
+    model = find_policy(["LlamaForCausalLM"]).spec(llama_config(), read_rotary)
+    layer = replace(model.layers[0], mlp=found.spec)
+    shapes = replace(model, layers=(layer,) * 3).shapes()
+    prefix = model.layer_prefix(0)
+    declared = {name[len(prefix) :]: shape for name, shape in shapes.items() if name.startswith(prefix + "mlp.")}
     assert declared == ModuleSource(Mlp(block)).shapes
-    assert all(len(shape) == len(dims) for _, shape, dims in found.spec.tensors(""))
+    assert all(len(tensor.shape) == len(tensor.dims) for tensor in found.spec.tensors(""))
+
+
+@pytest.mark.parametrize("ops", [EAGER, select_ops(CPU, torch.float32)], ids=["eager", "selected"])
+@pytest.mark.parametrize("num_tokens", [1, 33])
+def test_one_rank(found: Case, block: nn.Module, num_tokens: int, ops: Ops) -> None:
+    x = torch.randn(num_tokens, HIDDEN)
+    (module,) = parts(found.spec, block, 1, ops)
+    torch.testing.assert_close(module(x), reference(block, x), rtol=1e-5, atol=1e-5)
+    assert module(x[:0]).shape == (0, HIDDEN)
 
 
 def test_the_router_is_transformers_to_the_bit(found: Case, block: nn.Module) -> None:
@@ -201,24 +222,15 @@ def test_the_router_is_transformers_to_the_bit(found: Case, block: nn.Module) ->
     assert torch.equal(weights.gather(1, order), expected_weights.gather(1, expected_order))
 
 
-@pytest.mark.parametrize("ops", [EAGER, select_ops(CPU, torch.float32)], ids=["eager", "selected"])
-@pytest.mark.parametrize("num_tokens", [1, 33])
-def test_one_rank(found: Case, block: nn.Module, num_tokens: int, ops: Ops) -> None:
-    x = torch.randn(num_tokens, HIDDEN)
-    (module,) = parts(found.spec, block, 1, ops)
-    torch.testing.assert_close(module(x), reference(block, x), rtol=1e-5, atol=1e-5)
-    assert module(x[:0]).shape == (0, HIDDEN)
-
-
 @pytest.mark.parametrize("expert_parallel", [False, True], ids=["tensor", "expert"])
 @pytest.mark.parametrize("size", [2, 3, 9])
 def test_the_ranks_parts_add_up(found: Case, block: nn.Module, size: int, expert_parallel: bool) -> None:
-    spec = replace(found.spec, expert_parallel=expert_parallel)
+    spec = found.spec
     if not expert_parallel and size > spec.intermediate_size:
         pytest.skip("refused")
     x = torch.randn(17, HIDDEN)
     total, num_weights = torch.zeros_like(x), 0
-    for module in parts(spec, block, size, select_ops(CPU, torch.float32)):
+    for module in parts(spec, block, size, select_ops(CPU, torch.float32), expert_parallel):
         total += module(x)
         num_weights += sum(prod(piece.shape) for name in ("gate_up", "down") for piece in module.experts.pieces[name])
         assert module.tp.sums == 1  # type: ignore[attr-defined]
@@ -227,14 +239,17 @@ def test_the_ranks_parts_add_up(found: Case, block: nn.Module, size: int, expert
 
 
 def test_what_cannot_be_divided_is_refused() -> None:
-    spec = CASES["deepseek_v3"].spec
-    check_experts(None, "LlamaForCausalLM", 2, False)
-    check_experts(spec, "DeepseekV3ForCausalLM", 16, True)
+    model = find_policy(["LlamaForCausalLM"]).spec(llama_config(), read_rotary)
     with pytest.raises(ValueError, match=r"expert_parallel=True has no effect: LlamaForCausalLM has no experts"):
-        check_experts(None, "LlamaForCausalLM", 2, True)
-    with pytest.raises(ValueError, match=r"tp_size=11 is more than .* 10; use tp_size <= 10 or expert_parallel=True"):
-        check_experts(spec, "DeepseekV3ForCausalLM", 11, False)
+        Shards(model, 2, True)
+    model = replace(model, layers=(replace(model.layers[0], mlp=CASES["mixtral"].spec),) * 3)
+    Shards(model, 9, True)
+    small = replace(CASES["mixtral"].spec, intermediate_size=5)
+    model = replace(model, layers=(replace(model.layers[0], mlp=small),) * 3)
+    with pytest.raises(ValueError, match=r"tp_size=6 is more than .* 5 .*; use tp_size <= 5 or expert_parallel=True"):
+        Shards(model, 6)
+    spec = CASES["deepseek_v3"].spec
     with pytest.raises(ValueError, match=r"num_experts=12 is not a multiple of the router's 5 groups"):
-        check_experts(replace(spec, router=replace(spec.router, num_groups=5)), "", 1, False)
+        replace(spec, router=replace(spec.router, num_groups=5))
     with pytest.raises(ValueError, match=r"top_k=4 experts cannot be chosen among 3"):
-        check_experts(replace(spec, router=replace(spec.router, top_k=4, top_groups=1)), "", 1, False)
+        replace(spec, router=replace(spec.router, top_k=4, top_groups=1))

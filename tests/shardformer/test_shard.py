@@ -1,13 +1,15 @@
 """How dims, heads and layers are divided."""
 
 from itertools import combinations, pairwise
+from math import prod
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshlm.policies import Dim, ModelSpec, find_policy
+from meshlm.policies import DecoderSpec, Dim, ModelSpec, find_policy
+from meshlm.shardformer.checkpoint import read_rotary
 from meshlm.shardformer.shard import (
     Range,
     Shards,
@@ -17,11 +19,10 @@ from meshlm.shardformer.shard import (
     split_layers,
     stage_num_elements,
 )
-from meshlm.shardformer.shardformer import read_rotary
 from tiny import llama_config
 
 
-def make_spec(**values: Any) -> ModelSpec:
+def make_spec(**values: Any) -> DecoderSpec:
     config = llama_config(**{"num_hidden_layers": 5, **values})
     return find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
 
@@ -117,9 +118,13 @@ def test_kv_heads_that_do_not_divide_the_query_heads_are_refused(heads: int, kv_
 
 
 def test_more_ranks_than_vocabulary_or_intermediate_size_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"intermediate_size=3$"):
+    with pytest.raises(
+        ValueError, match=r"tp_size=4 is more than the 3 elements of .*gate.* along its intermediate dim"
+    ):
         Shards(make_spec(intermediate_size=3), 4)
-    with pytest.raises(ValueError, match="vocab_size=2 or"):
+    with pytest.raises(
+        ValueError, match=r"tp_size=3 is more than the 2 .*embed_tokens.* vocabulary dim; use tp_size <= 2"
+    ):
         Shards(make_spec(vocab_size=2), 3)
 
 
@@ -128,19 +133,12 @@ def test_more_ranks_than_vocabulary_or_intermediate_size_is_refused() -> None:
 
 def stage_costs(spec: ModelSpec, ranges: list[Range]) -> list[int]:
     """What a decode step costs each stage, in weight elements."""
-    sizes = {name: _product(spec.size(dim) for dim in dims) for name, dims in spec.tensors()}
+    sizes = {name: prod(shape) for name, shape in spec.shapes().items()}
     layer = sum(size for name, size in sizes.items() if name.startswith("model.layers.0."))
     costs = [(stop - start) * layer for start, stop in ranges]
     costs[0] += spec.hidden_size
     costs[-1] += spec.vocab_size * spec.hidden_size + spec.hidden_size
     return costs
-
-
-def _product(numbers: Any) -> int:
-    result = 1
-    for number in numbers:
-        result *= number
-    return result
 
 
 @pytest.mark.parametrize("vocab_size", [10, 1000, 5000, 40000])
@@ -183,8 +181,8 @@ def test_ranks_hold_the_model_and_what_they_must_have_twice(tp_size: int, bias: 
     """With no more ranks than KV heads, only norms, biases after a sum and a tied embedding are held twice."""
     spec = make_spec(tie_word_embeddings=tied, attention_bias=bias, mlp_bias=bias)
     shards = Shards(spec, tp_size)
-    whole = sum(_product(spec.size(dim) for dim in dims) for _, dims in spec.tensors())
-    replicated = sum(_product(spec.size(d) for d in dims) for _, dims in spec.tensors() if set(dims) == {Dim.HIDDEN})
+    whole = sum(prod(tensor.shape) for tensor in spec.tensors())
+    replicated = sum(prod(tensor.shape) for tensor in spec.tensors() if set(tensor.dims) == {Dim.HIDDEN})
     for pp_size in (1, 2, 5):
         held = sum(
             stage_num_elements(spec, shards, layers, rank)
@@ -202,7 +200,7 @@ def test_query_and_kv_elements_follow_the_heads(tp_size: int) -> None:
     spec = make_spec(head_dim=6)
     shards = Shards(spec, tp_size)
     for rank in range(tp_size):
-        assert shards.range(Dim.QUERY, rank) == tuple(6 * h for h in shards.heads[rank])
-        assert shards.range(Dim.KEY_VALUE, rank) == tuple(6 * h for h in shards.kv_heads[rank])
-        assert shards.range(Dim.HIDDEN, rank) == (0, 36)
-        assert shards.length(Dim.QUERY, rank) == 6 * (shards.heads[rank][1] - shards.heads[rank][0])
+        assert shards.range(Dim.QUERY, 54, rank) == tuple(6 * h for h in shards.heads[rank])
+        assert shards.range(Dim.KEY_VALUE, 18, rank) == tuple(6 * h for h in shards.kv_heads[rank])
+        assert shards.range(Dim.HIDDEN, 36, rank) == (0, 36)
+        assert shards.length(Dim.QUERY, 54, rank) == 6 * (shards.heads[rank][1] - shards.heads[rank][0])

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh, SamplingParams
 from meshlm.policies import find_policy
 from meshlm.shardformer import attention
-from meshlm.shardformer.shardformer import read_rotary
+from meshlm.shardformer.checkpoint import read_rotary
 from tiny import llama_config, make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -123,10 +123,11 @@ def test_the_rotary_table_is_the_whole_one_bit_for_bit(
     length = 5000 if rows == 4096 else 128
     config = llama_config(**SIZES, head_dim=20, rope_parameters=dict(ROPES[kind]))
     spec = find_policy(["LlamaForCausalLM"]).spec(config, read_rotary)
-    table = attention.RotaryTable(spec, length, dtype, torch.device("cpu"))
+    (rotary,) = spec.rotaries
+    table = attention.RotaryTable(rotary, length, dtype, torch.device("cpu"))
     assert table.cos.shape == table.sin.shape == (length, 10)
-    angles = torch.arange(length).float()[:, None] * torch.tensor(spec.rotary.inv_freq)
-    cos, sin = ((f() * spec.rotary.scaling).to(dtype) for f in (angles.cos, angles.sin))
+    angles = torch.arange(length).float()[:, None] * torch.tensor(rotary.inv_freq)
+    cos, sin = ((f() * rotary.scaling).to(dtype) for f in (angles.cos, angles.sin))
     assert torch.equal(table.cos, cos) and torch.equal(table.sin, sin)
 
 
@@ -177,7 +178,7 @@ def test_half_precision_is_close_to_transformers(dtype: str) -> None:
         assert engine.ranks[0].dtype == dtype
         stage = engine._world.executor.worker.stage
         seen: list[torch.Tensor] = []
-        stage.lm_head.register_forward_hook(lambda *args: seen.append(args[-1]))
+        stage.head.linear.register_forward_hook(lambda *args: seen.append(args[-1]))
         engine.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=1), progress=False)
     with torch.inference_mode():
         exact = model.float()(torch.tensor([PROMPTS[2]])).logits[0, -1]
