@@ -70,8 +70,8 @@ class InferenceConfig(BaseSettings):
     )
     policy: Literal["auto", "generic"] = Field(
         default="auto",
-        description="whose layers: auto: ours where the model's family has a policy, else transformers' own, sharded by "
-        "its tables; generic: transformers' for every family",
+        description="whose layers; auto: ours where the model's family has a policy, else transformers' own; generic: "
+        "transformers' own, divided by its tables, for every family",
     )
     attention_backend: str = Field(
         default="auto",

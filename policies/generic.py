@@ -5,11 +5,11 @@ each a style. This is what the styles mean here. How much each rank gets is not 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .base import AttentionKind, Dim, ModelSpec, TensorSpec
+from .base import AttentionKind, ModelSpec, TensorSpec
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,10 @@ class Style:
     is_gathered: bool = False  # every rank gets the whole output
     takes_whole: bool = False  # every rank has the whole input, and takes its part of it
     is_summed: bool = False  # a module whose output is a part of a sum over ranks
+
+    @property
+    def is_split(self) -> bool:
+        return self.splits_output or self.splits_input
 
 
 STYLES: Mapping[str, Style] = {
@@ -41,6 +45,7 @@ STYLES: Mapping[str, Style] = {
     "local_params": Style(),
     "replicate": Style(),
 }
+
 
 def _table(column: str, row: str, gathered: bool = False) -> dict[str, str]:
     """A table for the modules of a decoder layer."""
@@ -118,6 +123,7 @@ class GenericSpec(ModelSpec):
     attention: str  # what a layer calls the module that attends
     embedding: str  # names of modules
     lm_head: str
+    embedding_size: int  # of a row, which a projection may follow
     after_layers: tuple[str, ...]  # modules that the last stage alone runs
     hands_on: bool  # layers give their attention the keyword arguments that they get
     layer_outputs: int | None  # of a layer, in a tuple; None: hidden states alone
@@ -131,11 +137,11 @@ class GenericSpec(ModelSpec):
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         return self.kinds
 
-    def embedding_tensors(self) -> Any:
+    def embedding_tensors(self) -> Iterator[TensorSpec]:
         yield from self.first
 
-    def layer_tensors(self, index: int) -> Any:
+    def layer_tensors(self, index: int) -> Iterator[TensorSpec]:
         yield from self.layers[index]
 
-    def head_tensors(self) -> Any:
+    def head_tensors(self) -> Iterator[TensorSpec]:
         yield from self.last

@@ -12,7 +12,7 @@ from torch import nn
 from ..kernels.eager import ACTIVATIONS
 from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy, has_policy
 from .conversion import converted
-from .generic_spec import read_generic, transformers_architecture
+from .generic import read_generic, transformers_architecture
 from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
 from .weights import CheckpointError, WeightSource, check_checkpoint
 
@@ -40,9 +40,9 @@ def open_checkpoint(
     """Reads a model's config and its tensors' names and shapes.
 
     model: a directory of safetensors (or, with `allow_pickle`, of .bin files) with a config.json, a GGUF file, a
-    transformers module, or a transformers config, which gets random weights. trust_remote_code: an architecture that
-    only the directory's own code knows may be built by it. policy: see `InferenceConfig.policy`. Raises ValueError (CheckpointError for faulty weights)
-    naming what is wrong; no weight is read.
+    transformers module, or a transformers config, which gets random weights. policy: see `InferenceConfig.policy`.
+    trust_remote_code: an architecture that only the directory's own code knows may be built by it. Raises ValueError
+    (CheckpointError for faulty weights) naming what is wrong; no weight is read.
     """
     if isinstance(model, nn.Module):
         return _open_module(model, policy)
@@ -97,9 +97,7 @@ def _open_gguf(path: Path, name: str, policy: str) -> Checkpoint:
     return _checked(config, _of_dtype(spec, config, source), source, name)
 
 
-def _open_directory(
-    path: Path, name: str, policy: str, allow_pickle: bool, trust_remote_code: bool
-) -> Checkpoint:
+def _open_directory(path: Path, name: str, policy: str, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
     from transformers import AutoConfig
 
     file = path / "config.json"

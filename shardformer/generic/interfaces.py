@@ -16,6 +16,10 @@ TRACED = "meshlm_traced"  # masks are functions that can be asked, experts compu
 class Step(Protocol):
     """What a forward knows of its tokens."""
 
+    @property
+    def received(self) -> Tensor | None:
+        """[1, num_tokens, hidden] from the stage before; None on the first."""
+
     def attend(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, asked: dict[str, Any]
     ) -> Tensor:
@@ -33,7 +37,7 @@ class NotHandedOn(Exception):
 class Mask:
     """Stands in a trace for the mask of a layer's attention."""
 
-    visible: Any  # (batch, head, query position, key position) -> whether the query sees the key
+    visible: Any  # (batch, head, query position, key position), tensors -> whether the query sees the key
 
 
 def register() -> None:
@@ -47,6 +51,11 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(TRACED, lambda mask_function, **_: Mask(mask_function))
     ALL_EXPERTS_FUNCTIONS.register(NAME, _compute_experts)
     ALL_EXPERTS_FUNCTIONS.register(TRACED, lambda module, hidden, index, weights: torch.empty_like(hidden))
+
+
+def tell(attention: nn.Module, layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    """Before a layer runs that does not hand the step on (a forward pre-hook): its attention gets it."""
+    attention.step = kwargs["step"]
 
 
 def _attend(
