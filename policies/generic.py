@@ -123,6 +123,7 @@ class GenericSpec(ModelSpec):
     attention: str  # what a layer calls the module that attends
     embedding: str  # names of modules
     lm_head: str
+    tied: Mapping[str, str]  # tensors of the LM head that are others' under another name: its own -> the other's
     embedding_size: int  # of a row, which a projection may follow
     after_layers: tuple[str, ...]  # modules that the last stage alone runs
     hands_on: bool  # layers give their attention the keyword arguments that they get

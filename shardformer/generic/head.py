@@ -25,7 +25,7 @@ def run_head(head: Any, hidden: Tensor) -> Tensor:
 def check_logits(model: Any, prefix: str, lm_head: str) -> None:
     """Proves that what the model does to logits, it does to each by itself: a rank has those of its vocabulary only."""
     vocab_size, hidden_size = model.config.vocab_size, model.config.hidden_size
-    logits, cut = torch.linspace(-40, 40, vocab_size).view(1, 1, -1), vocab_size // 3
+    logits, cut = torch.linspace(40, -40, vocab_size).view(1, 1, -1), vocab_size // 3  # the part lacks the largest
     hidden, head = torch.empty(1, 1, hidden_size, device="meta"), head_of(model, prefix)
     with torch.no_grad(), naming("a trial of its logits"):
         whole, part = (run_head(_with(head, lm_head, _Fixed(some)), hidden) for some in (logits, logits[..., cut:]))

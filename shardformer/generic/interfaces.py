@@ -29,6 +29,14 @@ class Step(Protocol):
         """
 
 
+class Ended(Exception):
+    """A stage's last layer has run: what the model would do next is another stage's. Carries hidden states."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__("the stage's last layer has run")
+        self.hidden = hidden
+
+
 class NotHandedOn(Exception):
     """A layer that does not give its attention the keyword arguments that it gets: it must be told beforehand."""
 

@@ -14,6 +14,7 @@ from ...policies.generic import Style
 from ..backends import AttentionMetadata, AttentionSpec, create_backend
 from ..linear import ColumnParallelLinear, Context, ParallelLinear, RowParallelLinear, Slices
 from ..weights import LoadedModule, Piece
+from .interfaces import Ended
 
 Parts = Mapping[str, Sequence[TensorSpec]]
 """A checkpoint's tensors by name; several parts where they lie one after the other in one."""
@@ -153,24 +154,36 @@ class PagedKernel(nn.Module):
         return self.backend.forward(query.contiguous(), self.key_cache, self.value_cache, plan, sinks).unsqueeze(0)
 
 
-class PassThrough(nn.Module):
-    """In the place of a layer that another stage holds: gives its input, or what this stage received.
+class Absent(nn.Module):
+    """In the place of a layer that another stage holds."""
 
-    outputs: how many the layer gives in a tuple, hidden states first; None: those alone.
-    """
-
-    def __init__(self, layer: nn.Module, gives_received: bool, outputs: int | None) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.gives_received, self.outputs = gives_received, outputs
         for name, value in vars(layer).items():  # models look at some of them
             if isinstance(value, str | int | float) and name not in vars(self):
                 setattr(self, name, value)
 
+
+class Before(Absent):
+    """A layer before the stage's own gives what the stage received.
+
+    outputs: how many the layer gives in a tuple, hidden states first; None: those alone.
+    """
+
+    def __init__(self, layer: nn.Module, outputs: int | None) -> None:
+        super().__init__(layer)
+        self.outputs = outputs
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if self.gives_received:
-            hidden = kwargs["step"].received
+        hidden = kwargs["step"].received
         return hidden if self.outputs is None else (hidden,) + (None,) * (self.outputs - 1)
+
+
+class After(Absent):
+    """A layer after the stage's own ends the model's forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise Ended(args[0] if args else kwargs["hidden_states"])
 
 
 def hold(module: nn.Module, parts: Parts, name: str, slices: Slices) -> None:

@@ -25,9 +25,10 @@ class _Apart:
 
 
 @torch.inference_mode()
-def prove_apart(stage: "GenericStage", longest: int) -> None:
+def prove(stage: "GenericStage", longest: int) -> None:
     """Proves that tokens meet in attention only, and have the positions that they are given: without attention, each
-    keeps its hidden states when they change places and others join. Raises ValueError.
+    keeps its hidden states when they change places and others join. On a later stage, that no layer hears of the
+    embedding. Raises ValueError.
 
     Most tokens must: a rounding error may make a router send one elsewhere.
     """
@@ -37,17 +38,27 @@ def prove_apart(stage: "GenericStage", longest: int) -> None:
         tokens = torch.randint(stage.spec.vocab_size, (16,), generator=random)
     else:
         tokens = torch.randn(16, stage.spec.hidden_size, generator=random).to(stage.dtype)
-    first = torch.arange(12)
-    second = 4 + torch.randperm(12, generator=random)  # 4 to 11 are in both
-    results = [
-        stage.run(tokens[rows].to(stage.device), positions[rows].to(stage.device), _Apart).float()
-        for rows in (first, second)
-    ]
-    expected = results[0][4:]
-    found = results[1][[int((second == row).nonzero()) for row in range(4, 12)]]
-    error = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()
-    if not error < _TOLERANCE.get(stage.dtype, 5e-2):
+
+    def run(rows: Tensor, embedding: float) -> Tensor:
+        x, at = tokens[rows].to(stage.device), positions[rows].to(stage.device)
+        return stage.run(x, at, _Apart, embedding).float()
+
+    first, second = torch.arange(12), 4 + torch.randperm(12, generator=random)  # 4 to 11 are in both
+    expected = run(first, 0.0)
+    tolerance = _TOLERANCE.get(stage.dtype, 5e-2)
+    if not stage.is_first and not _change(run(first, 1.0), expected) < tolerance:
+        raise ValueError(
+            f"{stage.spec.architecture} cannot be divided into stages (its layers use the embedding); use pp_size=1"
+        )
+    places = [int((second == row).nonzero()) for row in range(4, 12)]
+    change = _change(run(second, 0.0)[places], expected[4:])
+    if not change < tolerance:
         raise ValueError(
             f"architecture {stage.spec.architecture} is not supported: its layers mix tokens outside attention, or "
-            f"count positions by themselves (hidden states change by {error:.1%} when tokens change places)"
+            f"count positions by themselves (hidden states change by {change:.1%} when tokens change places)"
         )
+
+
+def _change(found: Tensor, expected: Tensor) -> float:
+    """Of most tokens' hidden states, as a part of their norm."""
+    return ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median().item()

@@ -34,22 +34,25 @@ def transformers_architecture(architectures: Sequence[str]) -> str | None:
 def read_generic(config: Any, architecture: str) -> GenericSpec:
     """The spec of a causal language model of transformers. Raises ValueError naming what it needs that is not there."""
     try:
-        spec = _Reader(config, architecture).spec()
-        return replace(spec, why_one_stage=_why_one_stage(spec))
+        reader = _Reader(config, architecture)
+        spec = reader.spec()
+        return replace(spec, why_one_stage=_why_one_stage(spec, reader.trace.is_chain))
     except Refused as error:
         raise ValueError(
             f"architecture {architecture} is not supported: {error}; {nearest_supported(architecture)}"
         ) from error
 
 
-def _why_one_stage(spec: GenericSpec) -> str | None:
+def _why_one_stage(spec: GenericSpec, is_chain: bool) -> str | None:
     """Why the model cannot be divided into stages, which a trial of its last layer alone shows; None if it can."""
+    if not is_chain:
+        return "something becomes of hidden states between its layers"
     model = build(spec.config, spec.architecture, torch.float32)
     cut(model, spec, (spec.num_layers - 1, spec.num_layers))
     try:
         run(model, 1, (spec.hidden_size, spec.embedding_size), is_told=not spec.hands_on)
     except Refused as error:
-        return str(error)
+        return f"its layers pass on more than hidden states: {error}"
     return None
 
 
@@ -80,11 +83,11 @@ class _Reader:
     def spec(self) -> GenericSpec:
         self._check()
         model, config = self.model, self.config
-        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        tied = self._tied()
         layers: list[list[TensorSpec]] = [[] for _ in self.calls]
         first: list[TensorSpec] = []
         last: list[TensorSpec] = []
-        for tensor in self._tensors(tied):
+        for tensor in self._tensors(set(tied)):
             index = re.match(re.escape(self.prefix) + r"\.(\d+)\.", tensor.name)
             is_after = any(tensor.name.startswith(f"{name}.") for name in self.trace.after)
             if index is not None:
@@ -102,15 +105,16 @@ class _Reader:
             hidden_size=int(config.hidden_size),
             vocab_size=int(config.vocab_size),
             max_position_embeddings=self.longest,
-            tied_embeddings=tied,
+            tied_embeddings=f"{self.lm_head}.weight" in tied,
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
-            ignored=(r".*rotary_emb\.inv_freq", *((re.escape(self.lm_head) + r"\.weight",) if tied else ())),
+            ignored=(r".*rotary_emb\.inv_freq", *map(re.escape, tied)),
             config=config,
             prefix=self.prefix,
             attention=self.attention,
             embedding=self.embedding,
             embedding_size=table.shape[1],
             lm_head=self.lm_head,
+            tied=tied,
             after_layers=self.trace.after,
             hands_on=self.hands_on,
             layer_outputs=self.trace.layer_outputs,
@@ -118,7 +122,7 @@ class _Reader:
             kinds=tuple(self._kind(call) for call in self.calls),
             first=tuple(first),
             layers=tuple(tuple(layer) for layer in layers),
-            last=(*last, table) if tied else tuple(last),
+            last=(*last, table) if f"{self.lm_head}.weight" in tied else tuple(last),
         )
 
     def _kind(self, call: Call) -> AttentionKind:
@@ -202,13 +206,30 @@ class _Reader:
         styles = (STYLES[style] for name, style in self.styles.items() if name.startswith(start))
         return any(style.splits_output and not style.is_gathered for style in styles)
 
-    def _tensors(self, tied: bool) -> Iterator[TensorSpec]:
+    def _tied(self) -> dict[str, str]:
+        """See `GenericSpec.tied`; other modules must not share tensors."""
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        tied = {}
+        for first, *others in (
+            sorted(shared, key=lambda name: parent(name) == self.lm_head) for shared in names.values()
+        ):
+            for other in others:
+                if parent(other) != self.lm_head or (
+                    other == f"{self.lm_head}.weight" and first != f"{self.embedding}.weight"
+                ):
+                    raise Refused(f"{first} and {other} are one tensor")
+                tied[other] = first
+        return tied
+
+    def _tensors(self, tied: set[str]) -> Iterator[TensorSpec]:
         """Every tensor of the model's state, with what is divided of it."""
         regions = {self._region(call): call.module in self.split for call in self.calls}
         inside = re.compile(f"({'|'.join(re.escape(region) for region in regions)})\\.(.+)")
         for name, tensor in self.model.state_dict().items():
             module, shape = parent(name), tuple(tensor.shape)
-            if name == f"{self.lm_head}.weight" and tied:
+            if name in tied:
                 continue
             if module in (self.embedding, self.lm_head):
                 yield TensorSpec(name, shape, (Dim.VOCABULARY, *[Dim.HIDDEN] * (len(shape) - 1)))

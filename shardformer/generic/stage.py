@@ -1,7 +1,7 @@
 """A pipeline stage of transformers' own layers: their linear layers are sharded, their attention is ours.
 
-The family's forward runs as it is. What a stage does not hold passes through: the layers before its own end with the
-hidden states that it received, the layers and norms after them do nothing.
+The family's forward runs as it is. In the place of layers that a stage does not hold, those before its own give the
+hidden states that it received, and the first after its own ends the forward.
 """
 
 import re
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels import Ops
 from ...mesh.collectives import Communicator
-from ...policies import GenericSpec, Module, NormSpec, TensorSpec
+from ...policies import Dim, GenericSpec, Module, NormSpec, TensorSpec
 from ...policies.generic import STYLES
 from ..backends import AttentionMetadata, AttentionSpec
 from ..base import Stage
@@ -23,10 +23,10 @@ from ..embedding import VocabParallelHead
 from ..linear import Context, Slices
 from ..shard import Range
 from .head import head_of, run_head
-from .interfaces import NAME, Step, tell
-from .layers import GroupedExperts, PagedKernel, Parts, PassThrough, VocabPart, hold, parallel_linear
-from .proof import prove_apart
-from .trace import base_name, build, run
+from .interfaces import NAME, Ended, Step, tell
+from .layers import Absent, After, Before, GroupedExperts, PagedKernel, Parts, VocabPart, hold, parallel_linear
+from .proof import prove
+from .trace import base_name, build, fix_frequencies, run
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -82,6 +82,7 @@ class GenericStage(Stage):
         self.base = self.model.get_submodule(base_name(self.model))
         self._bind_attention(context)
         _fill_buffers(self.model, device)
+        fix_frequencies(self.model)  # they are what they are within the length that the spec allows
         self._head = (head_of(self.model, spec.prefix),)  # in a tuple: its modules are those of `model`
         self.model.config._attn_implementation = self.model.config._experts_implementation = NAME
 
@@ -111,23 +112,31 @@ class GenericStage(Stage):
             yield self.model.get_submodule(path).paged
 
     def prove(self) -> None:
-        prove_apart(self, self.max_model_len)
+        prove(self, self.max_model_len)
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """What it gives on the last stage is normalised."""
         return self.run(x, metadata.positions, partial(StageStep, metadata))
 
-    def run(self, x: Tensor, positions: Tensor, make_step: Callable[[Tensor | None], Step]) -> Tensor:
-        """`forward` with any kind of step, which is made of what the stage received."""
+    def run(
+        self, x: Tensor, positions: Tensor, make_step: Callable[[Tensor | None], Step], embedding: float = 0.0
+    ) -> Tensor:
+        """`forward` with any kind of step, which is made of what the stage received.
+
+        embedding: what a later stage takes for embedded tokens, in each element; nothing may depend on it.
+        """
         x = x.unsqueeze(0)
         if self.is_first:
             inputs = {"input_ids": x}
-        else:  # the layers before this stage's put in what was received
-            width = self.spec.embedding_size
-            inputs = {"inputs_embeds": x if width == x.shape[-1] else x.new_zeros(*x.shape[:2], width)}
+        else:
+            inputs = {"inputs_embeds": x.new_full((*x.shape[:2], self.spec.embedding_size), embedding)}
         step = make_step(None if self.is_first else x)
-        out = self.base(**inputs, position_ids=positions.unsqueeze(0), use_cache=False, step=step)
-        hidden: Tensor = out.last_hidden_state
+        try:
+            hidden: Tensor = self.base(
+                **inputs, position_ids=positions.unsqueeze(0), use_cache=False, step=step
+            ).last_hidden_state
+        except Ended as ended:
+            hidden = ended.hidden
         return hidden.squeeze(0)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -143,7 +152,7 @@ def cut(model: Any, spec: GenericSpec, layers: Range) -> None:
     held = model.get_submodule(spec.prefix)
     for index in range(spec.num_layers):
         if not layers[0] <= index < layers[1]:
-            held[index] = PassThrough(held[index], index == layers[0] - 1, spec.layer_outputs)
+            held[index] = Before(held[index], spec.layer_outputs) if index < layers[0] else After(held[index])
     if layers[0] > 0:
         model.set_submodule(spec.embedding, nn.Identity())
     if layers[1] < spec.num_layers:
@@ -171,7 +180,7 @@ def _shard(model: Any, spec: GenericSpec, context: Context, is_first: bool, is_l
     modules = {
         name: module
         for name, module in model.named_modules()
-        if name not in (spec.embedding, spec.lm_head) and not isinstance(module, PassThrough)
+        if name not in (spec.embedding, spec.lm_head) and not isinstance(module, Absent)
     }
     rows = None
     if is_first:
@@ -190,16 +199,24 @@ def _shard(model: Any, spec: GenericSpec, context: Context, is_first: bool, is_l
         hold(module, parts, name, slices)
         if hasattr(module, "is_transposed") and hasattr(module, "has_gate"):  # transformers' use_experts_implementation
             module.experts = GroupedExperts(name, module, parts, context)
+        elif slices.shards.expert_parallel and slices.tp.size > 1 and _has_experts(module, name, parts):
+            raise ValueError(f"expert_parallel=True: {name} does not run experts apart; use expert_parallel=False")
 
 
 def _head(spec: GenericSpec, parts: Parts, context: Context, rows: Any) -> VocabParallelHead:
     """rows: the embedding, where it is on this stage."""
-    source = f"{spec.embedding if spec.tied_embeddings else spec.lm_head}.weight"
-    (tensor,) = parts[source]
-    module = Module(spec.lm_head, tensor.dims, tensor.shape, bias=f"{spec.lm_head}.bias" in parts)
+    weight, bias = (spec.tied.get(name, name) for name in (f"{spec.lm_head}.weight", f"{spec.lm_head}.bias"))
+    (tensor,) = parts[weight]
+    module = Module(spec.lm_head, tensor.dims, tensor.shape, bias in parts)
     head = VocabParallelHead(module, context, rows if spec.tied_embeddings else None)
-    head.pieces["weight"] = [replace(piece, tensor=source) for piece in head.pieces["weight"]]
+    for pieces in head.pieces.values():
+        pieces[:] = [replace(piece, tensor=spec.tied.get(piece.tensor, piece.tensor)) for piece in pieces]
     return head
+
+
+def _has_experts(module: nn.Module, name: str, parts: Parts) -> bool:
+    own = [parts[f"{name}.{own}"] for own, _ in module.named_parameters(recurse=False)]
+    return any(Dim.EXPERTS in tensor.dims for tensors in own for tensor in tensors)
 
 
 def _sum(tp: Communicator, module: nn.Module, args: Any, out: Tensor) -> Tensor:
@@ -233,7 +250,3 @@ def _fill_buffers(model: Any, device: torch.device) -> None:
         for name, *values in zip(names, *made, strict=True):
             if not torch.equal(*values):
                 raise ValueError(f"{type(model).__name__} is not supported: nothing says what {path}.{name} holds")
-        # Frequencies that depend on the length do not within the one that the spec allows.
-        kinds = getattr(module, "rope_type", None)
-        if kinds is not None:
-            module.rope_type = "default" if isinstance(kinds, str) else dict.fromkeys(kinds, "default")

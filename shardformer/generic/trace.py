@@ -2,15 +2,16 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .interfaces import TRACED, Mask, NotHandedOn, register
+from .interfaces import TRACED, Ended, Mask, NotHandedOn, register
 
 _NUM_TOKENS = 7
 _KNOWN = ("scaling", "softcap", "s_aux", "sliding_window")  # a window is read from the mask, as transformers does it
@@ -40,8 +41,9 @@ class Call:
 @dataclass(frozen=True)
 class Trace:
     calls: list[Call]
-    after: tuple[str, ...]  # modules beside the layers that ran once all of them had: a norm, say
+    after: tuple[str, ...]  # modules beside the layers that ran once all of them had, and not before: a norm, say
     layer_outputs: int | None  # of a layer, in a tuple; None: hidden states alone
+    is_chain: bool  # each layer takes what the one before gave, as it is
 
 
 class Recorder:
@@ -142,11 +144,17 @@ def run(model: Any, longest: int, received: tuple[int, int] | None = None, is_to
         hidden, embeddings = (torch.empty(1, _NUM_TOKENS, size, dtype=model.dtype, device="meta") for size in received)
         inputs = {"inputs_embeds": embeddings}
     base, recorder = model.get_submodule(base_name(model)), Recorder(model, longest, hidden)
-    ended: list[tuple[str, Any]] = []  # modules as they end, and what they give
-    with _hooked(base, lambda module, _, out: ended.append((recorder.names[module], out))):
+    began: dict[str, Tensor] = {}  # modules, and what they take
+    ended: list[tuple[str, Any]] = []  # modules in the order in which they end, and what they give
+    names = recorder.names
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        began[names[module]] = args[0] if args else kwargs.get("hidden_states")
+
+    with _hooked(base, begin, lambda module, args, out: ended.append((names[module], out))), suppress(Ended):
         for module in model.modules() if is_told else ():
             vars(module)["step"] = recorder
-        with torch.no_grad(), naming("a trial run on tensors without data"):
+        with torch.no_grad(), _fixed_frequencies(model), naming("a trial run on tensors without data"):
             base(
                 **inputs,
                 position_ids=ids,
@@ -156,22 +164,48 @@ def run(model: Any, longest: int, received: tuple[int, int] | None = None, is_to
             )
         for module in model.modules() if is_told else ():
             del vars(module)["step"]
-    layer = re.match(r".+?\.\d+(?=\.)", recorder.calls[-1].module) if recorder.calls else None
-    if layer is None:
-        return Trace(recorder.calls, (), None)
-    last = max(i for i, (name, _) in enumerate(ended) if name == layer[0])
-    body, outputs = parent(parent(layer[0])), ended[last][1]
-    after = dict.fromkeys(name for name, _ in ended[last + 1 :] if parent(name) == body)
-    return Trace(recorder.calls, tuple(after), len(outputs) if isinstance(outputs, tuple) else None)
+    match = re.match(r"(.+?)\.\d+(?=\.)", recorder.calls[-1].module) if recorder.calls else None
+    if match is None:
+        return Trace(recorder.calls, (), None, False)
+    layers = [i for i, (name, _) in enumerate(ended) if re.fullmatch(re.escape(match[1]) + r"\.\d+", name)]
+    outputs = [ended[i] for i in layers]
+    is_chain = all(began[after] is _first(out) for (_, out), (after, _) in pairwise(outputs))
+    beside = [name if parent(name) == parent(match[1]) else "" for name, _ in ended]
+    after = dict.fromkeys(name for name in beside[layers[-1] + 1 :] if name and name not in beside[: layers[0]])
+    out = outputs[-1][1]
+    return Trace(recorder.calls, tuple(after), len(out) if isinstance(out, tuple) else None, is_chain)
+
+
+def _first(outputs: Any) -> Any:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def parent(name: str) -> str:
     return name.rpartition(".")[0]
 
 
+def fix_frequencies(model: nn.Module) -> dict[nn.Module, Any]:
+    """Rotary frequencies that depend on a sequence's length no longer look at it. Returns what kinds they were."""
+    kinds = {module: module.rope_type for module in model.modules() if hasattr(module, "rope_type")}
+    for module, kind in kinds.items():
+        vars(module)["rope_type"] = dict.fromkeys(kind, "default") if isinstance(kind, dict) else "default"
+    return kinds
+
+
 @contextmanager
-def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
-    handles = [module.register_forward_hook(hook) for module in model.modules()]
+def _fixed_frequencies(model: nn.Module) -> Iterator[None]:
+    kinds = fix_frequencies(model)
+    try:
+        yield
+    finally:
+        for module, kind in kinds.items():
+            vars(module)["rope_type"] = kind
+
+
+@contextmanager
+def _hooked(model: nn.Module, begin: Any, end: Any) -> Iterator[None]:
+    handles = [module.register_forward_pre_hook(begin, with_kwargs=True) for module in model.modules()]
+    handles += [module.register_forward_hook(end) for module in model.modules()]
     try:
         yield
     finally:
@@ -184,7 +218,7 @@ def naming(what: str) -> Iterator[None]:
     """Turns whatever transformers raises into a refusal that says in which module."""
     try:
         yield
-    except (Refused, NotHandedOn):
+    except (Refused, NotHandedOn, Ended):
         raise
     except Exception as error:
         where, trace = "", error.__traceback__
