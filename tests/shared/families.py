@@ -234,20 +234,29 @@ class Draw:
     seed: int = 0
     std: float = 0.4
     embedding: float = 0.4
+    positions: float = 0.4  # and other embeddings that are no tokens'
     bias: float = 0.2
 
 
 # Where the first draw's output does not depend on all that it should, or repeats itself.
 DRAWS: dict[str, Draw] = {
     "apertus": Draw(embedding=1.5),
+    "bart": Draw(std=0.1, positions=2, bias=0.02),
+    "bert": Draw(seed=5, std=0.1, bias=0.02),
+    "bert-generation": Draw(std=0.1, positions=2, bias=0.02),
     "bigbird_pegasus": Draw(seed=1, embedding=4),
     "biogpt": Draw(std=1, embedding=0.1),
     "blenderbot": Draw(seed=2, std=0.7, embedding=0.1),
+    "blenderbot-small": Draw(seed=5, std=0.1, positions=2, bias=0.02),
     "bloom": Draw(seed=1),
+    "camembert": Draw(std=0.1, bias=0.02),
     "codegen": Draw(seed=1),
     "ctrl": Draw(seed=1, std=1, embedding=0.1),
+    "data2vec-text": Draw(seed=2, std=0.1, positions=2, bias=0.02),
     "deepseek_v2": Draw(seed=1),
     "doge": Draw(seed=3, std=0.15),
+    "electra": Draw(std=0.1, positions=2, bias=0.02),
+    "ernie": Draw(seed=5, std=0.1, bias=0.02),
     "exaone_moe": Draw(seed=2),
     "flex_olmo": Draw(seed=2),
     "fuyu": Draw(embedding=0.1),
@@ -256,27 +265,42 @@ DRAWS: dict[str, Draw] = {
     "gemma3n_text": Draw(seed=2, embedding=0.1),
     "gemma4_text": Draw(embedding=0.1),
     "gemma4_unified_text": Draw(seed=2, std=0.7, embedding=0.1),
+    "git": Draw(std=0.1, positions=2, bias=0.02),
     "glm": Draw(seed=2),
     "granitemoehybrid": Draw(seed=1),
     "hy_v3": Draw(seed=1),
     "hyperclovax": Draw(seed=1),
     "kolibri1": Draw(seed=1),
+    "marian": Draw(std=0.1, positions=2, bias=0.02),
     "mbart": Draw(seed=2, std=0.7, embedding=0.1),
+    "megatron-bert": Draw(std=0.15, positions=2, bias=0.02),
     "mimo_v2_flash": Draw(embedding=0.1),
     "minicpm3": Draw(seed=1),
     "mistral": Draw(seed=1),
+    "moss_transcribe_diarize": Draw(positions=2, bias=0.02),
     "mpt": Draw(seed=1, std=0.15, embedding=0.1),
+    "mvp": Draw(std=0.1, positions=2, bias=0.02),
     "nanochat": Draw(seed=2),
     "olmo2": Draw(embedding=1.5),
     "olmoe": Draw(seed=1),
     "openai-gpt": Draw(seed=3, std=0.7),
     "opt": Draw(embedding=0.1),
+    "pegasus": Draw(seed=3, std=0.1, positions=2, bias=0.02),
     "persimmon": Draw(embedding=0.1),
     "qwen2": Draw(seed=1),
     "qwen2_moe": Draw(seed=1),
+    "rembert": Draw(seed=3, std=0.1, positions=2, bias=0.02),
+    "roberta": Draw(seed=2, std=0.1, positions=2, bias=0.02),
+    "roberta-prelayernorm": Draw(std=0.1, positions=2, bias=0.02),
+    "roc_bert": Draw(seed=5, std=0.1, bias=0.02),
     "solar_open": Draw(seed=1),
     "starcoder2": Draw(embedding=0.1),
+    "trocr": Draw(std=0.1, positions=2, bias=0.02),
+    "whisper": Draw(seed=1, std=0.1, positions=2, bias=0.02),
     "xglm": Draw(std=0.7, embedding=0.1),
+    "xlm-roberta": Draw(std=0.1, bias=0.02),
+    "xlm-roberta-xl": Draw(seed=2, std=0.1, bias=0.02),
+    "xmod": Draw(seed=5, std=0.1, positions=2, bias=0.02),
     "zaya": Draw(std=0.7),
 }
 
@@ -298,7 +322,10 @@ def tiny_model(model_type: str, draw: Draw | None = None) -> PreTrainedModel:
                 tensor.normal_(std=draw.std)
             else:  # norms, scales
                 tensor.uniform_(0.5, 1.5)
-        model.get_input_embeddings().weight.normal_(std=draw.embedding)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                tokens = module is model.get_input_embeddings()
+                module.weight.normal_(std=draw.embedding if tokens else draw.positions)
     model.generation_config = GenerationConfig()
     return model
 
