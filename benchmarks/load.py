@@ -75,7 +75,7 @@ def make_checkpoint(directory: Path, num_layers: int) -> None:
     from transformers import LlamaConfig
 
     from meshlm.policies import find_policy
-    from meshlm.shardformer.shardformer import read_rotary
+    from meshlm.shardformer.checkpoint import read_rotary
 
     directory.mkdir(parents=True, exist_ok=True)
     config = LlamaConfig(

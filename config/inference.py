@@ -56,6 +56,11 @@ class InferenceConfig(BaseSettings):
     pp_size: int = Field(default=1, ge=1, description="stages that the layers are divided into (pipeline parallelism)")
     dp_size: int = Field(default=1, ge=1, description="replicas of the model (data parallelism)")
 
+    expert_parallel: bool = Field(
+        default=False,
+        description="the ranks of tp_size hold whole experts of a mixture of experts, instead of a part of each",
+    )
+
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="type of weights and activations; auto: the checkpoint's"
     )
@@ -99,6 +104,17 @@ class InferenceConfig(BaseSettings):
         "where the attention backend allows it",
     )
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
+
+    allow_pickle: bool = Field(
+        default=False,
+        description="read .bin files where a model has no others: unpickling can execute code from the file. Only "
+        "torch's restricted unpickler (weights_only) is used, which builds tensors and calls nothing that the file "
+        "names, but allow it for files that you trust",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="run Python code that a model's directory brings, where its architecture is not in transformers",
+    )
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of requests that bring none of their own")
     start_timeout_s: float = Field(default=120.0, gt=0, description="seconds for all ranks to start and meet")

@@ -72,7 +72,9 @@ class InferenceEngine:
             check_world(config, place.world_size)
         elif place is not None:
             place = None  # torchrun with one rank: a world like any other process's
-        checkpoint = open_checkpoint(model)
+        checkpoint = open_checkpoint(
+            model, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
+        )
         num_local = config.world_size if place is None else place.local_world_size
         devices, self._why_cpu = choose_devices(config, num_local), why_cpu(config, num_local)
         first_rank = 0 if place is None else place.rank - place.local_rank

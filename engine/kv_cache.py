@@ -1,12 +1,13 @@
 """This rank's paged KV cache: for each layer of its stage, its own KV heads, in blocks.
 
     key_cache[layer]   [num_blocks, block_size, local_kv_heads, head_dim]
-    value_cache[layer] the same
+    value_cache[layer] the same with the size of a value head, or a part of each key (`AttentionSpec.caches`)
 
 A block id means the same place in every layer and on every rank of a replica.
 """
 
 import os
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -22,10 +23,9 @@ class KVCache:
 
     def __init__(self, stage: PipelineStage, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
+        zeros = partial(_zeros, dtype=stage.dtype, device=stage.device)
         for attention in stage.attentions:
-            shape = (num_blocks, block_size, attention.num_kv_heads, attention.head_dim)
-            key, value = (_zeros(shape, stage.dtype, stage.device) for _ in range(2))
-            attention.bind_cache(key, value)
+            attention.bind_cache(*attention.backend.spec.caches(num_blocks, block_size, zeros))
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -41,7 +41,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 def block_bytes(stage: PipelineStage, block_size: int) -> int:
     """Bytes that one block takes on this rank, all its layers together."""
-    elements = sum(2 * attention.num_kv_heads * attention.head_dim for attention in stage.attentions)
+    elements = sum(attention.backend.spec.token_size for attention in stage.attentions)
     return elements * block_size * stage.dtype.itemsize
 
 

@@ -123,7 +123,7 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
 
     devices: those of the ranks on this host, from `first_rank` on, which share its memory.
     """
-    shards, stages = Shards(spec, config.tp_size), split_layers(spec, config.pp_size)
+    shards, stages = Shards(spec, config.tp_size, config.expert_parallel), split_layers(spec, config.pp_size)
     dtype = choose_dtype(config, spec)
     if not runs_on(dtype, devices[0]):
         raise ConfigError(f"InferenceConfig.dtype: {dtype} is not supported on {devices[0]}; use 'float32'")

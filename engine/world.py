@@ -20,7 +20,7 @@ from ..config import InferenceConfig
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankFailure, RankPlace, uninterrupted
 from ..shardformer import Checkpoint
-from ..shardformer.weights import ModuleSource, SafetensorsSource
+from ..shardformer.sources import ModuleSource, SafetensorsSource
 from .executor import Executor, Follower, LocalExecutor, MeshExecutor, join_torchrun, start_own_ranks
 from .plan import check_alike, settings
 from .rank import Published, join_ranks

@@ -81,6 +81,7 @@ ACTIVATIONS = {  # the kinds, by the names that transformers' configs give them
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
+    "swiglu_oai": "swiglu_oai",  # whose config calls it silu
 }
 
 KINDS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")  # the last is always gated
@@ -167,41 +168,42 @@ def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor,
     (Attention masks a slot that is not its sequence's by a weight of 0, which only a finite value survives: one
     request's overflow must not reach another that gets its block later, or is padded with it.)
 
-    key, value: [num_tokens, kv_heads, head_dim], where a value's head may be of another size; caches: [num_blocks,
-    block_size, kv_heads, head_dim], each with its heads; slots: [num_tokens] int64, ``block * block_size + offset``; a
-    row whose slot is -1 is padding and not stored.
+    key: [num_tokens, kv_heads, head_dim], value: [num_tokens, kv_heads, value_dim]; caches: [num_blocks, block_size,
+    kv_heads, head_dim or value_dim]; slots: [num_tokens] int64, ``block * block_size + offset``; a row whose slot is -1
+    is padding and not stored.
     """
-    key_slots, value_slots = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
+    store(key, key_cache, slots)
+    store(value, value_cache, slots)
+
+
+def store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    """`store_kv` of the keys, or of the values, alone."""
+    cache_slots = cache.flatten(0, 1)
     if not slots.is_cpu:
-        key, value, slots = _repeat_over_padding(key, value, key_slots, value_slots, slots)
+        x, slots = _repeat_over_padding(x, cache_slots, slots)
     elif slots.numel() and int(slots.min()) < 0:
-        stored = slots >= 0
-        key, value, slots = key[stored], value[stored], slots[stored]
-    key_slots.index_copy_(0, slots, key.nan_to_num(0.0, 0.0, 0.0))
-    value_slots.index_copy_(0, slots, value.nan_to_num(0.0, 0.0, 0.0))
+        x, slots = x[slots >= 0], slots[slots >= 0]
+    cache_slots.index_copy_(0, slots, x.nan_to_num(0.0, 0.0, 0.0))
 
 
-def _repeat_over_padding(
-    key: Tensor, value: Tensor, key_slots: Tensor, value_slots: Tensor, slots: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _repeat_over_padding(x: Tensor, cache_slots: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Makes each row of padding store what another row stores, so that the host need not wait to know how many are.
 
     Where all rows are padding, each stores what slot 0 holds.
     """
     if not slots.numel():
-        return key, value, slots
+        return x, slots
     stored = slots >= 0
     rows = torch.arange(len(slots), device=slots.device)
     rows = torch.where(stored, rows, stored.int().argmax())
     nothing = (slots[rows] < 0).view(-1, 1, 1)
-    key, value = torch.where(nothing, key_slots[:1], key[rows]), torch.where(nothing, value_slots[:1], value[rows])
-    return key, value, slots[rows].clamp(min=0)
+    return torch.where(nothing, cache_slots[:1], x[rows]), slots[rows].clamp(min=0)
 
 
 def rotary_store_kv(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -213,11 +215,13 @@ def rotary_store_kv(
     """Rotates a step's queries and keys and stores its keys and values: `rotary` of both, then `store_kv`.
 
     query: [num_tokens, heads, head_dim], key: [num_tokens, kv_heads, head_dim], value: [num_tokens, kv_heads,
-    value_dim], views of one product as a rule; cos, sin: [max_positions, width], width <= head_dim / 2; positions:
-    [num_tokens] int64. Returns the rotated query, contiguous.
+    value_dim], views of one product as a rule; no value where it is in the key (`values_in_keys`); cos, sin:
+    [max_positions, width], width <= head_dim / 2; positions: [num_tokens] int64. Returns the rotated query, contiguous.
     """
     cos, sin = cos[positions], sin[positions]
-    store_kv(rotary(key, cos, sin, interleaved), value, key_cache, value_cache, slots)
+    store(rotary(key, cos, sin, interleaved), key_cache, slots)
+    if value is not None:
+        store(value, value_cache, slots)
     return rotary(query, cos, sin, interleaved)
 
 
@@ -364,35 +368,52 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a step's queries over the paged cache, which already holds the step's own keys.
 
-    query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], heads being a multiple
-    of kv_heads (query head h reads KV head ``h // (heads // kv_heads)``); plan: made with the features' window.
-    Returns [num_tokens, heads, head_dim].
+    query: [num_tokens, heads, head_dim]; key_cache: [num_blocks, block_size, kv_heads, head_dim], heads being a
+    multiple of kv_heads (query head h reads KV head ``h // (heads // kv_heads)``); value_cache: [num_blocks,
+    block_size, kv_heads, value_dim], which may be the last elements of each head in key_cache (`values_in_keys`);
+    plan: made with the features' window. Returns [num_tokens, heads, value_dim].
     """
     explicit = any(x is not None for x in (features.softcap, features.sinks, features.alibi_slopes))
     query = query.contiguous() if plan.order is None else query.index_select(0, plan.order)
-    output = torch.empty_like(query)
-    kv_heads, head_dim = key_cache.shape[2:]
+    num_tokens, heads, _ = query.shape
+    kv_heads, value_dim = value_cache.shape[2:]
+    output = torch.empty(num_tokens, heads, value_dim, dtype=query.dtype, device=query.device)
+    # Keys then stand for the values, of which the last elements are taken: torch is at its best where both are alike.
+    in_keys = values_in_keys(key_cache, value_cache)
     for group in plan.groups:
-        key = key_cache.index_select(0, group.blocks).view(group.num_seqs, -1, kv_heads, head_dim)
-        value = value_cache.index_select(0, group.blocks).view(group.num_seqs, -1, kv_heads, head_dim)
-        key = key[:, : group.key_len].transpose(1, 2)  # [num_seqs, kv_heads, key_len, head_dim]
-        value = value[:, : group.key_len].transpose(1, 2)
+
+        def gathered(cache: Tensor, group: AttentionGroup = group) -> Tensor:
+            """[num_seqs, kv_heads, key_len, head_dim or value_dim]"""
+            rows = cache.index_select(0, group.blocks).view(group.num_seqs, -1, *cache.shape[2:])
+            return rows[:, : group.key_len].transpose(1, 2)
+
+        key = gathered(key_cache)
+        value = key if in_keys else gathered(value_cache)
         q, out = query[group.start : group.stop], output[group.start : group.stop]
-        if explicit:
-            q, out = (x.view(group.num_seqs, group.query_len, -1, head_dim).transpose(1, 2) for x in (q, out))
-            out.copy_(_explicit_attention(q, key, value, group, scale, features))
-        elif group.query_len == 1:
+        if group.query_len == 1 and not explicit:
             # The query heads of a KV head stand where a prompt's queries would: no copy of the keys for each of them.
-            q, out = (x.view(group.num_seqs, kv_heads, -1, head_dim) for x in (q, out))
-            out.copy_(F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale))
+            q, out = (x.view(group.num_seqs, kv_heads, -1, x.shape[-1]) for x in (q, out))
+            found = F.scaled_dot_product_attention(q, key, value, attn_mask=group.mask, scale=scale)
         else:
-            q, out = (x.view(group.num_seqs, group.query_len, -1, head_dim).transpose(1, 2) for x in (q, out))
-            out.copy_(
-                F.scaled_dot_product_attention(
+            q, out = (x.view(group.num_seqs, group.query_len, heads, -1).transpose(1, 2) for x in (q, out))
+            if explicit:
+                found = _explicit_attention(q, key, value, group, scale, features)
+            else:
+                found = F.scaled_dot_product_attention(
                     q, key, value, attn_mask=group.mask, is_causal=group.causal, scale=scale, enable_gqa=True
                 )
-            )
+        out.copy_(found[..., -value_dim:])
     return output if plan.inverse is None else output.index_select(0, plan.inverse)
+
+
+def values_in_keys(key_cache: Tensor, value_cache: Tensor) -> bool:
+    """Whether a value is the last elements of its key, which alone is cached.
+
+    one head of key_cache    | rotated | latent |       as in multi-head latent attention (DeepSeek-V2)
+    one of value_cache                 | latent |
+    """
+    beside = (key_cache.shape[-1] - value_cache.shape[-1]) * key_cache.element_size()
+    return value_cache.data_ptr() == key_cache.data_ptr() + beside and value_cache.stride() == key_cache.stride()
 
 
 def _explicit_attention(
@@ -400,7 +421,8 @@ def _explicit_attention(
 ) -> Tensor:
     """What scaled_dot_product_attention cannot do, in float32 and step by step.
 
-    query: [num_seqs, heads, query_len, head_dim]; key, value: [num_seqs, kv_heads, key_len, head_dim].
+    query: [num_seqs, heads, query_len, head_dim]; key: [num_seqs, kv_heads, key_len, head_dim]; value: the same, of
+    value_dim elements.
     """
     heads, kv_heads = query.shape[1], key.shape[1]
     key, value = (x.float().repeat_interleave(heads // kv_heads, dim=1) for x in (key, value))

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import eager, linear
+from . import eager, eager_moe, linear
 from .cpu import CpuOps, Unavailable
+from .eager_moe import ExpertPlan, GroupedLinear, Routing
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of each op; a module keeps the ones that it uses. Signatures: `kernels/eager.py`."""
+    """One implementation of each op; a module keeps the ones that it uses. Signatures: `eager.py`, `eager_moe.py`."""
 
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
@@ -27,6 +28,10 @@ class Ops:
     rotary_store_kv: Callable[..., Tensor]
     store_kv: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
     embedding: Callable[[Tensor, Tensor, int], Tensor]
+    route: Callable[[Tensor, Routing, Tensor | None], tuple[Tensor, Tensor]]
+    plan_experts: Callable[[Tensor, int, int], ExpertPlan]
+    bind_grouped_linear: Callable[[Tensor], GroupedLinear]  # weight [experts, out, in] -> the product with it
+    combine: Callable[[Tensor, Tensor, ExpertPlan], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
@@ -44,6 +49,10 @@ EAGER = Ops(
     rotary_store_kv=eager.rotary_store_kv,
     store_kv=eager.store_kv,
     embedding=eager.embedding,
+    route=eager_moe.route,
+    plan_experts=eager_moe.plan_experts,
+    bind_grouped_linear=eager_moe.bind_grouped_linear,
+    combine=eager_moe.combine,
     counter_noise=eager.counter_noise,
     sample_shard=eager.sample_shard,
 )
@@ -84,6 +93,10 @@ def _compiled(dtype: torch.dtype) -> Ops:
         gated_activation=compiled.gated_activation,
         rotary_store_kv=compiled.rotary_store_kv,
         store_kv=compiled.store_kv,
+        route=compiled.route,
+        plan_experts=compiled.plan_experts,
+        bind_grouped_linear=compiled.bind_grouped_linear,
+        combine=compiled.combine,
     )
 
 

@@ -10,6 +10,10 @@ A program takes a tile of one KV head's rows and walks over their keys, or over 
 Sequences of few rows take a narrow tile each, others as many wide tiles as they need; a batch of both is two launches.
 Where there are too few tiles to fill the device, several programs share the keys of each, and `_combine` puts their
 results together.
+
+Where values are the last elements of their keys (`eager.values_in_keys`), a key is read in two parts, and once:
+
+    | rest | values |     scores = q_rest · rest + q · values,  out = softmax(scores) · values
 """
 
 from dataclasses import dataclass, replace
@@ -21,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .batch import PagedBatch
-from .eager import PLAIN, AttentionFeatures
+from .eager import PLAIN, AttentionFeatures, values_in_keys
 from .interpreter import mend_interpreter
 
 mend_interpreter()
@@ -32,6 +36,7 @@ _MAX_SPLITS = tl.constexpr(256)
 
 _NARROW_ROWS = 64  # a sequence of no more rows takes one tile
 _NARROW_ROWS_MIXED = 32  # the same beside sequences that need wide tiles: most will have one query
+_WIDE_HEAD = 256  # elements; of larger heads a program holds fewer rows
 
 
 @dataclass(frozen=True)
@@ -46,21 +51,64 @@ class Tile:
     min_split: int = 256  # keys that are worth a program of their own
 
 
+@dataclass(frozen=True)
+class Heads:
+    """What the tiles of keys and values are as wide as."""
+
+    head_dim: int
+    value_dim: int
+    in_keys: bool  # values are the last elements of their keys
+
+    @classmethod
+    def of(cls, head_dim: int, value_dim: int | None = None, in_keys: bool = False) -> "Heads":
+        return cls(head_dim, value_dim or head_dim, in_keys)
+
+    @property
+    def rest(self) -> int:
+        """Elements of a key that come before its values; 0 where keys are not read in parts."""
+        return self.head_dim - self.value_dim if self.in_keys else 0
+
+    @property
+    def main_tile(self) -> int:  # of keys; the part that is the values where they are in the keys
+        return _tile_width(self.head_dim - self.rest)
+
+    @property
+    def rest_tile(self) -> int:
+        return _tile_width(self.rest) if self.rest else 0
+
+    @property
+    def value_tile(self) -> int:
+        return _tile_width(self.value_dim)
+
+    @property
+    def read(self) -> int:
+        """Elements that a program holds for each key."""
+        return self.main_tile + self.rest_tile + (0 if self.in_keys else self.value_tile)
+
+
+def _tile_width(elements: int) -> int:
+    return max(16, triton.next_power_of_2(elements))
+
+
 @lru_cache
-def tile_sizes(rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) -> Tile:
+def tile_sizes(rows: int, heads: Heads, dtype: torch.dtype, shared_bytes: int) -> Tile:
     """The tile for sequences of up to `rows` rows; meant for Hopper.
 
     shared_bytes: of memory that a program can have. Loads run ahead of the products by `num_stages`, of which looking
     up the block takes half: 3 and 4 are alike, and hold one tile of keys and values besides the one in use.
     """
-    dim, narrow = max(16, triton.next_power_of_2(head_dim)), max(16, triton.next_power_of_2(rows))
+    dim, narrow = max(heads.main_tile, heads.value_tile), max(16, triton.next_power_of_2(rows))
     if dtype is torch.float32:  # exact products have no tensor cores: larger tiles do not fit into registers
         tile = Tile(16, 32, 8, 2, per_sm=3) if narrow == 16 else Tile(32, 16, 8, 2, per_sm=3)
+        if dim > _WIDE_HEAD:
+            tile = Tile(16, 16, 8, 2)
+    elif dim > _WIDE_HEAD:  # a row's results take so many registers that prompts get by with half as many rows
+        tile = Tile(narrow, 32, 4, 3, per_sm=2) if narrow <= 16 else Tile(min(narrow, 64), 32, 8, 3)
     elif rows <= _NARROW_ROWS:
         tile = Tile(narrow, 64 if dim <= 128 else 32, 4, 5, per_sm=3)
     else:
         tile = Tile(128, 64 if dim <= 128 else 32, 8, 3)
-    while _shared_bytes(tile, dim, dtype) > shared_bytes:
+    while _shared_bytes(tile, heads, dtype) > shared_bytes:
         if tile.keys > 16:
             tile = replace(tile, keys=tile.keys // 2)
         elif tile.rows > 64:
@@ -70,32 +118,36 @@ def tile_sizes(rows: int, head_dim: int, dtype: torch.dtype, shared_bytes: int) 
     return tile
 
 
-def tile_choices(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> tuple[list[Tile], list[Tile]]:
+def tile_choices(group: int, heads: Heads, dtype: torch.dtype, device: torch.device) -> tuple[list[Tile], list[Tile]]:
     """Tiles that are worth timing, narrow ones for decodes and wide ones for prompts; the first of each is the usual.
 
     group: rows of a decode, which are the query heads of a KV head.
     """
-    shared_bytes, dim = _device(device)[1], max(16, triton.next_power_of_2(head_dim))
-    narrow = tile_sizes(min(group, _NARROW_ROWS), head_dim, dtype, shared_bytes)
-    wide = tile_sizes(1 << 16, head_dim, dtype, shared_bytes)
+    shared_bytes = _device(device)[1]
+    narrow = tile_sizes(min(group, _NARROW_ROWS), heads, dtype, shared_bytes)
+    wide = tile_sizes(1 << 16, heads, dtype, shared_bytes)
     if dtype is torch.float32:
         narrows = [(narrow.rows, 16, 4, 2, 3), (narrow.rows, 32, 4, 2, 3), (narrow.rows, 64, 8, 2, 2)]
         wides = [(16, 32, 8, 2, 3), (32, 32, 8, 2, 2), (64, 16, 8, 2, 2)]
+    elif max(heads.main_tile, heads.value_tile) > _WIDE_HEAD:
+        narrows = [(narrow.rows, *rest) for rest in ((16, 4, 3, 3), (64, 4, 3, 1), (32, 8, 5, 1))]
+        wides = [(32, 32, 4, 3, 1), (64, 16, 8, 3, 1), (64, 64, 8, 3, 1)]
     else:
         narrows = [(narrow.rows, *rest) for rest in ((32, 4, 5, 4), (64, 4, 3, 4), (128, 4, 3, 2), (128, 8, 5, 1))]
         wides = [(64, 64, 4, 3, 2), (128, 32, 8, 3, 1), (128, 64, 4, 3, 1), (128, 128, 8, 3, 1)]
 
     def choices(usual: Tile, others: list[tuple[int, int, int, int, int]]) -> list[Tile]:
         tiles = [Tile(*other) for other in others]
-        return [usual, *(t for t in tiles if t != usual and _shared_bytes(t, dim, dtype) <= shared_bytes)]
+        return [usual, *(t for t in tiles if t != usual and _shared_bytes(t, heads, dtype) <= shared_bytes)]
 
     return choices(narrow, narrows), choices(wide, wides)
 
 
-def _shared_bytes(tile: Tile, dim: int, dtype: torch.dtype) -> int:
+def _shared_bytes(tile: Tile, heads: Heads, dtype: torch.dtype) -> int:
     """What a program needs, about: its queries, and keys and values once for each two stages."""
     held = max(1, tile.num_stages // 2) + (tile.rows >= 64)  # Hopper's products of 64 rows and more run behind
-    return (tile.rows + 2 * tile.keys * held) * dim * dtype.itemsize + 8192
+    query = tile.rows * (heads.main_tile + heads.rest_tile)
+    return (query + tile.keys * held * heads.read) * dtype.itemsize + 8192
 
 
 def paged_attention(
@@ -111,24 +163,27 @@ def paged_attention(
 ) -> Tensor:
     """Causal attention of a step's queries over the paged cache, which already holds the step's own keys.
 
-    query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], contiguous, all finite.
-    tiles (narrow, wide) and num_splits stand in for the choice made here. Returns [num_tokens, heads, head_dim]; zeros
-    for a sequence without keys, which pads a captured graph. The host waits for nothing, and the launches depend on
-    shapes and on the numbers in `batch` alone.
+    query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim or value_dim], contiguous,
+    or the values in the keys (`eager.values_in_keys`), all finite. tiles (narrow, wide) and num_splits stand in for the
+    choice made here. Returns [num_tokens, heads, value_dim]; zeros for a sequence without keys, which pads a captured
+    graph. The host waits for nothing, and the launches depend on shapes and on the numbers in `batch` alone.
     """
     num_tokens, heads, head_dim = query.shape
+    value_dim, in_keys = value_cache.shape[-1], values_in_keys(key_cache, value_cache)
     block_size, kv_heads, group = key_cache.shape[1], key_cache.shape[2], heads // key_cache.shape[2]
     assert heads == kv_heads * group and query.stride()[1:] == (head_dim, 1), (query.shape, query.stride())
-    assert key_cache.shape == value_cache.shape and key_cache.is_contiguous() and value_cache.is_contiguous()
-    out = torch.empty((num_tokens, heads, head_dim), dtype=query.dtype, device=query.device)
+    assert key_cache.shape[:3] == value_cache.shape[:3] and key_cache.shape[3] == head_dim
+    assert key_cache.is_contiguous() and (in_keys or value_cache.is_contiguous())
+    out = torch.empty((num_tokens, heads, value_dim), dtype=query.dtype, device=query.device)
     if num_tokens == 0:
         return out
 
     num_sms, shared_bytes = _device(query.device)
+    widths = Heads(head_dim, value_dim, in_keys)
     num_seqs, most, fewest = len(batch.key_lens), batch.max_query_len * group, batch.min_query_len * group
     narrow, wide = tiles or (
-        tile_sizes(most if most <= _NARROW_ROWS else _NARROW_ROWS_MIXED, head_dim, query.dtype, shared_bytes),
-        tile_sizes(most, head_dim, query.dtype, shared_bytes),
+        tile_sizes(most if most <= _NARROW_ROWS else _NARROW_ROWS_MIXED, widths, query.dtype, shared_bytes),
+        tile_sizes(most, widths, query.dtype, shared_bytes),
     )
     has_narrow, has_wide = fewest <= narrow.rows, most > narrow.rows
     num_wide = num_tokens * group // wide.rows + num_seqs if has_wide else 0  # or fewer
@@ -168,7 +223,12 @@ def paged_attention(
                 KV_HEADS=kv_heads,
                 GROUP=group,
                 HEAD_DIM=head_dim,
-                DIM=max(16, triton.next_power_of_2(head_dim)),
+                VALUE_DIM=value_dim,
+                REST=widths.rest,
+                IN_KEYS=in_keys,
+                MAIN_TILE=widths.main_tile,
+                REST_TILE=widths.rest_tile,
+                VALUE_TILE=widths.value_tile,
                 WINDOW=features.window,
                 SOFTCAP=features.softcap,
                 NARROW=is_narrow,
@@ -186,8 +246,8 @@ def paged_attention(
             out,
             num_tokens * heads,
             num_splits,
-            HEAD_DIM=head_dim,
-            DIM=triton.next_power_of_2(head_dim),
+            HEAD_DIM=value_dim,
+            DIM=triton.next_power_of_2(value_dim),
             num_warps=4,
         )
     return out
@@ -228,8 +288,8 @@ _CHANGING = ("table_stride", "num_tokens", "num_seqs", "num_tiles", "num_splits"
 def _attend(
     query: tl.tensor,  # [num_tokens, heads, HEAD_DIM]
     key_cache: tl.tensor,  # [num_blocks, BLOCK_SIZE, KV_HEADS, HEAD_DIM]
-    value_cache: tl.tensor,
-    out: tl.tensor,  # [num_splits, num_tokens, heads, HEAD_DIM]
+    value_cache: tl.tensor,  # [num_blocks, BLOCK_SIZE, KV_HEADS, VALUE_DIM]; not read if IN_KEYS
+    out: tl.tensor,  # [num_splits, num_tokens, heads, VALUE_DIM]
     lse: tl.tensor,  # [num_splits, num_tokens, heads]: log2 of a row's sum of exp(score); None: there is one split
     block_tables: tl.tensor,  # [num_seqs, max_blocks]
     query_starts: tl.tensor,  # [num_seqs + 1]
@@ -247,7 +307,12 @@ def _attend(
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,  # HEAD_DIM padded to a power of two
+    VALUE_DIM: tl.constexpr,
+    REST: tl.constexpr,  # elements of a key before its value; 0: keys are one part
+    IN_KEYS: tl.constexpr,  # a key's other part is its value
+    MAIN_TILE: tl.constexpr,  # HEAD_DIM - REST, padded to a power of two
+    REST_TILE: tl.constexpr,  # REST, padded; 0 if it is 0
+    VALUE_TILE: tl.constexpr,  # VALUE_DIM, padded
     WINDOW: tl.constexpr,  # or None
     SOFTCAP: tl.constexpr,  # or None
     NARROW: tl.constexpr,  # a tile for each sequence
@@ -279,8 +344,9 @@ def _attend(
     token = first_query + row // GROUP
     head = kv_head * GROUP + row % GROUP
     position = key_len - query_len + row // GROUP  # [ROWS]
-    dim = tl.arange(0, DIM)
-    is_element = is_row[:, None] & (dim < HEAD_DIM)[None, :]
+    MAIN: tl.constexpr = HEAD_DIM - REST
+    dim = tl.arange(0, MAIN_TILE)
+    value_dim = tl.arange(0, VALUE_TILE)
 
     # This split's keys: start .. stop - 1 of those that the tile's rows see.
     start = 0
@@ -297,14 +363,14 @@ def _attend(
         tl.store(lse + result, tl.full([ROWS], float("-inf"), tl.float32), mask=is_row)
         return
 
-    q = tl.load(
-        query + token.to(tl.int64)[:, None] * query_stride + head[:, None] * HEAD_DIM + dim[None, :],
-        mask=is_element,
-        other=0.0,
-    )
+    query += (token.to(tl.int64) * query_stride + head * HEAD_DIM)[:, None]
+    q = tl.load(query + REST + dim[None, :], mask=is_row[:, None] & (dim < MAIN)[None, :], other=0.0)
+    if REST:
+        rest_dim = tl.arange(0, REST_TILE)
+        q_rest = tl.load(query + rest_dim[None, :], mask=is_row[:, None] & (rest_dim < REST)[None, :], other=0.0)
     highest = tl.full([ROWS], _LOWEST, tl.float32)  # of the scores so far, times log2(e) like all of them
     total = tl.zeros([ROWS], tl.float32)  # of exp2(score - highest)
-    acc = tl.zeros([ROWS, DIM], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_TILE], tl.float32)
     if sinks is not None and split == 0:
         highest = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32) * _LOG2E
         total = tl.full([ROWS], 1.0, tl.float32)
@@ -322,12 +388,12 @@ def _attend(
             place = tl.minimum(key, stop - 1) if masked else key  # past the end the last key again, and no weight
             block = tl.load(block_tables + sequence.to(tl.int64) * table_stride + place // BLOCK_SIZE)
             slot = block.to(tl.int64) * BLOCK_SIZE + place % BLOCK_SIZE
-            offset = (slot * KV_HEADS + kv_head)[:, None] * HEAD_DIM + dim[None, :]
-            if DIM == HEAD_DIM:
-                k = tl.load(key_cache + offset)  # [KEYS, DIM]
-            else:
-                k = tl.load(key_cache + offset, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+            cached = (slot * KV_HEADS + kv_head)[:, None]  # the head's place in the cache
+            k = _load(key_cache + cached * HEAD_DIM + REST, dim, MAIN, MAIN_TILE)  # [KEYS, MAIN_TILE]
             scores = tl.dot(q, tl.trans(k), input_precision="ieee")  # [ROWS, KEYS]
+            if REST:
+                k_rest = _load(key_cache + cached * HEAD_DIM, rest_dim, REST, REST_TILE)
+                scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision="ieee")
             if SOFTCAP is None:
                 scores *= scale * _LOG2E
             else:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
@@ -345,18 +411,29 @@ def _attend(
             weights = tl.exp2(scores - higher[:, None])
             total = total * fade + tl.sum(weights, 1)
             highest = higher
-            if DIM == HEAD_DIM:
-                v = tl.load(value_cache + offset)
+            if IN_KEYS:
+                v = k
             else:
-                v = tl.load(value_cache + offset, mask=(dim < HEAD_DIM)[None, :], other=0.0)
+                v = _load(value_cache + cached * VALUE_DIM, value_dim, VALUE_DIM, VALUE_TILE)
             acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
 
     divisor = tl.where(total > 0, total, 1.0)  # nothing seen: zeros
     tl.store(
-        out + result[:, None] * HEAD_DIM + dim[None, :], (acc / divisor[:, None]).to(out.dtype.element_ty), is_element
+        out + result[:, None] * VALUE_DIM + value_dim[None, :],
+        (acc / divisor[:, None]).to(out.dtype.element_ty),
+        mask=is_row[:, None] & (value_dim < VALUE_DIM)[None, :],
     )
     if lse is not None:
         tl.store(lse + result, highest + tl.log2(divisor), is_row)
+
+
+@triton.jit
+def _load(rows: tl.tensor, dim: tl.tensor, SIZE: tl.constexpr, TILE: tl.constexpr) -> tl.tensor:
+    """[rows, TILE]: the first SIZE elements of each row, then zeros. rows: pointers [rows, 1]; dim: 0 .. TILE - 1."""
+    if TILE == SIZE:
+        return tl.load(rows + dim[None, :])
+    else:
+        return tl.load(rows + dim[None, :], mask=(dim < SIZE)[None, :], other=0.0)
 
 
 @triton.jit

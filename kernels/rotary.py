@@ -85,7 +85,7 @@ def _rotate(
 def _rotary_store_kv_kernel(
     query: tl.tensor,
     key: tl.tensor,
-    value: tl.tensor,
+    value: tl.tensor,  # or None
     cos: tl.tensor,
     sin: tl.tensor,
     positions: tl.tensor,
@@ -159,16 +159,17 @@ def _rotary_store_kv_kernel(
                 BLOCK_WIDTH,
                 BLOCK_REST,
             )
-            _copy(
-                value + token * value_token,
-                value_cache + slot * value_slot,
-                value_head,
-                value_slot_head,
-                heads,
-                KV_HEADS,
-                VALUE_DIM,
-                BLOCK_VALUE,
-            )
+            if value is not None:
+                _copy(
+                    value + token * value_token,
+                    value_cache + slot * value_slot,
+                    value_head,
+                    value_slot_head,
+                    heads,
+                    KV_HEADS,
+                    VALUE_DIM,
+                    BLOCK_VALUE,
+                )
 
 
 @triton.jit
@@ -208,7 +209,7 @@ def _store_kv_kernel(
 def rotary_store_kv(
     query: Tensor,
     key: Tensor,
-    value: Tensor,
+    value: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     positions: Tensor,
@@ -219,15 +220,17 @@ def rotary_store_kv(
 ) -> Tensor:
     """`eager.rotary_store_kv`. The elements of a head lie side by side everywhere, the slots of a cache evenly."""
     num_tokens, num_heads, head_dim = query.shape
-    num_kv_heads, width = key.shape[1], cos.shape[1]
-    _check_store(key, value, key_cache, value_cache, slots)
+    num_kv_heads, width, value_dim = key.shape[1], cos.shape[1], value_cache.shape[3]
+    _check_store(key, key_cache, slots)
+    if value is not None:
+        _check_store(value, value_cache, slots)
     assert key.shape[::2] == query.shape[::2] and query.dtype == key.dtype and _side_by_side(query)
     assert 2 * width <= head_dim and cos.shape == sin.shape and cos.is_contiguous() and sin.is_contiguous()
     assert positions.shape == (num_tokens,) and positions.is_contiguous()
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     if not num_tokens:
         return out
-    block_heads, num_warps = _tile(max(num_heads, num_kv_heads), max(head_dim, value.shape[2]))
+    block_heads, num_warps = _tile(max(num_heads, num_kv_heads), max(head_dim, value_dim))
     groups = -(-num_heads // block_heads) + -(-num_kv_heads // block_heads)
     _rotary_store_kv_kernel[(num_tokens, groups)](
         query,
@@ -242,18 +245,18 @@ def rotary_store_kv(
         out,
         *query.stride()[:2],
         *key.stride()[:2],
-        *value.stride()[:2],
+        *((0, 0) if value is None else value.stride()[:2]),
         cos.stride(0),
         *key_cache.stride()[1:3],
         *value_cache.stride()[1:3],
         HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
-        VALUE_DIM=value.shape[2],
+        VALUE_DIM=value_dim,
         WIDTH=width,
         INTERLEAVED=interleaved,
         BLOCK_HEADS=block_heads,
-        BLOCK_VALUE=power_of_two(value.shape[2]),
+        BLOCK_VALUE=power_of_two(value_dim),
         BLOCK_WIDTH=power_of_two(width),
         BLOCK_REST=power_of_two(head_dim - 2 * width),
         num_warps=num_warps,
@@ -263,7 +266,8 @@ def rotary_store_kv(
 
 def store_kv(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
     """`eager.store_kv`. The elements of a head lie side by side everywhere, the slots of a cache evenly."""
-    _check_store(key, value, key_cache, value_cache, slots)
+    _check_store(key, key_cache, slots)
+    _check_store(value, value_cache, slots)
     num_tokens, num_kv_heads, head_dim = key.shape
     if not num_tokens:
         return
@@ -299,10 +303,8 @@ def _side_by_side(heads: Tensor) -> bool:
     return heads.stride(-1) == 1 or heads.shape[-1] == 1
 
 
-def _check_store(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slots: Tensor) -> None:
-    assert key.shape[:2] == value.shape[:2] and key_cache.shape[:2] == value_cache.shape[:2]
-    assert slots.shape == key.shape[:1] and slots.is_contiguous()
-    for heads, cache in ((key, key_cache), (value, value_cache)):
-        assert cache.shape[2:] == heads.shape[1:] and cache.dtype == heads.dtype == key.dtype
-        assert _side_by_side(heads) and _side_by_side(cache)
-        assert cache.stride(0) == cache.shape[1] * cache.stride(1) or len(cache) <= 1
+def _check_store(x: Tensor, cache: Tensor, slots: Tensor) -> None:
+    assert slots.shape == x.shape[:1] and slots.is_contiguous()
+    assert cache.shape[2:] == x.shape[1:] and cache.dtype == x.dtype
+    assert _side_by_side(x) and _side_by_side(cache)
+    assert cache.stride(0) == cache.shape[1] * cache.stride(1) or len(cache) <= 1

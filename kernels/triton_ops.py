@@ -6,10 +6,13 @@ This imports triton, which not every machine has and no CPU needs: `ops.select_o
 from . import linear
 from .activation import activation, gated_activation
 from .embedding import embedding
+from .experts import combine, plan_experts
+from .grouped_linear import bind_grouped_linear
 from .layer_norm import add_layer_norm, head_layer_norm
 from .ops import Ops
 from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary_store_kv, store_kv
+from .route import route
 from .sample import counter_noise, sample_shard
 
 TRITON = Ops(
@@ -25,6 +28,10 @@ TRITON = Ops(
     rotary_store_kv=rotary_store_kv,
     store_kv=store_kv,
     embedding=embedding,
+    route=route,
+    plan_experts=plan_experts,
+    bind_grouped_linear=bind_grouped_linear,
+    combine=combine,
     counter_noise=counter_noise,
     sample_shard=sample_shard,
 )

@@ -18,6 +18,7 @@ from .base import (
     RotarySpec,
     TensorSpec,
 )
+from .experts import MoESpec, RouterSpec, SharedExpertSpec
 from .registry import find_policy, supported_architectures
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "HeadSpec",
     "LayerSpec",
     "MLPSpec",
+    "MoESpec",
     "ModelSpec",
     "Module",
     "MultiHeadSpec",
@@ -36,6 +38,8 @@ __all__ = [
     "QKNorm",
     "Residual",
     "RotarySpec",
+    "RouterSpec",
+    "SharedExpertSpec",
     "TensorSpec",
     "find_policy",
     "supported_architectures",

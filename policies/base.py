@@ -106,7 +106,7 @@ class AttentionKind:
     softcap: float | None = None
     has_sinks: bool = False
     alibi_slopes: tuple[float, ...] | None = None  # of all heads
-    is_latent: bool = False  # one KV head, which every rank keeps, its first value_dim elements being the values
+    is_latent: bool = False  # one KV head, which every rank keeps, its last value_dim elements being the values
     is_replicated: bool = False  # every rank has all heads
 
 
@@ -599,8 +599,8 @@ class _Reader:
             width, size = 2 * len(found.inv_freq), self.head_dim
             if size % 2 or width > size or (width < size and not self.policy.rotates_in_part):
                 raise ValueError(
-                    f"{self.policy.architectures[0]} with a rotary embedding of {width} of each head's {size} elements is "
-                    f"not supported; head_dim must be even and partial_rotary_factor 1"
+                    f"{self.policy.architectures[0]} with a rotary embedding of {width} of each head's {size} elements "
+                    f"is not supported; head_dim must be even and partial_rotary_factor 1"
                 )
             if found not in self.rotaries:
                 self.rotaries.append(found)

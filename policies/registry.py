@@ -1,6 +1,7 @@
 """Which policy serves which architecture: one line a family."""
 
 from collections.abc import Iterable
+from difflib import SequenceMatcher
 
 from .base import Policy
 from .bloom import BLOOM
@@ -10,15 +11,18 @@ from .gemma import GEMMA, GEMMA2, GEMMA3
 from .glm import GLM, GLM4
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
+from .gpt_oss import GPT_OSS
 from .gptj import GPTJ
 from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
 from .opt import OPT
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .qwen_moe import QWEN2_MOE, QWEN3_MOE
 from .smollm3 import SMOLLM3
 from .starcoder2 import STARCODER2
 
@@ -35,14 +39,18 @@ POLICIES: tuple[Policy, ...] = (
     GPT2,
     GPT_NEOX,
     GPTJ,
+    GPT_OSS,
     GRANITE,
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     OLMO2,
     OPT,
     PHI3,
     QWEN2,
     QWEN3,
+    QWEN2_MOE,
+    QWEN3_MOE,
     SMOLLM3,
     STARCODER2,
 )
@@ -53,12 +61,18 @@ def supported_architectures() -> list[str]:
 
 
 def find_policy(architectures: Iterable[str]) -> Policy:
-    """The policy for a config's `architectures`. Raises ValueError listing the supported ones."""
+    """The policy for a config's `architectures`. Raises ValueError naming the nearest supported ones."""
     wanted = list(architectures)
     for policy in POLICIES:
         if any(name in policy.architectures for name in wanted):
             return policy
-    raise ValueError(
-        f"architecture {', '.join(wanted) or '(none named in config.json)'} is not supported; "
-        f"supported: {', '.join(supported_architectures())}"
-    )
+    if not wanted:
+        raise ValueError("config.json names no architecture")
+    supported, stem = supported_architectures(), _stem(wanted[0])
+    nearest = sorted(supported, key=lambda name: -SequenceMatcher(None, _stem(name), stem).ratio())[:3]
+    raise ValueError(f"architecture {', '.join(wanted)} is not supported; nearest supported: {', '.join(nearest)}")
+
+
+def _stem(architecture: str) -> str:
+    """Without what nearly all names end in."""
+    return architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()

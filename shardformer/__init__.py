@@ -1,6 +1,7 @@
 """Sharding a model over a mesh: splits, parallel layers, paged attention, weight loading."""
 
-from .shardformer import Checkpoint, InferenceShardformer, Model, open_checkpoint
+from .checkpoint import Checkpoint, Model, open_checkpoint
+from .shardformer import InferenceShardformer
 from .weights import CheckpointError
 
 __all__ = ["Checkpoint", "CheckpointError", "InferenceShardformer", "Model", "open_checkpoint"]

@@ -57,6 +57,8 @@ def attention_spec(
         has_sinks=kind.has_sinks,
         alibi_slopes=None if kind.alibi_slopes is None else kind.alibi_slopes[start:stop],
         block_size=block_size,
+        value_dim=kind.value_dim,
+        values_in_keys=kind.is_latent,
     )
 
 

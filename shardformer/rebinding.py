@@ -1,6 +1,7 @@
 """Another attention backend for a stage that is running: tried on every layer first, then taken by all or by none."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -30,9 +31,8 @@ def try_backend(
         tried.add(backend.spec)
         sequences = _trial(block_size, backend.spec.device)
         num_blocks = 1 + max(block for table in sequences.block_tables for block in table)
-        shape = (2, num_blocks, block_size, backend.spec.num_kv_heads, backend.spec.head_dim)
-        key_cache, value_cache = torch.randn(shape, dtype=backend.spec.dtype, device=backend.spec.device)
-        _compare(backend, key_cache, value_cache, sequences)
+        make = partial(torch.randn, dtype=backend.spec.dtype, device=backend.spec.device)
+        _compare(backend, *backend.spec.caches(num_blocks, block_size, make), sequences)
         if live is not None:
             _compare(backend, attention.key_cache, attention.value_cache, live)
     return backends

@@ -105,13 +105,16 @@ class Shards:
         self.tp_size, self.expert_parallel = tp_size, expert_parallel
         self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
         self.heads, self.kv_heads = split_heads(spec.num_heads, spec.num_kv_heads, tp_size)
+        if expert_parallel and not any(Dim.EXPERTS in tensor.dims for tensor in spec.tensors()):
+            raise ValueError(f"expert_parallel=True has no effect: {spec.architecture} has no experts; leave it False")
         splits = {Dim.VOCABULARY, Dim.INTERMEDIATE} | (set() if expert_parallel else {Dim.EXPERT_INTERMEDIATE})
         for tensor in spec.tensors() if tp_size > 1 else ():
             for dim, size in zip(tensor.dims, tensor.shape, strict=True):
                 if dim in splits and size < tp_size:
+                    other = " or expert_parallel=True" if dim is Dim.EXPERT_INTERMEDIATE else ""
                     raise ValueError(
                         f"tp_size={tp_size} is more than the {size} elements of {tensor.name} along its {dim} dim; "
-                        f"use tp_size <= {size}"
+                        f"use tp_size <= {size}{other}"
                     )
 
     def range(self, dim: Dim, size: int, rank: int) -> Range:

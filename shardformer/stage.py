@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..kernels import Ops
 from ..kernels.eager import ACTIVATIONS
-from ..policies import DecoderSpec, LayerSpec, MLPSpec, Module, MultiHeadSpec, Residual
+from ..policies import DecoderSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionBackend, AttentionMetadata
 from .embedding import Embedding, Head
@@ -22,6 +22,7 @@ from .linear import (
     Slices,
     add_norm,
 )
+from .moe import MixtureOfExperts
 from .shard import Range
 
 
@@ -41,7 +42,7 @@ class MLP(nn.Module):
 
 
 ATTENTIONS: dict[type, Callable[..., nn.Module]] = {MultiHeadSpec: PagedAttention}
-MLPS: dict[type, Callable[..., nn.Module]] = {MLPSpec: MLP}
+MLPS: dict[type, Callable[..., nn.Module]] = {MLPSpec: MLP, MoESpec: MixtureOfExperts}
 """What is built for what a policy declares: each takes (declaration, prefix, context, partial)."""
 
 

@@ -5,13 +5,17 @@ from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import PagedBatch
-from ..eager import KINDS, PLAIN, Activation, AttentionFeatures
+from ..eager import KINDS, PLAIN, Activation, AttentionFeatures, values_in_keys
+from ..eager_moe import ExpertPlan, GroupedLinear, Routing
 from .build import Unavailable, load_library
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 
 _Function = Callable[..., None]
 
@@ -33,8 +37,15 @@ class CpuOps:
         self._activation = _function(library, "activation", "iii" + "pp" + "llli")
         self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
         self._store_kv = _function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
-        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 6 + "fflppi")
+        self._route = _function(library, "route", "ippppllliifllii")
+        self._plan_experts = _function(library, "plan_experts", "pppplll")
+        self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
+        self._panel: int = library.grouped_panel()
+        self._step: int = library.grouped_step(self._dtype)
+        self._combine = _function(library, "combine", "ipppp" + "llli")
+        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
+        self.max_head_dim: int = library.max_head_dim()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, offset: float = 0.0) -> Tensor:
         return self.add_rms_norm(x, None, weight, eps, offset)[0]
@@ -100,7 +111,7 @@ class CpuOps:
         self,
         query: Tensor,
         key: Tensor,
-        value: Tensor,
+        value: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor,
@@ -110,14 +121,14 @@ class CpuOps:
         interleaved: bool = False,
     ) -> Tensor:
         num_tokens, heads, head_dim = query.shape
-        assert query.stride(2) == key.stride(2) == value.stride(2) == 1
-        assert key_cache.is_contiguous() and value_cache.is_contiguous()
+        assert query.stride(2) == key.stride(2) == 1 and key_cache.is_contiguous()
+        assert value is None or (value.stride(2) == 1 and value_cache.is_contiguous())
         out = torch.empty(num_tokens, heads, head_dim, dtype=query.dtype)
         self._rotary_store_kv(
             self._dtype,
             query.data_ptr(),
             key.data_ptr(),
-            value.data_ptr(),
+            None if value is None else value.data_ptr(),
             cos.data_ptr(),
             sin.data_ptr(),
             positions.data_ptr(),
@@ -129,11 +140,11 @@ class CpuOps:
             heads,
             key.shape[1],
             head_dim,
-            value.shape[2],
+            value_cache.shape[3],
             cos.shape[1],
             *query.stride()[:2],
             *key.stride()[:2],
-            *value.stride()[:2],
+            *((0, 0) if value is None else value.stride()[:2]),
             interleaved,
             self._threads,
         )
@@ -165,10 +176,13 @@ class CpuOps:
         scale: float,
         features: AttentionFeatures = PLAIN,
     ) -> Tensor:
-        """query: [num_tokens, heads, head_dim], contiguous; head_dim a multiple of `head_dim_multiple`, up to 256."""
-        assert query.is_contiguous() and key_cache.is_contiguous() and value_cache.is_contiguous()
+        """query: [num_tokens, heads, head_dim], contiguous; head_dim and value_dim multiples of `head_dim_multiple`, up
+        to `max_head_dim`."""
+        assert query.is_contiguous() and key_cache.is_contiguous()
+        assert value_cache.is_contiguous() or values_in_keys(key_cache, value_cache)
         _, block_size, kv_heads, head_dim = key_cache.shape
-        out = torch.empty_like(query)
+        num_tokens, heads, value_dim = *query.shape[:2], value_cache.shape[-1]
+        out = torch.empty(num_tokens, heads, value_dim, dtype=query.dtype)
         num_seqs, max_blocks = batch.block_tables.shape
         sinks = None if features.sinks is None else features.sinks.float().contiguous()
         slopes = None if features.alibi_slopes is None else features.alibi_slopes.float().contiguous()
@@ -183,15 +197,98 @@ class CpuOps:
             batch.key_lens.data_ptr(),
             num_seqs,
             max_blocks,
-            query.shape[1],
+            heads,
             kv_heads,
             head_dim,
+            value_dim,
+            value_cache.stride(1),
             block_size,
             scale,
             features.softcap or 0.0,
             features.window or 0,
             _address(sinks),
             _address(slopes),
+            self._threads,
+        )
+        return out
+
+    def route(self, logits: Tensor, routing: Routing, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """logits: of any dtype of these ops."""
+        assert logits.is_contiguous() and (correction is None or correction.dtype == torch.float32)
+        num_tokens, num_experts = logits.shape
+        weights = torch.empty(num_tokens, routing.top_k)
+        ids = torch.empty(num_tokens, routing.top_k, dtype=torch.int32)
+        self._route(
+            DTYPES[logits.dtype],
+            logits.data_ptr(),
+            None if correction is None else correction.data_ptr(),
+            weights.data_ptr(),
+            ids.data_ptr(),
+            num_tokens,
+            num_experts,
+            routing.top_k,
+            _SCORINGS[routing.scoring],
+            routing.normalise,
+            routing.scale,
+            routing.num_groups,
+            routing.top_groups,
+            routing.group_score == "sum of two",
+            self._threads,
+        )
+        return weights, ids
+
+    def plan_experts(self, ids: Tensor, first: int, num_local: int) -> ExpertPlan:
+        assert ids.is_contiguous() and ids.dtype == torch.int32
+        pairs, places = torch.empty_like(ids.view(-1)), torch.empty_like(ids)
+        starts = torch.empty(num_local + 1, dtype=torch.int32)
+        self._plan_experts(
+            ids.data_ptr(), pairs.data_ptr(), starts.data_ptr(), places.data_ptr(), ids.numel(), first, num_local
+        )
+        return ExpertPlan(pairs, starts, places, int(starts[-1]))
+
+    def bind_grouped_linear(self, weight: Tensor) -> GroupedLinear:
+        """A copy of `weight` in the layout of grouped_linear.cpp, so that the caller can let the plain one go."""
+        num_experts, size_out, size_in = weight.shape
+        whole = F.pad(weight, (0, -size_in % self._step, 0, -size_out % self._panel))
+        panels = whole.view(
+            num_experts, -(-size_out // self._panel), self._panel, -(-size_in // self._step), self._step
+        )
+        packed = panels.transpose(2, 3).contiguous()
+
+        def grouped_linear(x: Tensor, bias: Tensor | None, plan: ExpertPlan, by_token: bool) -> Tensor:
+            assert x.is_contiguous() and x.shape[1] == size_in and (bias is None or bias.is_contiguous())
+            out = torch.empty(plan.num_rows, size_out, dtype=x.dtype)
+            self._grouped_linear(
+                self._dtype,
+                x.data_ptr(),
+                packed.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                plan.pairs.data_ptr() if by_token else None,
+                plan.starts.data_ptr(),
+                out.data_ptr(),
+                num_experts,
+                size_in,
+                size_out,
+                plan.top_k,
+                self._threads,
+            )
+            return out
+
+        return grouped_linear
+
+    def combine(self, rows: Tensor, weights: Tensor, plan: ExpertPlan) -> Tensor:
+        assert rows.is_contiguous() and weights.is_contiguous() and weights.dtype == torch.float32
+        num_tokens, top_k = weights.shape
+        out = torch.empty(num_tokens, rows.shape[1], dtype=rows.dtype)
+        self._combine(
+            self._dtype,
+            rows.data_ptr(),
+            weights.data_ptr(),
+            plan.places.data_ptr(),
+            out.data_ptr(),
+            num_tokens,
+            top_k,
+            rows.shape[1],
             self._threads,
         )
         return out

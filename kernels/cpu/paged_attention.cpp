@@ -19,7 +19,7 @@ namespace {
 
 constexpr int FEW = 8;             // rows of the decode form, at most
 constexpr int KEYS = 64;           // keys taken at a time
-constexpr int MAX_HEAD_DIM = 256;  // a multiple of W
+constexpr int MAX_HEAD_DIM = 576;  // of keys, queries and values; a multiple of W
 constexpr int NV = W == 16 ? 6 : 2;  // vectors of rows in the prefill form: with 4 keys beside, what registers hold
 constexpr int ROWS = NV * W;
 constexpr float LOWEST = -1e30f;  // a maximum before the first key: finite, so that differences are no NaN
@@ -28,7 +28,9 @@ struct Arguments {
   const void *query, *key_cache, *value_cache;
   void* out;
   const int32_t *block_tables, *query_starts, *key_lens;
-  long num_seqs, max_blocks, heads, kv_heads, head_dim, block_size;
+  long num_seqs, max_blocks, heads, kv_heads, head_dim, value_dim;
+  long value_row;  // elements from a slot's values to the next slot's
+  long block_size;
   float scale, softcap;               // softcap 0: none
   long window;                        // 0: none
   const float *sinks, *alibi_slopes;  // of each head; null: none
@@ -39,17 +41,20 @@ struct Arguments {
 template <class T> struct Cache {
   const T *keys, *values;
   const int32_t* table;
-  long block_size, row;
+  long block_size, row, value_row;
 
   Cache(const Arguments& a, long sequence, long kv_head)
-      : keys((const T*)a.key_cache + kv_head * a.head_dim), values((const T*)a.value_cache + kv_head * a.head_dim),
-        table(a.block_tables + sequence * a.max_blocks), block_size(a.block_size), row(a.kv_heads * a.head_dim) {}
+      : keys((const T*)a.key_cache + kv_head * a.head_dim),
+        values((const T*)a.value_cache + kv_head * (a.value_row / a.kv_heads)),
+        table(a.block_tables + sequence * a.max_blocks), block_size(a.block_size), row(a.kv_heads * a.head_dim),
+        value_row(a.value_row) {}
 
-  // Offsets of keys `first` to `first + count` within `keys` and `values`.
-  void offsets(long first, int count, long* out) const {
+  // Offsets of the tokens `first` to `first + count` within `keys` and `values`.
+  void offsets(long first, int count, long* of_keys, long* of_values) const {
     long block = first / block_size, within = first % block_size;
     for (int n = 0; n < count; n++) {
-      out[n] = (table[block] * block_size + within) * row;
+      const long slot = table[block] * block_size + within;
+      of_keys[n] = slot * row, of_values[n] = slot * value_row;
       if (++within == block_size) within = 0, block++;
     }
   }
@@ -57,12 +62,11 @@ template <class T> struct Cache {
 
 // Row r of a sequence and KV head: where it lies in query and output, and which query head it is.
 struct Rows {
-  long start, group, heads, kv_head, head_dim;
+  long start, group, heads, kv_head;
   Rows(const Arguments& a, long sequence, long kv_head)
-      : start(a.query_starts[sequence]), group(a.heads / a.kv_heads), heads(a.heads), kv_head(kv_head),
-        head_dim(a.head_dim) {}
+      : start(a.query_starts[sequence]), group(a.heads / a.kv_heads), heads(a.heads), kv_head(kv_head) {}
   long head(long r) const { return kv_head * group + r % group; }
-  long offset(long r) const { return ((start + r / group) * heads + head(r)) * head_dim; }
+  long place(long r) const { return (start + r / group) * heads + head(r); }  // in heads
 };
 
 static inline vfloat tanh(vfloat x) { return 1.0f - 2.0f / (exp(x * 2.0f) + 1.0f); }
@@ -98,19 +102,18 @@ struct FewRows {
 // R rows over the keys [first, stop).
 template <class T, int R>
 void attend_few(const Arguments& a, const Cache<T>& cache, const FewRows& rows, long first, long stop, Partial& result) {
-  const long head_dim = a.head_dim;
-  const int vectors = head_dim / W;
+  const int vectors = a.head_dim / W, value_vectors = a.value_dim / W;
   alignas(64) float scores[R][KEYS];
-  long at[KEYS];
+  long keys_at[KEYS], values_at[KEYS];
   for (int r = 0; r < R; r++) {
     result.maximum[r] = LOWEST, result.total[r] = 0;
-    std::fill_n(result.out[r], head_dim, 0.0f);
+    std::fill_n(result.out[r], a.value_dim, 0.0f);
   }
   for (long start = first; start < stop; start += KEYS) {
     const int count = std::min<long>(KEYS, stop - start);
-    cache.offsets(start, count, at);
+    cache.offsets(start, count, keys_at, values_at);
     for (int n = 0; n < count; n++) {
-      const T* key = cache.keys + at[n];
+      const T* key = cache.keys + keys_at[n];
       vfloat dots[R] = {};
       for (int i = 0; i < vectors; i++) {
         vfloat k = load(key + i * W);
@@ -138,13 +141,13 @@ void attend_few(const Arguments& a, const Cache<T>& cache, const FewRows& rows, 
       float decay = std::exp(result.maximum[r] - maximum);
       result.total[r] = result.total[r] * decay + sum(total);
       result.maximum[r] = maximum;
-      for (int i = 0; i < vectors; i++) store(result.out[r] + i * W, load(result.out[r] + i * W) * decay);
+      for (int i = 0; i < value_vectors; i++) store(result.out[r] + i * W, load(result.out[r] + i * W) * decay);
     }
-    for (int i = 0; i < vectors; i++) {
+    for (int i = 0; i < value_vectors; i++) {
       vfloat out[R];
       for (int r = 0; r < R; r++) out[r] = load(result.out[r] + i * W);
       for (int n = 0; n < count; n++) {
-        vfloat value = load(cache.values + at[n] + i * W);
+        vfloat value = load(cache.values + values_at[n] + i * W);
         for (int r = 0; r < R; r++) out[r] += value * scores[r][n];
       }
       for (int r = 0; r < R; r++) store(result.out[r] + i * W, out[r]);
@@ -159,7 +162,7 @@ template <class T> void split_keys(const Arguments& a, const FewTask& task, Part
   const long keys = a.key_lens[task.sequence], queries = a.query_starts[task.sequence + 1] - rows.start;
   FewRows few;
   for (int r = 0; r < task.rows; r++) {
-    const T* from = (const T*)a.query + rows.offset(r);
+    const T* from = (const T*)a.query + rows.place(r) * a.head_dim;
     for (long i = 0; i < a.head_dim; i += W) store(few.query[r] + i, load(from + i) * a.scale);
     few.position[r] = keys - queries + r / rows.group;
     few.slope[r] = a.alibi_slopes ? a.alibi_slopes[rows.head(r)] : 0;
@@ -186,16 +189,17 @@ template <class T> void combine(const Arguments& a, const FewTask& task, const P
   for (int r = 0; r < task.rows; r++) {
     float maximum = LOWEST, total = 0;
     for (int s = 0; s < task.splits; s++) maximum = std::max(maximum, parts[s].maximum[r]);
-    vfloat out[MAX_HEAD_DIM / W] = {};
+    vfloat out[MAX_HEAD_DIM / W];
+    std::fill_n(out, a.value_dim / W, vfloat{});
     for (int s = 0; s < task.splits; s++) {
       const float weight = std::exp(parts[s].maximum[r] - maximum);
       total += parts[s].total[r] * weight;
-      for (long i = 0; i < a.head_dim / W; i++) out[i] += load(parts[s].out[r] + i * W) * weight;
+      for (long i = 0; i < a.value_dim / W; i++) out[i] += load(parts[s].out[r] + i * W) * weight;
     }
     if (a.sinks) total += std::exp(a.sinks[rows.head(r)] - maximum);
     const float inverse = total > 0 ? 1 / total : 0;
-    T* to = (T*)a.out + rows.offset(r);
-    for (long i = 0; i < a.head_dim / W; i++) store(to + i * W, out[i] * inverse);
+    T* to = (T*)a.out + rows.place(r) * a.value_dim;
+    for (long i = 0; i < a.value_dim / W; i++) store(to + i * W, out[i] * inverse);
   }
 }
 
@@ -238,7 +242,11 @@ struct ManyTask { long sequence, kv_head, row; int rows; };
 template <class T, int V> void attend_many(const Arguments& a, const ManyTask& task, Tile& tile) {
   const Rows rows(a, task.sequence, task.kv_head);
   const Cache<T> cache(a, task.sequence, task.kv_head);
-  const int head_dim = a.head_dim;
+  const int head_dim = a.head_dim, value_dim = a.value_dim;
+  // A value that is the last elements of its key is not converted twice.
+  const bool in_keys = a.value_cache == (const T*)a.key_cache + head_dim - value_dim;
+  const float* values = in_keys ? tile.keys + head_dim - value_dim : tile.values;
+  const int value_row = in_keys ? head_dim : value_dim;
   const long before = a.key_lens[task.sequence] - (a.query_starts[task.sequence + 1] - rows.start);
   alignas(64) int32_t position[ROWS];
   alignas(64) float slope[ROWS] = {};
@@ -248,26 +256,27 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
       position[r] = position[task.rows - 1];
       continue;
     }
-    const T* from = (const T*)a.query + rows.offset(task.row + r);
+    const T* from = (const T*)a.query + rows.place(task.row + r) * head_dim;
     for (int d = 0; d < head_dim; d++) tile.query[d * ROWS + r] = load_one(from + d) * a.scale;
     position[r] = before + (task.row + r) / rows.group;
     if (a.alibi_slopes) slope[r] = a.alibi_slopes[rows.head(task.row + r)];
   }
-  std::fill_n(tile.out, head_dim * ROWS, 0.0f);
+  std::fill_n(tile.out, value_dim * ROWS, 0.0f);
   vfloat maximum[V], total[V];
   for (int v = 0; v < V; v++) maximum[v] = splat(LOWEST), total[v] = vfloat{};
 
   const long stop = position[task.rows - 1] + 1;
   const bool plain = !a.softcap && !a.alibi_slopes && !a.window;
-  long at[KEYS];
+  long keys_at[KEYS], values_at[KEYS];
   for (long start = a.window ? std::max(0l, position[0] - a.window + 1) : 0; start < stop; start += KEYS) {
     const int count = std::min<long>(KEYS, stop - start);
-    cache.offsets(start, count, at);
-    for (int n = 0; n < count; n++)
-      for (int i = 0; i < head_dim; i += W) {
-        store(tile.keys + n * head_dim + i, load(cache.keys + at[n] + i));
-        store(tile.values + n * head_dim + i, load(cache.values + at[n] + i));
-      }
+    cache.offsets(start, count, keys_at, values_at);
+    for (int n = 0; n < count; n++) {
+      const T *key = cache.keys + keys_at[n], *value = cache.values + values_at[n];
+      for (int i = 0; i < head_dim; i += W) store(tile.keys + n * head_dim + i, load(key + i));
+      if (in_keys) continue;
+      for (int i = 0; i < value_dim; i += W) store(tile.values + n * value_dim + i, load(value + i));
+    }
     std::fill_n(tile.weights, count * ROWS, 0.0f);
     accumulate<V>(tile.weights, tile.keys, tile.query, count, head_dim, head_dim, 1);
     if (!plain || start + count - 1 > position[0])
@@ -289,9 +298,9 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
       const vfloat decay = exp(maximum[v] - highest);
       total[v] = total[v] * decay + sums;
       maximum[v] = highest;
-      for (int d = 0; d < head_dim; d++) store(tile.out + d * ROWS + v * W, load(tile.out + d * ROWS + v * W) * decay);
+      for (int d = 0; d < value_dim; d++) store(tile.out + d * ROWS + v * W, load(tile.out + d * ROWS + v * W) * decay);
     }
-    accumulate<V>(tile.out, tile.values, tile.weights, head_dim, count, 1, head_dim);
+    accumulate<V>(tile.out, values, tile.weights, value_dim, count, 1, value_row);
   }
   alignas(64) float inverse[ROWS], sink[ROWS];
   if (a.sinks)
@@ -301,8 +310,8 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
     store(inverse + v * W, total[v] > vfloat{} ? 1.0f / total[v] : vfloat{});
   }
   for (int r = 0; r < task.rows; r++) {
-    T* to = (T*)a.out + rows.offset(task.row + r);
-    for (int d = 0; d < head_dim; d++) store_one(to + d, tile.out[d * ROWS + r] * inverse[r]);
+    T* to = (T*)a.out + rows.place(task.row + r) * value_dim;
+    for (int d = 0; d < value_dim; d++) store_one(to + d, tile.out[d * ROWS + r] * inverse[r]);
   }
 }
 
@@ -368,18 +377,22 @@ template <class T> void attend(const Arguments& a) {
 
 }  // namespace
 
-// query, out: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim]; block_tables:
-// [num_seqs, max_blocks]; query_starts: [num_seqs + 1]; key_lens: [num_seqs], 0 where the output is to be zeros; sinks,
-// alibi_slopes: [heads], float32, or null; softcap, window: 0 for none; all contiguous, head_dim a multiple of
-// `head_dim_multiple()` up to 256.
+// query: [num_tokens, heads, head_dim]; out: [num_tokens, heads, value_dim]; key_cache: [num_blocks, block_size,
+// kv_heads, head_dim]; value_cache: [num_blocks, block_size, kv_heads, value_dim], or the last elements of each head in
+// key_cache, its slots `value_row` elements apart; block_tables: [num_seqs, max_blocks]; query_starts: [num_seqs + 1];
+// key_lens: [num_seqs], 0 where the output is to be zeros; sinks, alibi_slopes: [heads], float32, or null; softcap,
+// window: 0 for none; all else contiguous, head_dim and value_dim multiples of `head_dim_multiple()` up to
+// `max_head_dim()`.
 extern "C" void paged_attention(int dtype, const void* query, const void* key_cache, const void* value_cache, void* out,
                                 const int32_t* block_tables, const int32_t* query_starts, const int32_t* key_lens,
                                 long num_seqs, long max_blocks, long heads, long kv_heads, long head_dim,
-                                long block_size, float scale, float softcap, long window, const float* sinks,
-                                const float* alibi_slopes, int threads) {
+                                long value_dim, long value_row, long block_size, float scale, float softcap,
+                                long window, const float* sinks, const float* alibi_slopes, int threads) {
   const Arguments a{query, key_cache, value_cache, out, block_tables, query_starts, key_lens, num_seqs, max_blocks,
-                    heads, kv_heads, head_dim, block_size, scale, softcap, window, sinks, alibi_slopes, threads};
+                    heads, kv_heads, head_dim, value_dim, value_row, block_size, scale, softcap, window, sinks,
+                    alibi_slopes, threads};
   by_dtype(dtype, [&](auto* type) { attend<std::remove_pointer_t<decltype(type)>>(a); });
 }
 
 extern "C" int head_dim_multiple() { return W; }
+extern "C" int max_head_dim() { return MAX_HEAD_DIM; }

@@ -33,8 +33,8 @@ template <class T> static void store_heads(const T* x, T* out, long heads, long 
     each(head_dim, [&](long i, auto form) { store(out + h * head_dim + i, finite(load(x + h * stride + i, form))); });
 }
 
-// query, key, value: tokens and heads by their strides; cos, sin: [positions, width]; caches: [slots, kv_heads,
-// head_dim or value_dim]; slot -1 is not stored; out: [num_tokens, heads, head_dim].
+// query, key, value: tokens and heads by their strides, value null if only keys are stored; cos, sin: [positions, width];
+// caches: [slots, kv_heads, head_dim or value_dim]; slot -1 is not stored; out: [num_tokens, heads, head_dim].
 extern "C" void rotary_store_kv(int dtype, const void* query, const void* key, const void* value, const void* cos,
                                 const void* sin, const int64_t* positions, void* key_cache, void* value_cache,
                                 const int64_t* slots, void* out, long num_tokens, long heads, long kv_heads,
@@ -54,6 +54,7 @@ extern "C" void rotary_store_kv(int dtype, const void* query, const void* key, c
       T* kc = (T*)key_cache + slots[t] * kv_heads * head_dim;
       for (long h = 0; h < kv_heads; h++)
         rotate<T, true>(k + h * key_head, kc + h * head_dim, c, s, width, head_dim, interleaved);
+      if (!value) continue;
       store_heads((const T*)value + t * value_token, (T*)value_cache + slots[t] * kv_heads * value_dim, kv_heads,
                   value_dim, value_head);
     }

@@ -1,7 +1,7 @@
 """What attention backends have in common: what they are asked, and how they answer."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -39,6 +39,27 @@ class AttentionSpec:
     has_sinks: bool = False  # `forward` is given a logit for each head that joins its softmax
     alibi_slopes: tuple[float, ...] | None = None  # one for each head on this rank
     block_size: int | None = None  # of the cache; None: what the backend prefers
+    value_dim: int | None = None  # of a value head; None: head_dim
+    values_in_keys: bool = False  # a value is the last elements of its key, which alone is cached
+
+    @property
+    def value_size(self) -> int:
+        """Elements of a value head."""
+        return self.value_dim or self.head_dim
+
+    @property
+    def token_size(self) -> int:
+        """Elements that the cache holds of a token."""
+        return self.num_kv_heads * (self.head_dim + (0 if self.values_in_keys else self.value_size))
+
+    def caches(
+        self, num_blocks: int, block_size: int, make: Callable[[tuple[int, ...]], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values: [num_blocks, block_size, num_kv_heads, head_dim], and the same with the size of a
+        value, in memory that `make` gives for a shape."""
+        shape = num_blocks, block_size, self.num_kv_heads
+        keys = make((*shape, self.head_dim))
+        return keys, keys[..., -self.value_size :] if self.values_in_keys else make((*shape, self.value_size))
 
     @property
     def features(self) -> list[str]:
@@ -132,5 +153,5 @@ class AttentionBackend(ABC):
     def forward(
         self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
     ) -> Tensor:
-        """query: [num_tokens, heads, head_dim]; caches: [num_blocks, block_size, kv_heads, head_dim], already holding
-        the step's own keys and values; sinks: [heads] where the spec has them. Returns query's shape."""
+        """query: [num_tokens, heads, head_dim]; caches: of the spec's `caches`, already holding the step's own keys and
+        values; sinks: [heads] where the spec has them. Returns [num_tokens, heads, value size]."""

@@ -8,8 +8,6 @@ from ...kernels.batch import PagedBatch
 from ...kernels.cpu import CpuOps, Unavailable
 from .base import AttentionBackend, AttentionSpec, Sequences
 
-_MAX_HEAD_DIM = 256
-
 
 class CpuBackend(AttentionBackend):
     """One kernel for prompts, chunks and decodes."""
@@ -26,11 +24,18 @@ class CpuBackend(AttentionBackend):
         if spec.device.type != "cpu":
             return [f"the device is {spec.device}, not a CPU"]
         try:
-            multiple = CpuOps(spec.dtype).head_dim_multiple
+            ops = CpuOps(spec.dtype)
         except Unavailable as reason:
             return [str(reason)]
-        fits = spec.head_dim % multiple == 0 and spec.head_dim <= _MAX_HEAD_DIM
-        return [] if fits else [f"head_dim={spec.head_dim} is not a multiple of {multiple} up to {_MAX_HEAD_DIM}"]
+        multiple, most = ops.head_dim_multiple, ops.max_head_dim
+        sizes = {"head_dim": spec.head_dim, "value_dim": spec.value_size}
+        if spec.value_size == spec.head_dim:
+            sizes.pop("value_dim")
+        return [
+            f"{name}={size} is not a multiple of {multiple} up to {most}"
+            for name, size in sizes.items()
+            if size % multiple or size > most
+        ]
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
         return sequences.batch

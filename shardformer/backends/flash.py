@@ -46,6 +46,9 @@ class FlashBackend(AttentionBackend):
             reasons.append(f"dtype {spec.dtype} is not one of {', '.join(map(str, _DTYPES))}")
         if spec.head_dim % 8 or spec.head_dim > _MAX_HEAD_DIM:
             reasons.append(f"head_dim={spec.head_dim} is not a multiple of 8 up to {_MAX_HEAD_DIM}")
+        if spec.value_size != spec.head_dim or spec.values_in_keys:
+            where = " within the keys" if spec.values_in_keys else ""
+            reasons.append(f"values of {spec.value_size} elements{where} beside keys of {spec.head_dim}")
         if not _usable(spec):
             installed = [library for library in LIBRARIES if library.is_installed()]
             reasons += [f"{library.name} {reason}" for library in installed for reason in library.validate(spec)]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,12 @@ from torch import Tensor
 from ...kernels.batch import PagedBatch
 from .base import AttentionBackend, AttentionSpec, Sequences
 
+if TYPE_CHECKING:
+    from ...kernels.paged_attention import Tile
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
+_MAX_LATENT = (64, 512)  # elements of a key before its value, and of the value, where values are in keys
 
 
 class TritonBackend(AttentionBackend):
@@ -26,14 +30,14 @@ class TritonBackend(AttentionBackend):
         self, spec: AttentionSpec, narrow: Sequence[int] | None = None, wide: Sequence[int] | None = None
     ) -> None:
         """narrow, wide: the numbers of a `Tile` for decodes and one for prompts, in place of the usual ones."""
-        from ...kernels.paged_attention import Tile, paged_attention, tile_choices
+        from ...kernels.paged_attention import Tile, paged_attention
 
         super().__init__(spec)
         self.paged_attention = paged_attention
         self.group = spec.num_heads // spec.num_kv_heads
         self.tiles: tuple[Tile, Tile] | None = None
         if narrow is not None or wide is not None:
-            usual = [tiles[0] for tiles in tile_choices(self.group, spec.head_dim, spec.dtype, spec.device)]
+            usual = [tiles[0] for tiles in _tile_choices(spec)]
             given = [
                 kind if numbers is None else Tile(*numbers) for kind, numbers in zip(usual, (narrow, wide), strict=True)
             ]
@@ -54,8 +58,15 @@ class TritonBackend(AttentionBackend):
             reasons.append("Triton's interpreter has no bfloat16 products")
         if spec.dtype not in _DTYPES:
             reasons.append(f"dtype {spec.dtype} is not one of {', '.join(map(str, _DTYPES))}")
-        if spec.head_dim > _MAX_HEAD_DIM:
-            reasons.append(f"heads of {spec.head_dim} elements are larger than {_MAX_HEAD_DIM}")
+        if spec.values_in_keys:
+            sizes = spec.head_dim - spec.value_size, spec.value_size
+            if any(size > most for size, most in zip(sizes, _MAX_LATENT, strict=True)):
+                reasons.append(
+                    f"keys of {sizes[0]} + {sizes[1]} elements are larger than {_MAX_LATENT[0]} + {_MAX_LATENT[1]}"
+                )
+        elif max(spec.head_dim, spec.value_size) > _MAX_HEAD_DIM:
+            size = max(spec.head_dim, spec.value_size)
+            reasons.append(f"heads of {size} elements are larger than {_MAX_HEAD_DIM}")
         return reasons
 
     @staticmethod
@@ -64,13 +75,7 @@ class TritonBackend(AttentionBackend):
 
     @staticmethod
     def variants(spec: AttentionSpec) -> Mapping[str, Sequence[Mapping[str, Any]]]:
-        from ...kernels.paged_attention import tile_choices
-
-        group = spec.num_heads // spec.num_kv_heads
-        narrow, wide = (
-            [astuple(tile) for tile in tiles[1:]]
-            for tiles in tile_choices(group, spec.head_dim, spec.dtype, spec.device)
-        )
+        narrow, wide = ([astuple(tile) for tile in tiles[1:]] for tiles in _tile_choices(spec))
         return {"decode": [{"narrow": tile} for tile in narrow], "prefill": [{"wide": tile} for tile in wide]}
 
     def prepare(self, sequences: Sequences) -> PagedBatch:
@@ -84,6 +89,13 @@ class TritonBackend(AttentionBackend):
         if tiles is not None and tiles[0].rows < plan.max_query_len * self.group < tiles[1].rows:
             tiles = None  # between a decode and a prompt, which were timed: for a few queries there are better ones
         return self.paged_attention(query, key_cache, value_cache, plan, self.spec.scale, features, tiles=tiles)
+
+
+def _tile_choices(spec: AttentionSpec) -> "tuple[list[Tile], list[Tile]]":
+    from ...kernels.paged_attention import Heads, tile_choices
+
+    heads = Heads.of(spec.head_dim, spec.value_dim, spec.values_in_keys)
+    return tile_choices(spec.num_heads // spec.num_kv_heads, heads, spec.dtype, spec.device)
 
 
 def _is_interpreted() -> bool:

@@ -196,7 +196,7 @@ def _write(file: Path, data: dict[str, Any]) -> None:
 def _shapes(spec: AttentionSpec, workload: Workload, block_size: int) -> dict[str, list[Sequences]]:
     """Steps to time: decodes of a few batch sizes, and a chunk that begins a prompt."""
     limits = _LIMITS[spec.device.type]
-    token_bytes = 2 * spec.num_kv_heads * spec.head_dim * spec.dtype.itemsize
+    token_bytes = spec.token_size * spec.dtype.itemsize
     batches = sorted({min(batch, workload.max_num_seqs) for batch in _BATCHES})
     fitting = limits.cache_bytes // token_bytes // block_size * block_size
     context = max(1, min(workload.max_model_len, limits.context, fitting // batches[-1]))
@@ -269,8 +269,8 @@ class _Step:
         self.spec, self.sequences = spec, sequences
         num_blocks = 1 + max(block for table in sequences.block_tables for block in table)
         self.query = _random((sum(sequences.query_lens), spec.num_heads, spec.head_dim), spec)
-        shape = (num_blocks, sequences.block_size, spec.num_kv_heads, spec.head_dim)
-        self.key_cache, self.value_cache = _random(shape, spec), _random(shape, spec)
+        make = partial(_random, spec=spec)
+        self.key_cache, self.value_cache = spec.caches(num_blocks, sequences.block_size, make)
         self.sinks = _random((spec.num_heads,), spec) if spec.has_sinks else None
         self.expected: Tensor | None = None
 

@@ -416,9 +416,8 @@ def test_directories_with_faults(directory: Path) -> None:
     assert message().startswith(f"{weights}: truncated: tensor ")
     weights.write_bytes(whole[0])
 
-    config.write_text(json.dumps({**json.loads(whole[1]), "architectures": ["GPT9ForCausalLM"]}))
-    assert message().startswith("architecture GPT9ForCausalLM is not supported; supported: ")
-    assert "LlamaForCausalLM" in message()
+    config.write_text(json.dumps({**json.loads(whole[1]), "architectures": ["LlamaForCausalML"]}))
+    assert message().startswith("architecture LlamaForCausalML is not supported; nearest supported: LlamaForCausalLM, ")
     config.unlink()
     assert message() == f"{directory}: holds no config.json"
     with pytest.raises(CheckpointError):
@@ -429,3 +428,24 @@ def test_directories_with_faults(directory: Path) -> None:
         assert engine.generate([1], {"max_tokens": 1}, progress=False)[0].finished
     shutil.rmtree(directory)
     assert message().startswith(f"model: {directory} does not exist; expected a directory with config.json")
+
+
+def test_what_executes_code_must_be_allowed(model: LlamaForCausalLM, directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save(model.state_dict(), directory / "pytorch_model.bin")
+    assert message_of(lambda: InferenceEngine(directory, CONFIG)) == (
+        f"{directory}: its weights are only in pytorch_model.bin, a pickle, and reading one can execute code from it; "
+        f"if you trust it, set InferenceConfig.allow_pickle=True"
+    )
+    with InferenceEngine(directory, CONFIG.replace(allow_pickle=True)) as engine:
+        assert engine.generate([1], {"max_tokens": 1}, progress=False)[0].finished
+
+    config = directory / "config.json"
+    own = {"architectures": ["OwnForCausalLM"], "model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **own}))
+    assert message_of(lambda: InferenceEngine(directory, CONFIG)) == (
+        f"architecture OwnForCausalLM is code that {directory} brings (auto_map in config.json); it runs only with "
+        f"InferenceConfig.trust_remote_code=True"
+    )
+    trusting = CONFIG.replace(trust_remote_code=True)
+    assert "own.py" in message_of(lambda: InferenceEngine(directory, trusting))  # which is not there

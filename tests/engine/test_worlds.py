@@ -650,7 +650,7 @@ def test_a_faulty_checkpoint_that_only_a_rank_can_see(tiny: Path, tmp_path: Path
     weights = copy / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("meshlm.engine.engine.open_checkpoint", lambda _: checkpoint)
+        patch.setattr("meshlm.engine.engine.open_checkpoint", lambda *_, **__: checkpoint)
         with pytest.raises(CheckpointError, match=r"model\.safetensors: ended at byte"):
             InferenceEngine(copy, InferenceConfig(**COMMON, pp_size=2))
 

@@ -20,6 +20,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from meshlm.kernels.eager import KINDS
+from meshlm.kernels.eager_moe import Routing
 from meshlm.kernels.triton_ops import TRITON as ops
 
 CAPABILITY = int(sys.argv[1])
@@ -104,6 +105,28 @@ def embedding(num_tokens: int) -> None:
     ops.embedding(torch.zeros(num_tokens, dtype=torch.int64), randn(100, 4096), 50)
 
 
+def routing(num_tokens: int) -> None:
+    logits, correction = randn(num_tokens, 160), torch.zeros(160)
+    ops.route(logits, Routing(8, "sigmoid", True, 2.5, 8, 4, "sum of two"), correction)
+
+
+def experts(num_tokens: int, top_k: int = 2) -> None:
+    ids = torch.zeros(num_tokens, top_k, dtype=torch.int32)
+    plan = ops.plan_experts(ids, 3, 20)
+    product = ops.bind_grouped_linear(randn(20, 384, 512))
+    rows = product(randn(num_tokens, 512), randn(20, 384), plan, True)
+    ops.combine(rows, torch.ones(num_tokens, top_k), plan)
+
+
+def crowded_experts(num_tokens: int) -> None:
+    experts(400 + num_tokens)
+
+
+def float32_experts(num_tokens: int) -> None:
+    plan = ops.plan_experts(torch.zeros(num_tokens, 2, dtype=torch.int32), 0, 20)
+    ops.bind_grouped_linear(torch.randn(20, 70, 65))(torch.randn(2 * num_tokens, 65), None, plan, False)
+
+
 def sampling(num_tokens: int) -> None:
     keys = torch.zeros(num_tokens, 2, dtype=torch.int32)
     ops.counter_noise(keys, torch.arange(512, dtype=torch.int32))
@@ -120,6 +143,10 @@ STEPS: list[Callable[[int], None]] = [
     partial_rotary,
     store,
     embedding,
+    routing,
+    experts,
+    crowded_experts,
+    float32_experts,
     sampling,
 ]
 

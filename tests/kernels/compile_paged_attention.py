@@ -56,13 +56,20 @@ def compile_only() -> dict[str, dict[int, int]]:
 
 
 def attend(
-    lens: list[tuple[int, int]], head_dim: int, dtype: torch.dtype, features: AttentionFeatures = module.PLAIN
+    lens: list[tuple[int, int]],
+    head_dim: int,
+    dtype: torch.dtype,
+    features: AttentionFeatures = module.PLAIN,
+    *,
+    latent: int = 0,
 ) -> None:
-    """lens: (new tokens, tokens before them) of each sequence."""
+    """lens: (new tokens, tokens before them) of each sequence; latent: elements of a key that are its value, if any."""
     query_lens, key_lens = [new for new, _ in lens], [new + context for new, context in lens]
     batch = PagedBatch.of(query_lens, key_lens, [[0] * n for n in key_lens], 16, torch.device("cpu"))
-    query, cache = torch.zeros(sum(query_lens), 32, head_dim, dtype=dtype), torch.zeros(1, 16, 8, head_dim, dtype=dtype)
-    module.paged_attention(query, cache, cache, batch, 0.1, features)
+    kv_heads = 1 if latent else 8
+    query = torch.zeros(sum(query_lens), 32, head_dim, dtype=dtype)
+    keys, values = torch.zeros(2, 1, 16, kv_heads, head_dim, dtype=dtype)
+    module.paged_attention(query, keys, keys[..., -latent:] if latent else values, batch, 0.1, features)
 
 
 if __name__ == "__main__":
@@ -71,6 +78,9 @@ if __name__ == "__main__":
         for features in (module.PLAIN, ALL):
             attend([(1, 5000), (1, 3)], head_dim, dtype, features)
             attend([(200, 0), (1, 5000)], head_dim, dtype, features)
+    for dtype in (torch.bfloat16, torch.float32):
+        attend([(1, 5000), (1, 3)], 576, dtype, latent=512)
+        attend([(200, 0), (1, 5000)], 576, dtype, latent=512)
     for name, variants in compiled.items():
         assert all(shared <= SHARED_BYTES for shared in variants.values()), f"{name}: {variants} bytes of shared memory"
     assert set(compiled) == {"_attend", "_combine"}

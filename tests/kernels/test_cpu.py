@@ -205,6 +205,29 @@ FEATURES: dict[str, dict[str, Any]] = {
 FEATURES["all"] = {name: value for features in FEATURES.values() for name, value in features.items()}
 
 
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "value_dim", "in_keys"),
+    [(6, 2, 48, 32, False), (6, 2, 32, 80, False), (4, 1, 80, 64, True), (12, 2, 48, 48, True), (3, 1, 576, 512, True)],
+)
+def test_values(
+    heads: int, kv_heads: int, head_dim: int, value_dim: int, in_keys: bool, ops: CpuOps, dtype: torch.dtype
+) -> None:
+    """Of another size than keys, or a part of them; few rows and many, keys split and not."""
+    torch.manual_seed(0)
+    query_lens, key_lens = zip(*BATCHES["all of it"], strict=True)
+    counts = [-(-length // 3) for length in key_lens]
+    ids = random.Random(0).sample(range(sum(counts)), sum(counts))
+    tables = [[ids.pop() for _ in range(count)] for count in counts]
+    keys = torch.randn(sum(counts), 3, kv_heads, head_dim).to(dtype)
+    values = keys[..., -value_dim:] if in_keys else torch.randn(sum(counts), 3, kv_heads, value_dim).to(dtype)
+    query, scale = torch.randn(sum(query_lens), heads, head_dim).to(dtype), head_dim**-0.5
+    ours = ops.paged_attention(query, keys, values, PagedBatch.of(query_lens, key_lens, tables, 3, CPU), scale)
+    plan = eager.plan_attention(query_lens, key_lens, tables, 3, torch.float64, CPU)
+    exact = eager.paged_attention(query.double(), keys.double(), values.double(), plan, scale)
+    assert ours.shape == exact.shape == (*query.shape[:2], value_dim) and ours.dtype == dtype
+    assert_close(ours, exact)
+
+
 @pytest.mark.parametrize("features", FEATURES)
 def test_features(features: str, ops: CpuOps, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -219,6 +242,21 @@ def test_features(features: str, ops: CpuOps, dtype: torch.dtype) -> None:
     plan = eager.plan_attention(query_lens, key_lens, tables, 16, torch.float32, CPU, found.window)
     exact = eager.paged_attention(query.float(), *caches.float(), plan, 0.3, found)
     assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("value_dim", [0, 9, 40])
+def test_rotary_store_of_other_values(value_dim: int, ops: CpuOps, dtype: torch.dtype) -> None:
+    """Values of another size than keys, and none, which leaves the values' cache alone."""
+    torch.manual_seed(0)
+    query, key = torch.randn(5, 3, 20).to(dtype).split((2, 1), dim=1)
+    value = torch.randn(5, 1, value_dim).to(dtype) if value_dim else None
+    cos, sin = torch.randn(2, 50, 8).to(dtype)
+    positions, slots = torch.randint(50, (5,)), torch.randperm(12)[:5]
+    ours, exact = ([torch.full((4, 3, 1, n), 7.0, dtype=dtype) for n in (20, value_dim or 4)] for _ in range(2))
+    rotated = ops.rotary_store_kv(query, key, value, cos, sin, positions, *ours, slots, True)
+    assert_close(rotated, eager.rotary_store_kv(query, key, value, cos, sin, positions, *exact, slots, True))
+    for one, other in zip(ours, exact, strict=True):
+        assert_close(one, other)
 
 
 def test_paged_attention_of_nothing(ops: CpuOps, dtype: torch.dtype) -> None:

@@ -245,12 +245,12 @@ def test_padding_is_not_stored(padding: list[int]) -> None:
     eager.store_kv(key, value, masked[0], masked[1], slots)
     assert torch.equal(masked, expected)
     # The form for devices that the host should not wait for.
-    repeated, flat = caches.clone(), caches.flatten(1, 2)
-    key, value, slots = eager._repeat_over_padding(key, value, flat[0], flat[1], slots)
-    eager.store_kv(key, value, repeated[0], repeated[1], slots)
-    assert torch.equal(repeated, expected)
-    nothing = eager._repeat_over_padding(key[:0], value[:0], flat[0], flat[1], slots[:0])
-    assert [len(of) for of in nothing] == [0, 0, 0]
+    for cache, of_tokens, stored in zip(caches.clone(), (key, value), expected, strict=True):
+        rows_and_slots = eager._repeat_over_padding(of_tokens, cache.flatten(0, 1), slots)
+        eager.store(rows_and_slots[0], cache, rows_and_slots[1])
+        assert torch.equal(cache, stored)
+    nothing = eager._repeat_over_padding(key[:0], caches[0].flatten(0, 1), slots[:0])
+    assert [len(of) for of in nothing] == [0, 0]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])

@@ -82,6 +82,24 @@ def test_head_sizes(
     Case((3, 1), *dims, dtype, device).check(assert_same, interleaved)
 
 
+@pytest.mark.parametrize("value_dim", [None, 5, 40])
+def test_values_of_another_size(
+    value_dim: int | None, dtype: torch.dtype, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+) -> None:
+    """None: they are in the keys, and nothing more is stored."""
+    case = Case((3, 2), 20, 4, dtype, device)
+    query, key, _ = case.product.split((3, 2, 2), dim=1)
+    value = None if value_dim is None else torch.randn(5, 2, value_dim, device=device).to(dtype)
+    caches = [[case.caches[0].clone(), torch.randn(7, 3, 2, value_dim or 12, device=device).to(dtype)]]
+    caches.append([cache.clone() for cache in caches[0]])
+    ours, defined = (
+        (store(query, key, value, case.cos, case.sin, case.positions, *of, case.slots), *of)
+        for store, of in zip((kernel.rotary_store_kv, eager.rotary_store_kv), caches, strict=True)
+    )
+    for tensor, expected in zip(ours, defined, strict=True):
+        assert_same(tensor, expected)
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (9, 3), (40, 33), (2, 35)], ids=str)
 def test_heads_in_several_programs(
     heads: tuple[int, int], device: torch.device, assert_same: Callable[[Tensor, Tensor], None]

@@ -92,6 +92,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "sinks": {"has_sinks": True},
     "alibi": {"alibi_slopes": (0.5, 0.25, 0.125, 0.0625)},
     "all": {"window": 6, "softcap": 2.0, "has_sinks": True, "alibi_slopes": (0.5, 0.25, 0.125, 0.0625)},
+    "values of 5": {"value_dim": 5, "window": 6},
+    "values in keys": {"value_dim": 3, "values_in_keys": True, "softcap": 2.0},
 }
 
 
@@ -105,7 +107,8 @@ def test_forward(name: str, features: str, request: pytest.FixtureRequest) -> No
             pytest.skip("kernels are compiled here: tests/kernels/test_paged_attention.py runs them")
         request.getfixturevalue("interpreted")
     spec = replace(SPEC, **FEATURES[features])
-    query, (keys, values), sinks = torch.randn(6, 4, 8), torch.randn(2, 6, 4, 2, 8), torch.randn(4)
+    query, sinks = torch.randn(6, 4, 8), torch.randn(4)
+    keys, values = spec.caches(6, 4, torch.randn)
     backend = create_backend(name, spec)
     given: tuple[Tensor, ...] = (sinks,) if spec.has_sinks else ()
     out = backend.forward(query, keys, values, backend.prepare(SEQUENCES), *given)
@@ -118,4 +121,54 @@ def test_forward(name: str, features: str, request: pytest.FixtureRequest) -> No
         sinks=sinks if spec.has_sinks else None,
         alibi_slopes=torch.tensor(spec.alibi_slopes) if spec.alibi_slopes else None,
     )
+    assert out.shape == (6, 4, spec.value_size)
     torch.testing.assert_close(out, eager.paged_attention(query, keys, values, plan, spec.scale, defined))
+
+
+def test_caches_of_a_layer() -> None:
+    """Keys and values, or keys that hold the values; counted once."""
+    for changes, shapes, token_size in (
+        ({}, [(7, 4, 2, 8), (7, 4, 2, 8)], 32),
+        ({"value_dim": 5}, [(7, 4, 2, 8), (7, 4, 2, 5)], 26),
+        ({"value_dim": 5, "values_in_keys": True}, [(7, 4, 2, 8)], 16),
+    ):
+        spec, made = replace(SPEC, **changes), []
+        keys, values = spec.caches(7, 4, lambda shape, made=made: made.append(shape) or torch.zeros(shape))
+        assert made == shapes and spec.token_size == token_size
+        assert eager.values_in_keys(keys, values) == spec.values_in_keys
+        values.fill_(1.0)
+        assert values.shape == (7, 4, 2, spec.value_size)
+        assert keys[..., :3].sum() == 0 and keys[..., 3:].mean() == spec.values_in_keys
+
+
+LATENT = replace(SPEC, num_kv_heads=1, head_dim=576, value_dim=512, values_in_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("triton", {}, None),
+        ("triton", {"head_dim": 640}, "keys of 128 + 512 elements are larger than 64 + 512"),
+        ("triton", {"head_dim": 64, "value_dim": 264, "values_in_keys": False}, "heads of 264 elements are larger"),
+        ("cpu", {}, None),
+        ("cpu", {"value_dim": 510}, "value_dim=510 is not a multiple of "),
+        ("cpu", {"head_dim": 640}, "head_dim=640 is not a multiple of "),
+        ("flash", {}, "values of 512 elements within the keys beside keys of 576"),
+        (
+            "flash",
+            {"head_dim": 64, "value_dim": 32, "values_in_keys": False},
+            "values of 32 elements beside keys of 64",
+        ),
+        ("eager", {"head_dim": 999, "value_dim": 1}, None),
+    ],
+)
+def test_sizes_of_values(
+    name: str, changes: dict[str, Any], reason: str | None, request: pytest.FixtureRequest
+) -> None:
+    if name == "triton":
+        pytest.importorskip("triton")
+        request.getfixturevalue("interpreted")
+    found = backends.why_not(name, replace(LATENT, **changes))
+    if found is not None and "no C++ ops" in found:
+        pytest.skip(found)
+    assert found is None if reason is None else reason in str(found)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshlm.policies import DecoderSpec, Dim, ModelSpec, find_policy
+from meshlm.shardformer.checkpoint import read_rotary
 from meshlm.shardformer.shard import (
     Range,
     Shards,
@@ -18,7 +19,6 @@ from meshlm.shardformer.shard import (
     split_layers,
     stage_num_elements,
 )
-from meshlm.shardformer.shardformer import read_rotary
 from tiny import llama_config
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh, SamplingParams
 from meshlm.policies import find_policy
 from meshlm.shardformer import attention
-from meshlm.shardformer.shardformer import read_rotary
+from meshlm.shardformer.checkpoint import read_rotary
 from tiny import llama_config, make_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")

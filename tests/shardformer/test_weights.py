@@ -15,6 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from meshlm import InferenceConfig, InferenceEngine, InferenceShardformer, ProcessGroupMesh
 from meshlm.kernels import select_ops
@@ -23,9 +25,11 @@ from meshlm.policies import Dim, TensorSpec
 from meshlm.shardformer import CheckpointError, open_checkpoint, weights
 from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
+from meshlm.shardformer.sources import ModuleSource, MXFP4Source, SafetensorsSource, mxfp4
+from meshlm.shardformer.sources import safetensors as safetensors_source
 from meshlm.shardformer.stage import PipelineStage
-from meshlm.shardformer.weights import ModuleSource, Piece, SafetensorsSource, WeightSource
-from tiny import llama_config, make_llama
+from meshlm.shardformer.weights import Piece, WeightSource
+from tiny import SIZES, llama_config, make_llama
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ RANGES: list[tuple[Range, Range]] = [
 def test_any_slice_in_any_dtype(
     stored: torch.dtype, wanted: torch.dtype, staging: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weights, "_STAGING_BYTES", staging)
+    monkeypatch.setattr(safetensors_source, "_STAGING_BYTES", staging)
     matrix, vector = torch.randn(7, 5).to(stored), torch.randn(11).to(stored)
     save_file({"other": torch.ones(3), "matrix": matrix, "vector": vector}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)
@@ -82,7 +86,7 @@ def test_a_slice_goes_into_any_box_of_a_parameter(
     shape: tuple[int, ...], staging: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of up to three dims, whatever the strides and the dtype, and no other element is touched."""
-    monkeypatch.setattr(weights, "_STAGING_BYTES", staging)
+    monkeypatch.setattr(safetensors_source, "_STAGING_BYTES", staging)
     tensor, generator = torch.randn(shape), random.Random(0)
     save_file({"w": tensor}, tmp_path / "model.safetensors")
     source = SafetensorsSource(tmp_path)
@@ -109,7 +113,7 @@ def test_what_lies_together_is_read_at_once(tmp_path: Path, monkeypatch: pytest.
     source = SafetensorsSource(tmp_path)
     calls: list[int] = []
     monkeypatch.setattr(
-        weights.os, "preadv", lambda *args, old=os.preadv: (calls.append(len(args[1][0])), old(*args))[1]
+        safetensors_source.os, "preadv", lambda *args, old=os.preadv: (calls.append(len(args[1][0])), old(*args))[1]
     )
     for ranges, parameter, expected in (
         (((1, 3), (0, 3), (0, 5)), torch.empty(2, 3, 5), [2 * 3 * 5 * 4]),
@@ -373,15 +377,14 @@ def test_a_config_that_transformers_refuses(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("architectures", "named"),
     [
-        (["MambaForCausalLM"], "MambaForCausalLM"),
-        ([], "(none named in config.json)"),
-        (None, "(none named in config.json)"),
+        (["LamaForCausalLM"], "architecture LamaForCausalLM is not supported; nearest supported: LlamaForCausalLM"),
+        ([], "config.json names no architecture"),
+        (None, "config.json names no architecture"),
     ],
 )
 def test_an_architecture_that_is_not_supported(copy: Path, architectures: Any, named: str) -> None:
     edit_config(copy, architectures=architectures)
-    assert fault(copy).startswith(f"architecture {named} is not supported; supported: ")
-    assert "LlamaForCausalLM" in fault(copy)
+    assert fault(copy).startswith(named)
 
 
 def test_an_activation_that_is_not_supported(copy: Path) -> None:
@@ -435,8 +438,15 @@ def test_a_tied_model_may_hold_its_head_and_an_untied_one_must(saved: Path, tmp_
     make_llama(tie_word_embeddings=True).save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
     open_checkpoint(tmp_path)
-    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": torch.ones(101, 36)}))
-    open_checkpoint(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    assert set(open_checkpoint(tmp_path).source.shapes) == set(open_checkpoint(saved).source.shapes) - {
+        "lm_head.weight"
+    }
+    rewrite(tmp_path, lambda tensors: tensors["lm_head.weight"][100, 35].add_(1))
+    assert fault(tmp_path) == (
+        f"{tmp_path}: tensors lm_head.weight and model.embed_tokens.weight differ, though the config ties them "
+        f"(tie_word_embeddings); if both are meant, set it to false in config.json"
+    )
     rewrite(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
     edit_config(tmp_path, tie_word_embeddings=False)
     assert fault(tmp_path) == f"{tmp_path}: missing tensors: lm_head.weight"
@@ -505,7 +515,7 @@ def test_a_shard_that_the_index_names_is_missing(tmp_path: Path) -> None:
 def test_an_index_that_is_none(copy: Path, index: str) -> None:
     file = copy / "model.safetensors.index.json"
     file.write_text(index)
-    assert fault(copy).startswith(f"{file}: not a safetensors index: ")
+    assert fault(copy).startswith(f"{file}: not an index of weights: ")
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path: Path) -> None:
@@ -539,17 +549,150 @@ def test_heads_that_are_rotated_in_part_are_refused(copy: Path) -> None:
     rope = json.loads(file.read_text())["rope_parameters"]
     edit_config(copy, rope_parameters={**rope, "partial_rotary_factor": 0.5})
     assert fault(copy) == (
-        "LlamaForCausalLM with a rotary embedding of 2 of each head's 4 elements is not supported; head_dim must be even "
-        "and partial_rotary_factor 1"
+        "LlamaForCausalLM with a rotary embedding of 2 of each head's 4 elements is not supported; head_dim must be "
+        "even and partial_rotary_factor 1"
     )
 
 
-def write_gguf(file: Path, *tensors: str, **metadata: str | float) -> Path:
-    """A Llama that lacks most of its tensors; `metadata` by the name after "llama.", dots written as "__"."""
+@pytest.mark.parametrize("method", ["fp8", "gptq", "awq", "bitsandbytes"])
+def test_quantised_checkpoints_are_refused_before_their_tensors_are_compared(copy: Path, method: str) -> None:
+    edit_config(copy, quantization_config={"quant_method": method, "bits": 4})
+    (copy / "model.safetensors").unlink()
+    assert fault(copy) == (
+        f"{copy / 'config.json'}: weights quantised by {method} (quantization_config) are not supported; use the model "
+        f"in bfloat16, float16 or float32"
+    )
+
+
+def test_mxfp4_experts_are_what_transformers_makes_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    monkeypatch.setattr(mxfp4, "_ROWS", 5)
+    torch.manual_seed(0)
+    blocks = torch.randint(256, (3, 14, 4, 16), dtype=torch.uint8)
+    scales = torch.randint(110, 140, (3, 14, 4), dtype=torch.uint8)
+    bias = torch.randn(3, 14)
+    save_file({"w_blocks": blocks, "w_scales": scales, "bias": bias}, tmp_path / "model.safetensors")
+    whole = convert_moe_packed_tensors(blocks.clone(), scales.clone())
+    source = pickle.loads(pickle.dumps(MXFP4Source(SafetensorsSource(tmp_path))))
+    assert source.shapes == {"bias": (3, 14), "w": tuple(whole.shape)} and source.dtype == "float32"
+    for ranges in (((0, 3), (0, 128), (0, 14)), ((1, 2), (32, 64), (3, 4)), ((0, 2), (40, 99), (2, 13))):
+        before, out = source.bytes_read, torch.full([stop - start for start, stop in ranges], float("nan"))
+        source.read("w", ranges, out)
+        assert torch.equal(out, whole[tuple(slice(*r) for r in ranges)].float())
+        groups = -(-ranges[1][1] // 32) - ranges[1][0] // 32
+        assert source.bytes_read - before == out.shape[0] * out.shape[2] * groups * 17
+    out = torch.empty(1, 14)
+    source.read("bias", ((2, 3), (0, 14)), out)
+    assert torch.equal(out, bias[2:])
+
+
+# ---- pickles --------------------------------------------------------------------------------------------------------
+
+
+def save_config(model: LlamaForCausalLM, folder: Path) -> None:
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(folder)
+
+
+def pickled(model: LlamaForCausalLM, folder: Path, shards: int = 1, legacy: bool = False) -> Path:
+    """The model as .bin files, tied weights in them twice."""
+    save_config(model, folder)
+    items = list(model.state_dict().items())
+    if shards == 1:
+        torch.save(dict(items), folder / "pytorch_model.bin", _use_new_zipfile_serialization=not legacy)
+        return folder
+    index = {name: f"pytorch_model-{i % shards + 1:05}-of-{shards:05}.bin" for i, (name, _) in enumerate(items)}
+    for file in set(index.values()):
+        torch.save({name: tensor for name, tensor in items if index[name] == file}, folder / file)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize(("shards", "legacy"), [(1, False), (3, False), (1, True)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_pickles_are_read_where_they_are_allowed(tied: bool, shards: int, legacy: bool, tmp_path: Path) -> None:
+    model = make_llama(tie_word_embeddings=tied)
+    pickled(model, tmp_path, shards, legacy)
+    torch.save({"lr": 0.1}, tmp_path / "training_args.bin")
+    first = min(tmp_path.glob("pytorch_model*.bin")).name
+    assert fault(tmp_path) == (
+        f"{tmp_path}: its weights are only in {first}, a pickle, and reading one can execute code from it; if you "
+        f"trust it, set InferenceConfig.allow_pickle=True"
+    )
+    source = pickle.loads(pickle.dumps(open_checkpoint(tmp_path, allow_pickle=True).source))
+    assert set(source.shapes) == set(model.state_dict()) - ({"lm_head.weight"} if tied else set())
+    for name, shape in source.shapes.items():
+        ranges = tuple((n // 3, n - n // 4) for n in shape)
+        out = torch.full([stop - start for start, stop in ranges], float("nan"), dtype=torch.bfloat16)
+        source.read(name, ranges, out)
+        assert torch.equal(out, model.state_dict()[name][tuple(slice(*r) for r in ranges)].bfloat16())
+    source.close()
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_pickle_executes_nothing_even_where_it_is_allowed(
+    legacy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = make_llama()
+    save_config(model, tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({**model.state_dict(), "x": Evil()}, file, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(CheckpointError) as error:
+        open_checkpoint(tmp_path, allow_pickle=True)
+    assert str(error.value).startswith(f"{file}: not a pickle of tensors alone: ") and "\n" not in str(error.value)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_safetensors_are_preferred_to_pickles(copy: Path) -> None:
+    (copy / "pytorch_model.bin").write_bytes(b"not one")
+    open_checkpoint(copy, allow_pickle=True)
+
+
+@pytest.mark.parametrize("content", [b"", b"not one", b"PK\3\4"])
+def test_a_pickle_that_is_none(copy: Path, content: bytes) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: "):
+        open_checkpoint(copy, allow_pickle=True)
+
+
+# ---- code of the checkpoint's own -----------------------------------------------------------------------------------
+
+
+def test_code_that_a_checkpoint_brings_runs_only_where_it_is_trusted(copy: Path) -> None:
+    (copy / "configuration_own.py").write_text("raise SystemExit('executed')")
+    edit_config(
+        copy,
+        architectures=["OwnForCausalLM"],
+        model_type="own",
+        auto_map={"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"},
+    )
+    assert fault(copy) == (
+        f"architecture OwnForCausalLM is code that {copy} brings (auto_map in config.json); it runs only with "
+        f"InferenceConfig.trust_remote_code=True"
+    )
+    with pytest.raises(SystemExit, match="executed"):
+        open_checkpoint(copy, trust_remote_code=True)
+    edit_config(copy, architectures=["LlamaForCausalLM"], model_type="llama")
+    open_checkpoint(copy, trust_remote_code=True)  # ours: theirs is not needed
+
+
+# ---- GGUF -----------------------------------------------------------------------------------------------------------
+
+
+def write_gguf(file: Path, *tensors: str, architecture: str = "llama", **metadata: str | float) -> Path:
+    """A model that lacks most of its tensors; `metadata` by the name after "llama.", dots written as "__"."""
     import numpy as np
     from gguf import GGUFWriter
 
-    writer = GGUFWriter(file, "llama")
+    writer = GGUFWriter(file, architecture)
     writer.add_context_length(64)
     writer.add_block_count(1)
     writer.add_embedding_length(8)
@@ -620,6 +763,52 @@ def test_a_gguf_file_with_scaled_rope_is_refused(
         )
 
 
+def test_gguf_files_of_models_whose_config_they_hold_in_part_are_refused(tmp_path: Path) -> None:
+    file = write_gguf(tmp_path / "model.gguf", architecture="gemma2")
+    assert fault(file) == (
+        f"{file}: GGUF files of gemma2 are not supported, only of llama, qwen2, qwen3: transformers reads no more than "
+        f"a part of other models' configs; use the safetensors directory"
+    )
+
+
+@pytest.mark.parametrize("head_dim", [128, 16])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+def test_a_gguf_file_of_another_family(architecture: str, head_dim: int, tmp_path: Path) -> None:
+    """Read as it is; or refused, where transformers does not read its head size."""
+    import gguf
+
+    sizes = {**SIZES, "hidden_size": 2 * head_dim, "num_attention_heads": 2, "num_key_value_heads": 1}
+    extra = {"head_dim": head_dim} if architecture == "qwen3" else {}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[architecture](**sizes, **extra))
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", architecture)
+    writer.add_context_length(64)
+    writer.add_block_count(3)
+    writer.add_embedding_length(2 * head_dim)
+    writer.add_feed_forward_length(50)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(1)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(101)
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture.upper()), 3)
+    for name, tensor in model.state_dict().items():
+        stem, _, suffix = name.rpartition(".")
+        writer.add_tensor(f"{names.get_name(stem)}.{suffix}", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if architecture == "qwen3" and head_dim != 128:
+        assert "self_attn.q_proj.weight has shape [32, 32] instead of [256, 32]" in fault(tmp_path / "model.gguf")
+        return
+    source = open_checkpoint(tmp_path / "model.gguf").source
+    for name, tensor in model.state_dict().items():
+        out = torch.empty(tensor.shape)
+        source.read(name, tuple((0, n) for n in tensor.shape), out)
+        assert torch.equal(out, tensor), name
+
+
 def test_float64_is_read_and_auto_asks_for_a_dtype_to_compute_in(tmp_path: Path) -> None:
     model = make_llama().double()
     model.save_pretrained(tmp_path)
@@ -669,7 +858,7 @@ def test_modules_that_are_not_for_us() -> None:
         open_checkpoint(torch.nn.Linear(2, 2))
     from transformers import LlamaModel
 
-    with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported; supported: "):
+    with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported; nearest supported: "):
         open_checkpoint(LlamaModel(llama_config()))
 
 

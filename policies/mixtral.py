@@ -1,0 +1,19 @@
+"""Mixtral: Mistral with experts for an MLP."""
+
+from typing import Any
+
+from .base import Policy
+from .experts import MoESpec, RouterSpec
+
+
+def _experts(config: Any, layer: int) -> MoESpec:
+    return MoESpec(
+        num_experts=config.num_local_experts,
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        router=RouterSpec(config.num_experts_per_tok, normalise=True),
+        activation=config.hidden_act,
+    )
+
+
+MIXTRAL = Policy(architectures=("MixtralForCausalLM",), mlp_of=_experts)
