@@ -26,22 +26,19 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 
 from meshlm.kernels import select_ops
 from meshlm.mesh.collectives import Communicator
-from meshlm.policies import MoESpec, RouterSpec
+from meshlm.policies import MoESpec, find_policy
+from meshlm.shardformer.checkpoint import read_rotary
+from meshlm.shardformer.linear import Context, Slices
 from meshlm.shardformer.moe import MixtureOfExperts
-from meshlm.shardformer.weights import ModuleSource, load_weights
+from meshlm.shardformer.shard import Shards
+from meshlm.shardformer.sources import ModuleSource
+from meshlm.shardformer.weights import load_weights
 
 THEIRS = ("eager", "grouped_mm", "batched_mm")
 BATCHED_MOST = 32  # tokens
 
 
-def theirs(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Qwen3MoeSparseMoeBlock:
-    config = Qwen3MoeConfig(
-        hidden_size=args.hidden,
-        moe_intermediate_size=args.intermediate,
-        num_experts=args.experts,
-        num_experts_per_tok=args.top_k,
-        norm_topk_prob=True,
-    )
+def theirs(config: Qwen3MoeConfig, dtype: torch.dtype, device: torch.device) -> Qwen3MoeSparseMoeBlock:
     torch.manual_seed(0)
     block = Qwen3MoeSparseMoeBlock(config).to(device, dtype).eval()
     for parameter in block.parameters():
@@ -49,14 +46,15 @@ def theirs(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -
     return block
 
 
-def ours(
-    args: argparse.Namespace, block: Qwen3MoeSparseMoeBlock, dtype: torch.dtype, device: torch.device
-) -> MixtureOfExperts:
-    router = RouterSpec(args.top_k, "gate", normalise=True)
-    spec = MoESpec(args.experts, args.hidden, args.intermediate, router, name="experts")
+def ours(config: Qwen3MoeConfig, block: nn.Module, dtype: torch.dtype, device: torch.device) -> MixtureOfExperts:
+    model = find_policy(["Qwen3MoeForCausalLM"]).spec(config, read_rotary)
+    mixture = model.layers[0].mlp
+    assert isinstance(mixture, MoESpec)
+    slices = Slices(Shards(model, 1), Communicator(None, "tp"), dtype)
     with torch.device("meta"):
-        module = MixtureOfExperts(spec, "", Communicator(None, "tp"), dtype, select_ops(device, dtype))
-    load_weights(module, ModuleSource(block), device)
+        context = Context(slices, select_ops(device, dtype), model.norm, "auto", device, None)
+        module = MixtureOfExperts(mixture, "", context)
+    load_weights(module, ModuleSource(nn.ModuleDict({"mlp": block})), device)
     return module
 
 
@@ -94,12 +92,19 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
 
+    config = Qwen3MoeConfig(
+        hidden_size=args.hidden,
+        moe_intermediate_size=args.intermediate,
+        num_experts=args.experts,
+        num_experts_per_tok=args.top_k,
+        norm_topk_prob=True,
+    )
     print(f"{args.experts} experts, top {args.top_k}, {args.hidden} -> {args.intermediate}, on {device}, ms a forward")
     print(f"{'dtype':10}{'tokens':>8}{'MeshLM':>12}" + "".join(f"{way:>12}" for way in THEIRS) + f"{'x best':>9}")
     for name in args.dtype:
         dtype = getattr(torch, name)
-        block = theirs(args, dtype, device)
-        module = ours(args, block, dtype, device)
+        block = theirs(config, dtype, device)
+        module = ours(config, block, dtype, device)
         for num_tokens in args.tokens:
             x = torch.randn(num_tokens, args.hidden, device=device).to(dtype)
             ways = {

@@ -19,6 +19,7 @@ from .base import (
     TensorSpec,
 )
 from .experts import MoESpec, RouterSpec, SharedExpertSpec
+from .latent import LatentSpec
 from .registry import find_policy, supported_architectures
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Dim",
     "EmbeddingSpec",
     "HeadSpec",
+    "LatentSpec",
     "LayerSpec",
     "MLPSpec",
     "MoESpec",

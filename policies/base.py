@@ -434,8 +434,9 @@ class Policy:
     logits_multiplier: Of[float] = 1.0
     logits_softcap: Of[float | None] = None
 
-    # another kind of attention or MLP than the above declares: (config, layer) -> it, or None for the usual
-    attention_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
+    # another kind of attention or MLP than the above declares: (config, layer) -> it, or None for the usual; attention
+    # is also given what tells which of the model's rotary embeddings a layer has
+    attention_of: Callable[[Any, int, Callable[[int], int]], Declared | None] = lambda config, layer, rotary: None
     mlp_of: Callable[[Any, int], Declared | None] = lambda config, layer: None
 
     def spec(self, config: Any, rotary: Callable[[Any, str | None], RotarySpec]) -> DecoderSpec:
@@ -532,7 +533,7 @@ class _Reader:
         layers = []
         for index in range(self.num_layers):
             layer = LayerSpec(
-                attention=policy.attention_of(self.config, index) or self._attention(index),
+                attention=policy.attention_of(self.config, index, self.rotary) or self._attention(index),
                 mlp=policy.mlp_of(self.config, index) or self._mlp(),
                 input_norm=self.norm(policy.input_norm),
                 attention_post_norm=self.norm(policy.attention_post_norm),

@@ -6,6 +6,7 @@ from difflib import SequenceMatcher
 from .base import Policy
 from .bloom import BLOOM
 from .cohere import COHERE, COHERE2
+from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
 from .falcon import FALCON
 from .gemma import GEMMA, GEMMA2, GEMMA3
 from .glm import GLM, GLM4
@@ -30,6 +31,8 @@ POLICIES: tuple[Policy, ...] = (
     BLOOM,
     COHERE,
     COHERE2,
+    DEEPSEEK_V2,
+    DEEPSEEK_V3,
     FALCON,
     GEMMA,
     GEMMA2,

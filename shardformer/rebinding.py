@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-from .attention import PagedAttention
 from .backends import AttentionBackend, Sequences, Workload, create_backend, tune
 from .backends.proof import difference
 from .stage import PipelineStage
@@ -41,7 +40,6 @@ def try_backend(
 def bind(stage: PipelineStage, backends: list[AttentionBackend]) -> None:
     """Gives each attention layer its new backend."""
     for attention, backend in zip(stage.attentions, backends, strict=True):
-        assert isinstance(attention, PagedAttention)
         attention.backend = backend
 
 

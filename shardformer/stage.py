@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ..kernels import Ops
 from ..kernels.eager import ACTIVATIONS
-from ..policies import DecoderSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
+from ..policies import DecoderSpec, LatentSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionBackend, AttentionMetadata
 from .embedding import Embedding, Head
+from .latent_attention import LatentAttention
 from .linear import (
     ColumnParallelLinear,
     Context,
@@ -41,7 +42,7 @@ class MLP(nn.Module):
         return self.down(self.activation(self.up(x)))
 
 
-ATTENTIONS: dict[type, Callable[..., nn.Module]] = {MultiHeadSpec: PagedAttention}
+ATTENTIONS: dict[type, Callable[..., nn.Module]] = {MultiHeadSpec: PagedAttention, LatentSpec: LatentAttention}
 MLPS: dict[type, Callable[..., nn.Module]] = {MLPSpec: MLP, MoESpec: MixtureOfExperts}
 """What is built for what a policy declares: each takes (declaration, prefix, context, partial)."""
 
@@ -142,7 +143,7 @@ class PipelineStage(nn.Module):
         )
 
     @property
-    def attentions(self) -> Iterator[PagedAttention]:
+    def attentions(self) -> Iterator[PagedAttention | LatentAttention]:
         """The attention modules of this stage's layers, in order."""
         for layer in self.layers:
             yield cast(DecoderLayer, layer).attention  # type: ignore[misc]

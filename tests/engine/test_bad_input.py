@@ -260,9 +260,9 @@ def test_ranks_that_were_given_different_models(model: LlamaForCausalLM, tmp_pat
     ours, theirs = (plan.settings(CONFIG, cpu, open_checkpoint(given)) for given in (model, other))
     plan.check_alike([ours, ours])
     assert message_of(lambda: plan.check_alike([ours, theirs, ours, theirs])) == (
-        "model.num_layers: ranks 0, 2 have 3, ranks 1, 3 have 2; model.intermediate_size: ranks 0, 2 have 50, ranks 1, "
-        "3 have 40; model.vocab_size: ranks 0, 2 have 101, ranks 1, 3 have 90; more that differ: 1; under torchrun "
-        "every rank is to be given the same"
+        "model.num_layers: ranks 0, 2 have 3, ranks 1, 3 have 2; model.vocab_size: ranks 0, 2 have 101, ranks 1, 3 "
+        "have 90; model.embedding.tokens.sizes[0]: ranks 0, 2 have 101, ranks 1, 3 have 90; more that differ: 8; under "
+        "torchrun every rank is to be given the same"
     )
     model.save_pretrained(tmp_path)
     broken = open_checkpoint(tmp_path)

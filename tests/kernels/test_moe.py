@@ -10,7 +10,7 @@ from torch import Tensor
 
 from meshlm.kernels import eager_moe
 from meshlm.kernels.cpu import CpuOps, Unavailable
-from meshlm.kernels.eager_moe import Routing
+from meshlm.kernels.eager_moe import GroupedLinear, Routing
 from meshlm.kernels.ops import EAGER, Ops
 
 Same = Callable[[Tensor, Tensor], None]
@@ -211,3 +211,26 @@ def test_a_row_of_nan_stays_alone(form: tuple[Ops, torch.dtype], device: torch.d
     total = ops.combine(rows, torch.ones(9, 2, device=device), plan)
     assert total[4].isnan().all() and total[torch.arange(9) != 4].isfinite().all()
     assert (total.abs().sum(dim=1) == 0).nonzero().flatten().tolist() == [2, 7]
+
+
+@pytest.mark.cuda
+def test_a_graph_serves_other_choices(device: torch.device) -> None:
+    """No launch depends on how many rows an expert has."""
+    ops = pytest.importorskip("meshlm.kernels.triton_ops").TRITON
+    torch.manual_seed(0)
+    x, weight = torch.randn(12, 64, device=device), torch.randn(6, 32, 64, device=device)
+    product, logits = ops.bind_grouped_linear(weight), torch.randn(12, 6, device=device)
+
+    def forward(ops: Ops, product: GroupedLinear) -> Tensor:
+        weights, ids = ops.route(logits, Routing(2, "softmax"), None)
+        plan = ops.plan_experts(ids, 0, 6)
+        return ops.combine(product(x, None, plan, True), weights, plan)
+
+    forward(ops, product)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward(ops, product)
+    for _ in range(3):
+        logits.add_(torch.randn_like(logits))
+        graph.replay()
+        torch.testing.assert_close(out, forward(EAGER, EAGER.bind_grouped_linear(weight)), rtol=1e-4, atol=1e-4)

@@ -29,11 +29,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from meshlm.kernels import select_ops
 from meshlm.kernels.ops import EAGER, Ops
 from meshlm.policies import MoESpec, RouterSpec, SharedExpertSpec, find_policy
+from meshlm.shardformer.checkpoint import read_rotary
 from meshlm.shardformer.linear import Context, Slices
 from meshlm.shardformer.moe import MixtureOfExperts
 from meshlm.shardformer.shard import Shards
-from meshlm.shardformer.shardformer import read_rotary
-from meshlm.shardformer.weights import ModuleSource, load_weights
+from meshlm.shardformer.sources import ModuleSource
+from meshlm.shardformer.weights import load_weights
 from tiny import llama_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,6 +1,8 @@
 """A tiny random model of every causal language model in transformers, and what it generates."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -203,8 +205,9 @@ NOT_BUILT: dict[str, str] = {
 }
 
 
-def tiny_config(model_type: str) -> PreTrainedConfig:
-    return _shrunk(CONFIG_MAPPING[model_type])
+def tiny_config(model_type: str, **values: Any) -> PreTrainedConfig:
+    """Of a family; values: fields of its config that are to be other than the tables say."""
+    return _shrunk(CONFIG_MAPPING[model_type], values)
 
 
 def has_experts(model_type: str) -> bool:
@@ -212,9 +215,9 @@ def has_experts(model_type: str) -> bool:
     return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "moe_num_experts"))
 
 
-def _shrunk(kind: type[PreTrainedConfig]) -> PreTrainedConfig:
+def _shrunk(kind: type[PreTrainedConfig], more: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
     """A config of this kind with the sizes above; configs within it likewise."""
-    overrides = OVERRIDES.get(kind.model_type, {})
+    overrides = OVERRIDES.get(kind.model_type, {}) | dict(more)
     defaults = kind()
     fields = defaults.to_dict()
     values = {
@@ -316,9 +319,9 @@ DRAWS: dict[str, Draw] = {
 }
 
 
-def tiny_model(model_type: str, draw: Draw | None = None) -> PreTrainedModel:
+def tiny_model(model_type: str, draw: Draw | None = None, **values: Any) -> PreTrainedModel:
     """Float32, every weight drawn: as transformers begins, it would repeat its last token, whatever it attends to."""
-    config = tiny_config(model_type)
+    config = tiny_config(model_type, **values)
     config._attn_implementation = config._experts_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config).eval()
     draw = draw or DRAWS.get(model_type, Draw())
