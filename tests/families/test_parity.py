@@ -8,7 +8,7 @@ import re
 
 import pytest
 from families import FAMILIES, NOT_BUILT, greedy_reference, tiny_config, tiny_model
-from parity import CONFIG, DOCUMENT, MESHES, Result, document, measure, passing, policy
+from parity import CONFIG, DOCUMENT, Result, document, measure, meshes_of, passing, policy
 
 from meshlm import InferenceConfig, InferenceEngine
 
@@ -23,11 +23,6 @@ def read_document() -> tuple[dict[str, list[str]], list[str], dict[str, str]]:
     policies = {family: policy for family, _, policy, _ in good + others}
     assert len(policies) == len(good) + len(others)
     return {row[0]: row[3].split(", ") for row in good}, [row[0] for row in others], policies
-
-
-def meshes_of(family: str) -> list[str]:
-    """Those that a family is to pass on."""
-    return [mesh for mesh in MESHES if mesh != "tp2×pp2" or policy(family) == "hand-written"]
 
 
 @pytest.fixture(scope="session")
