@@ -73,7 +73,10 @@ class InferenceEngine:
         elif place is not None:
             place = None  # torchrun with one rank: a world like any other process's
         checkpoint = open_checkpoint(
-            model, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
+            model,
+            policy=config.policy,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
         )
         num_local = config.world_size if place is None else place.local_world_size
         devices, self._why_cpu = choose_devices(config, num_local), why_cpu(config, num_local)

@@ -245,6 +245,7 @@ class ModelSpec:
     tied_embeddings: bool
     dtype: str  # of the checkpoint
     ignored: tuple[str, ...] = ()  # patterns of checkpoint tensors that are knowingly not used
+    why_one_stage: str | None = None  # what keeps it from being divided into stages
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
