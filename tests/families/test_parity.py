@@ -8,7 +8,7 @@ import re
 
 import pytest
 from families import FAMILIES, NOT_BUILT, greedy_reference, tiny_config, tiny_model
-from parity import CONFIG, DOCUMENT, Result, document, measure, meshes_of, passing, policy
+from parity import CONFIG, DOCUMENT, OPTIONAL, Result, document, measure, meshes_of, passing, policy
 
 from meshlm import InferenceConfig, InferenceEngine
 
@@ -47,7 +47,8 @@ def test_a_module_on_one_rank(family: str) -> None:
 def test_the_document_names_every_family_and_its_policy() -> None:
     good, others, policies = read_document()
     assert policies == {family: policy(family) for family in FAMILIES}
-    assert good == {family: meshes_of(family) for family in good}
+    for family, meshes in good.items():
+        assert set(meshes_of(family)) - set(OPTIONAL) <= set(meshes) <= set(meshes_of(family))
     assert set(NOT_BUILT) <= set(others)
     assert len(good) >= MIN_PASSING
     assert DOCUMENT.read_text().startswith(f"# Families\n\n{len(good)} of the {len(FAMILIES)} families")
