@@ -95,7 +95,7 @@ class InferenceEngine:
         loading = self._world.begin_load(checkpoint, files)
         self.tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer  # while the ranks load
         defaults = default_params(model, checkpoint.eos_token_ids, self.tokenizer)
-        self._architecture = checkpoint.spec.architecture
+        self._model = f"{checkpoint.spec.architecture} ({checkpoint.spec.policy} policy)"
 
         def settle() -> tuple[list[RankInfo], int, int]:
             ranks: list[RankInfo] = loading()
@@ -325,7 +325,7 @@ class InferenceEngine:
         """The mesh and what each rank holds, as a table; last, why the CPU was chosen where there is CUDA as well."""
         config = self.config
         head = (
-            f"{self._architecture} on dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}, "
+            f"{self._model} on dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}, "
             f"{self.ranks[0].dtype}, max_model_len {self.max_model_len}; KV cache of each replica: {self.num_blocks} "
             f"blocks of {self.block_size} tokens"
         )

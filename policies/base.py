@@ -248,6 +248,11 @@ class ModelSpec:
     why_one_stage: str | None = None  # what keeps it from being divided into stages
 
     @property
+    def policy(self) -> str:
+        """Which kind of policy this is from."""
+        raise NotImplementedError
+
+    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """Of each layer."""
         raise NotImplementedError
@@ -293,6 +298,10 @@ class DecoderSpec(ModelSpec):
     head: HeadSpec
     norm: NormSpec
     rotaries: tuple[RotarySpec, ...]
+
+    @property
+    def policy(self) -> str:
+        return "hand-written"
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:

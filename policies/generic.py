@@ -135,6 +135,10 @@ class GenericSpec(ModelSpec):
     last: tuple[TensorSpec, ...]
 
     @property
+    def policy(self) -> str:
+        return "generic"
+
+    @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         return self.kinds
 

@@ -18,6 +18,8 @@ class Stage(nn.Module):
     """
 
     weight_bytes = 0  # of all parameters, once they are loaded
+    supports_graphs = True
+    """Whether `forward` can be recorded and replayed, as far as it is not the attention backends'."""
 
     def __init__(self, spec: ModelSpec, layers: Range, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

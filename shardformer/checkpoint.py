@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import torch
 from torch import nn
 
-from ..kernels.eager import ACTIVATIONS
+from ..kernels.eager import ACTIVATIONS, KINDS, activation_kind
 from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy, has_policy
 from .conversion import converted
 from .generic import read_generic, transformers_architecture
@@ -204,7 +204,7 @@ def check_spec(spec: ModelSpec, name: str) -> None:
         return
     for layer in set(spec.layers):
         activation = getattr(layer.mlp, "activation", None)
-        if activation is not None and activation not in ACTIVATIONS:
+        if activation is not None and activation_kind(activation) not in KINDS:
             raise ValueError(
                 f"{name}: activation {activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
             )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Ops
-from ..kernels.eager import ACTIVATIONS
+from ..kernels.eager import activation_kind
 from ..policies import DecoderSpec, LatentSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionMetadata
@@ -37,7 +37,7 @@ class MLP(nn.Module):
         bind = context.ops.activation if spec.gate is None else context.ops.gated_activation
         self.up = ColumnParallelLinear(inputs, prefix, context)
         self.down = (PartialLinear if partial else RowParallelLinear)(spec.down, prefix, context)
-        self.activation = bind(ACTIVATIONS[spec.activation])
+        self.activation = bind(activation_kind(spec.activation))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))

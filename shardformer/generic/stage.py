@@ -50,6 +50,7 @@ class GenericStage(Stage):
     """A stage of transformers' layers."""
 
     spec: GenericSpec
+    supports_graphs = False  # what a family's forward asks of the device, nobody has looked through
 
     def __init__(
         self,

@@ -31,7 +31,7 @@ SIZES: dict[str, Any] = {
     **_all(50, "intermediate_size", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "ffn_dim", "ffn_hidden_size"),
     **_all(50, "dense_intermediate_size", "intermediate_size_mlp", "dim_ff", "d_inner", "dff"),
     **_all(26, "moe_intermediate_size", "shared_intermediate_size", "shared_expert_intermediate_size"),
-    **_all(6, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    **_all(5, "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     **_all(2, "num_experts_per_tok", "moe_topk", "num_experts_per_token", "moe_k"),
     **_all(1, "n_shared_experts", "num_shared_experts", "moe_num_shared_experts"),
     **_all(3, "n_group", "num_expert_group"),
@@ -76,9 +76,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "data2vec-text": _PADDED,
     "dbrx": {
         "attn_config": {"kv_n_heads": 3, "clip_qkv": 8.0, "rope_theta": 10000.0},
-        "ffn_config": {"hidden_size": 72, "ffn_hidden_size": 26, "moe_num_experts": 6, "moe_top_k": 2},
+        "ffn_config": {"hidden_size": 72, "ffn_hidden_size": 26, "moe_num_experts": 5, "moe_top_k": 2},
     },
-    "deepseek_v2": {"topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "num_experts_per_tok": 2},
+    "deepseek_v2": {
+        "topk_method": "group_limited_greedy",
+        "n_routed_experts": 6,
+        "n_group": 3,
+        "topk_group": 2,
+        "num_experts_per_tok": 2,
+    },
     "deepseek_v32": _INDEXER,
     "deepseek_v4": _INDEXER
     | {
@@ -204,6 +210,11 @@ def tiny_config(model_type: str, **values: Any) -> PreTrainedConfig:
     return _shrunk(CONFIG_MAPPING[model_type], values)
 
 
+def has_experts(model_type: str) -> bool:
+    config = tiny_config(model_type).get_text_config()
+    return any(getattr(config, name, None) for name in ("num_local_experts", "num_experts", "moe_num_experts"))
+
+
 def _shrunk(kind: type[PreTrainedConfig], more: Mapping[str, Any] = MappingProxyType({})) -> PreTrainedConfig:
     """A config of this kind with the sizes above; configs within it likewise."""
     overrides = OVERRIDES.get(kind.model_type, {}) | dict(more)
@@ -218,6 +229,8 @@ def _shrunk(kind: type[PreTrainedConfig], more: Mapping[str, Any] = MappingProxy
             values[name] = None if declared is None or "None" in str(declared.type) else 0
     if "qk_rope_head_dim" in fields:  # latent attention: `head_dim` is what is rotated, no two query heads share a key
         values |= {"head_dim": SIZES["qk_rope_head_dim"], "num_key_value_heads": SIZES["num_attention_heads"]}
+    if any(fields.get(name) is not None for name in ("n_group", "num_expert_group")):  # groups of two experts
+        values |= {name: 6 for name in ("num_experts", "n_routed_experts") if name in values}
     if kinds := fields.get("layer_types"):
         different = list(dict.fromkeys(kinds))
         values["layer_types"] = [different[i % len(different)] for i in range(NUM_LAYERS)]
@@ -237,49 +250,71 @@ class Draw:
     seed: int = 0
     std: float = 0.4
     embedding: float = 0.4
+    positions: float = 0.4  # and other embeddings that are no tokens'
     bias: float = 0.2
 
 
 # Where the first draw's output does not depend on all that it should, or repeats itself.
 DRAWS: dict[str, Draw] = {
     "apertus": Draw(embedding=1.5),
+    "bart": Draw(std=0.1, positions=2, bias=0.02),
+    "bert": Draw(seed=5, std=0.1, bias=0.02),
+    "bert-generation": Draw(std=0.1, positions=2, bias=0.02),
     "bigbird_pegasus": Draw(seed=1, embedding=4),
     "biogpt": Draw(std=1, embedding=0.1),
     "blenderbot": Draw(seed=2, std=0.7, embedding=0.1),
+    "blenderbot-small": Draw(seed=5, std=0.1, positions=2, bias=0.02),
     "bloom": Draw(seed=1),
+    "camembert": Draw(std=0.1, bias=0.02),
     "codegen": Draw(seed=1),
     "ctrl": Draw(seed=1, std=1, embedding=0.1),
+    "data2vec-text": Draw(seed=2, std=0.1, positions=2, bias=0.02),
     "deepseek_v2": Draw(seed=1),
     "doge": Draw(seed=3, std=0.15),
+    "electra": Draw(std=0.1, positions=2, bias=0.02),
+    "ernie": Draw(seed=5, std=0.1, bias=0.02),
     "exaone_moe": Draw(seed=2),
-    "flex_olmo": Draw(seed=2),
     "fuyu": Draw(embedding=0.1),
     "gemma2": Draw(embedding=0.1),
+    "gemma3": Draw(seed=5, embedding=0.05),
     "gemma3_text": Draw(seed=1, embedding=0.05),
-    "gemma3n_text": Draw(seed=2, embedding=0.1),
-    "gemma4_text": Draw(embedding=0.1),
+    "gemma3n_text": Draw(seed=5, embedding=0.05),
+    "gemma4_text": Draw(seed=2, embedding=0.1),
     "gemma4_unified_text": Draw(seed=2, std=0.7, embedding=0.1),
+    "git": Draw(std=0.1, positions=2, bias=0.02),
     "glm": Draw(seed=2),
     "granitemoehybrid": Draw(seed=1),
-    "hy_v3": Draw(seed=1),
     "hyperclovax": Draw(seed=1),
-    "kolibri1": Draw(seed=1),
+    "marian": Draw(std=0.1, positions=2, bias=0.02),
     "mbart": Draw(seed=2, std=0.7, embedding=0.1),
-    "mimo_v2_flash": Draw(embedding=0.1),
+    "megatron-bert": Draw(std=0.15, positions=2, bias=0.02),
     "minicpm3": Draw(seed=1),
+    "minimax_m3_vl_text": Draw(seed=1),
     "mistral": Draw(seed=1),
+    "moss_transcribe_diarize": Draw(positions=2, bias=0.02),
     "mpt": Draw(seed=1, std=0.15, embedding=0.1),
+    "mvp": Draw(std=0.1, positions=2, bias=0.02),
     "nanochat": Draw(seed=2),
     "olmo2": Draw(embedding=1.5),
-    "olmoe": Draw(seed=1),
     "openai-gpt": Draw(seed=3, std=0.7),
     "opt": Draw(embedding=0.1),
+    "pegasus": Draw(seed=3, std=0.1, positions=2, bias=0.02),
     "persimmon": Draw(embedding=0.1),
+    "plbart": Draw(seed=7, std=0.1, positions=8, bias=0.02),
     "qwen2": Draw(seed=1),
-    "qwen2_moe": Draw(seed=1),
+    "rembert": Draw(seed=3, std=0.1, positions=2, bias=0.02),
+    "roberta": Draw(seed=2, std=0.1, positions=2, bias=0.02),
+    "roberta-prelayernorm": Draw(std=0.1, positions=2, bias=0.02),
+    "roc_bert": Draw(seed=5, std=0.1, bias=0.02),
+    "roformer": Draw(seed=2, std=0.1, embedding=1, positions=2, bias=0.02),
     "solar_open": Draw(seed=1),
     "starcoder2": Draw(embedding=0.1),
+    "trocr": Draw(std=0.1, positions=2, bias=0.02),
+    "whisper": Draw(seed=1, std=0.1, positions=2, bias=0.02),
     "xglm": Draw(std=0.7, embedding=0.1),
+    "xlm-roberta": Draw(std=0.1, bias=0.02),
+    "xlm-roberta-xl": Draw(seed=2, std=0.1, bias=0.02),
+    "xmod": Draw(seed=5, std=0.1, positions=2, bias=0.02),
     "zaya": Draw(std=0.7),
 }
 
@@ -301,7 +336,10 @@ def tiny_model(model_type: str, draw: Draw | None = None, **values: Any) -> PreT
                 tensor.normal_(std=draw.std)
             else:  # norms, scales
                 tensor.uniform_(0.5, 1.5)
-        model.get_input_embeddings().weight.normal_(std=draw.embedding)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Embedding):
+                tokens = module is model.get_input_embeddings()
+                module.weight.normal_(std=draw.embedding if tokens else draw.positions)
     model.generation_config = GenerationConfig()
     return model
 
