@@ -144,7 +144,7 @@ def run(model: Any, longest: int, received: tuple[int, int] | None = None, is_to
         hidden, embeddings = (torch.empty(1, _NUM_TOKENS, size, dtype=model.dtype, device="meta") for size in received)
         inputs = {"inputs_embeds": embeddings}
     base, recorder = model.get_submodule(base_name(model)), Recorder(model, longest, hidden)
-    began: dict[str, Tensor] = {}  # modules, and what they take
+    began: dict[str, Any] = {}  # modules, and what they take
     ended: list[tuple[str, Any]] = []  # modules in the order in which they end, and what they give
     names = recorder.names
 
