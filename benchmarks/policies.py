@@ -42,12 +42,13 @@ SIZES: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": 2048,
 }
+NO_GROUPS = SIZES.keys() - {"num_key_value_heads", "head_dim"}
 EXPERTS: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
 MODELS: dict[str, Callable[[], Any]] = {
     "demo": demo_model_path,
     "qwen3": lambda: transformers.Qwen3Config(**SIZES),
     "gemma2": lambda: transformers.Gemma2Config(**SIZES),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=8192, n_embd=512, n_layer=8, n_head=8),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SIZES.items() if k in NO_GROUPS}),
     "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS),
 }
 

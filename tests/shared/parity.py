@@ -241,13 +241,14 @@ def document(results: Sequence[Result]) -> str:
 def _why_not(family: str, results: Iterable[Result]) -> str:
     if family in NOT_BUILT:
         return f"not tried: {NOT_BUILT[family]}"
+    tried = [result for result in results if result.family == family]
+    passed = [mesh for mesh in MESHES if any(result.mesh == mesh and result.passed for result in tried)]
     reasons: dict[str, list[str]] = {}
-    for result in results:
-        if result.family == family and not result.passed:
+    for result in tried:
+        if not result.passed:
             reasons.setdefault(result.reason.replace("|", "\\|"), []).append(result.mesh)
-    return "; ".join(
-        reason if "1" in meshes else f"{', '.join(meshes)}: {reason}" for reason, meshes in reasons.items()
-    )
+    told = [reason if "1" in meshes else f"{', '.join(meshes)}: {reason}" for reason, meshes in reasons.items()]
+    return "; ".join([*([f"passes on {', '.join(passed)}"] if passed else []), *told])
 
 
 def main(families: Sequence[str]) -> None:
