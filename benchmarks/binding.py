@@ -57,15 +57,19 @@ class LookedUp:
         self.preferred_block_size = bound.preferred_block_size
         self.table = {bound.name: bound}
 
-    def forward(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any) -> Tensor:
-        return self.table[self.name].forward(query, key_cache, value_cache, plan)
+    def forward(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
+    ) -> Tensor:
+        return self.table[self.name].forward(query, key_cache, value_cache, plan, sinks)
 
 
 class Chosen(LookedUp):
     """Asks each backend whether it can serve, in every forward."""
 
-    def forward(self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any) -> Tensor:
-        return self.table[auto_backend(self.spec)].forward(query, key_cache, value_cache, plan)
+    def forward(
+        self, query: Tensor, key_cache: Tensor, value_cache: Tensor, plan: Any, sinks: Tensor | None = None
+    ) -> Tensor:
+        return self.table[auto_backend(self.spec)].forward(query, key_cache, value_cache, plan, sinks)
 
 
 WAYS: dict[str, Any] = {"bound": lambda bound: bound, "looked up": LookedUp, "chosen": Chosen}

@@ -68,6 +68,11 @@ class InferenceConfig(BaseSettings):
         default="auto",
         description="auto, cpu, cuda or cuda:N; auto: cuda where there is a device for every rank on the host",
     )
+    policy: Literal["auto", "generic"] = Field(
+        default="auto",
+        description="whose layers; auto: ours where the model's family has a policy, else transformers' own; generic: "
+        "transformers' own, divided by its tables, for every family",
+    )
     attention_backend: str = Field(
         default="auto",
         description="name of an attention backend; auto: the one known to be fastest of those that work; tuned: the "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.batch import PagedBatch
 from ..shardformer.backends import AttentionMetadata, Sequences
-from ..shardformer.stage import PipelineStage
+from ..shardformer.base import Stage
 from .staging import Sent, num_bytes, views
 from .step import StepInput
 from .step_arrays import known_tokens, token_shapes
@@ -68,7 +68,7 @@ class DecodeGraphs:
     """
 
     def __init__(
-        self, stage: PipelineStage, largest: int, longest: int, block_size: int, drawn: Tensor, capture: Capture
+        self, stage: Stage, largest: int, longest: int, block_size: int, drawn: Tensor, capture: Capture
     ) -> None:
         self._stage, self._longest, self._block_size, self._drawn = stage, longest, block_size, drawn
         self._capture = capture

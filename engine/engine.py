@@ -73,7 +73,10 @@ class InferenceEngine:
         elif place is not None:
             place = None  # torchrun with one rank: a world like any other process's
         checkpoint = open_checkpoint(
-            model, allow_pickle=config.allow_pickle, trust_remote_code=config.trust_remote_code
+            model,
+            policy=config.policy,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
         )
         num_local = config.world_size if place is None else place.local_world_size
         devices, self._why_cpu = choose_devices(config, num_local), why_cpu(config, num_local)
@@ -92,7 +95,7 @@ class InferenceEngine:
         loading = self._world.begin_load(checkpoint, files)
         self.tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer  # while the ranks load
         defaults = default_params(model, checkpoint.eos_token_ids, self.tokenizer)
-        self._architecture = checkpoint.spec.architecture
+        self._model = f"{checkpoint.spec.architecture} ({checkpoint.spec.policy} policy)"
 
         def settle() -> tuple[list[RankInfo], int, int]:
             ranks: list[RankInfo] = loading()
@@ -322,7 +325,7 @@ class InferenceEngine:
         """The mesh and what each rank holds, as a table; last, why the CPU was chosen where there is CUDA as well."""
         config = self.config
         head = (
-            f"{self._architecture} on dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}, "
+            f"{self._model} on dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}, "
             f"{self.ranks[0].dtype}, max_model_len {self.max_model_len}; KV cache of each replica: {self.num_blocks} "
             f"blocks of {self.block_size} tokens"
         )

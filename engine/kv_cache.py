@@ -15,13 +15,13 @@ import numpy as np
 import psutil
 import torch
 
-from ..shardformer.stage import PipelineStage
+from ..shardformer.base import Stage
 
 
 class KVCache:
     """Allocates the caches of a stage and gives each attention module its own."""
 
-    def __init__(self, stage: PipelineStage, num_blocks: int, block_size: int) -> None:
+    def __init__(self, stage: Stage, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         zeros = partial(_zeros, dtype=stage.dtype, device=stage.device)
         for attention in stage.attentions:
@@ -39,7 +39,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
-def block_bytes(stage: PipelineStage, block_size: int) -> int:
+def block_bytes(stage: Stage, block_size: int) -> int:
     """Bytes that one block takes on this rank, all its layers together."""
     elements = sum(attention.backend.spec.token_size for attention in stage.attentions)
     return elements * block_size * stage.dtype.itemsize

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..mesh.collectives import Communicator, Pending
 from ..shardformer.backends import AttentionMetadata, Sequences
-from ..shardformer.stage import PipelineStage
+from ..shardformer.base import Stage
 from .cuda_graphs import DecodeGraphs
 from .sampler import Draw, Draws, Sampler
 from .staging import Sent, Staging
@@ -35,7 +35,7 @@ class ModelRunner:
     """
 
     def __init__(
-        self, stage: PipelineStage, block_size: int, pp: Communicator, sampler: Sampler | None, max_num_seqs: int
+        self, stage: Stage, block_size: int, pp: Communicator, sampler: Sampler | None, max_num_seqs: int
     ) -> None:
         self.stage, self.block_size, self.pp, self.sampler = stage, block_size, pp, sampler
         self.backends = stage.backends

@@ -195,6 +195,8 @@ class Worker:
             for backend in self.stage.backends.values()
             if not backend.supports_graphs
         ]
+        if not self.stage.supports_graphs:
+            reasons.append("the layers of the generic policy are transformers' own, and may wait for the device")
         if tp.size > 1 and not tp.in_graphs:
             reasons.append(f"the {tp.size} ranks of a layer share {self.device} and sum over the CPU")
         return reasons

@@ -81,12 +81,16 @@ ACTIVATIONS = {  # the kinds, by the names that transformers' configs give them
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "relu2": "relu2",
-    "swiglu_oai": "swiglu_oai",  # whose config calls it silu
 }
 
 KINDS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "swiglu_oai")  # the last is always gated
 
 Activation = Callable[[Tensor], Tensor]
+
+
+def activation_kind(name: str) -> str:
+    """The kind that a config's name stands for; a kind's own name, and one that is not known, stand for themselves."""
+    return ACTIVATIONS.get(name, name)
 
 
 def _quick_gelu(x: Tensor) -> Tensor:

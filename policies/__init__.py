@@ -19,14 +19,16 @@ from .base import (
     TensorSpec,
 )
 from .experts import MoESpec, RouterSpec, SharedExpertSpec
+from .generic import GenericSpec
 from .latent import LatentSpec
-from .registry import find_policy, supported_architectures
+from .registry import find_policy, has_policy, nearest_supported, supported_architectures
 
 __all__ = [
     "AttentionKind",
     "DecoderSpec",
     "Dim",
     "EmbeddingSpec",
+    "GenericSpec",
     "HeadSpec",
     "LatentSpec",
     "LayerSpec",
@@ -44,5 +46,7 @@ __all__ = [
     "SharedExpertSpec",
     "TensorSpec",
     "find_policy",
+    "has_policy",
+    "nearest_supported",
     "supported_architectures",
 ]

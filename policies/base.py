@@ -245,6 +245,12 @@ class ModelSpec:
     tied_embeddings: bool
     dtype: str  # of the checkpoint
     ignored: tuple[str, ...] = ()  # patterns of checkpoint tensors that are knowingly not used
+    why_one_stage: str | None = None  # what keeps it from being divided into stages
+
+    @property
+    def policy(self) -> str:
+        """Which kind of policy this is from."""
+        raise NotImplementedError
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
@@ -292,6 +298,10 @@ class DecoderSpec(ModelSpec):
     head: HeadSpec
     norm: NormSpec
     rotaries: tuple[RotarySpec, ...]
+
+    @property
+    def policy(self) -> str:
+        return "hand-written"
 
     @property
     def attention_kinds(self) -> tuple[AttentionKind, ...]:

@@ -27,5 +27,4 @@ GPTJ = Policy(
     activation=lambda config: config.activation_function,
     interleaved=True,
     rotates_in_part=True,
-    refusal=lambda config: "rotary_dim=None" if config.rotary_dim is None else None,  # its table is as wide as hidden
 )

@@ -71,9 +71,18 @@ def find_policy(architectures: Iterable[str]) -> Policy:
             return policy
     if not wanted:
         raise ValueError("config.json names no architecture")
-    supported, stem = supported_architectures(), _stem(wanted[0])
-    nearest = sorted(supported, key=lambda name: -SequenceMatcher(None, _stem(name), stem).ratio())[:3]
-    raise ValueError(f"architecture {', '.join(wanted)} is not supported; nearest supported: {', '.join(nearest)}")
+    raise ValueError(f"architecture {', '.join(wanted)} is not supported; {nearest_supported(wanted[0])}")
+
+
+def has_policy(architectures: Iterable[str]) -> bool:
+    return not {name for policy in POLICIES for name in policy.architectures}.isdisjoint(architectures)
+
+
+def nearest_supported(architecture: str) -> str:
+    """The architectures with a policy whose names are most like this one."""
+    stem = _stem(architecture)
+    nearest = sorted(supported_architectures(), key=lambda name: -SequenceMatcher(None, _stem(name), stem).ratio())
+    return f"nearest supported: {', '.join(nearest[:3])}"
 
 
 def _stem(architecture: str) -> str:

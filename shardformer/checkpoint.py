@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import torch
 from torch import nn
 
-from ..kernels.eager import ACTIVATIONS
-from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy
+from ..kernels.eager import ACTIVATIONS, KINDS, activation_kind
+from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy, has_policy
 from .conversion import converted
+from .generic import read_generic, transformers_architecture
 from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
 from .weights import CheckpointError, WeightSource, check_checkpoint
 
@@ -33,23 +34,25 @@ class Checkpoint:
     eos_token_ids: tuple[int, ...]  # of the model's config; a generation config may know better
 
 
-def open_checkpoint(model: Model, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint:
+def open_checkpoint(
+    model: Model, *, policy: str = "auto", allow_pickle: bool = False, trust_remote_code: bool = False
+) -> Checkpoint:
     """Reads a model's config and its tensors' names and shapes.
 
     model: a directory of safetensors (or, with `allow_pickle`, of .bin files) with a config.json, a GGUF file, a
-    transformers module, or a transformers config, which gets random weights. trust_remote_code: an architecture that
-    only the directory's own code knows may be built by it. Raises ValueError (CheckpointError for faulty weights)
-    naming what is wrong; no weight is read.
+    transformers module, or a transformers config, which gets random weights. policy: see `InferenceConfig.policy`.
+    trust_remote_code: an architecture that only the directory's own code knows may be built by it. Raises ValueError
+    (CheckpointError for faulty weights) naming what is wrong; no weight is read.
     """
     if isinstance(model, nn.Module):
-        return _open_module(model)
+        return _open_module(model, policy)
     if not isinstance(model, str | Path):
-        return _open_config(model)
+        return _open_config(model, policy)
     path = Path(model).expanduser()
     if path.is_dir():
-        return _open_directory(path, str(model), allow_pickle, trust_remote_code)
+        return _open_directory(path, str(model), policy, allow_pickle, trust_remote_code)
     if path.suffix == ".gguf" and path.exists():
-        return _open_gguf(path, str(model))
+        return _open_gguf(path, str(model), policy)
     if path.exists():
         raise ValueError(f"model: {path} is neither a directory nor a .gguf file")
     raise ValueError(
@@ -57,11 +60,11 @@ def open_checkpoint(model: Model, *, allow_pickle: bool = False, trust_remote_co
     )
 
 
-def _open_module(model: nn.Module) -> Checkpoint:
+def _open_module(model: nn.Module, policy: str) -> Checkpoint:
     config, name = getattr(model, "config", None), type(model).__name__
     if config is None:
         raise ValueError(f"model: a {name} has no transformers config")
-    spec = _read_spec(config, [name], name)
+    spec = _read_spec(config, [name], name, policy)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
     spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
     source = ModuleSource(model)
@@ -70,7 +73,7 @@ def _open_module(model: nn.Module) -> Checkpoint:
     return _checked(config, spec, source, name)
 
 
-def _open_config(config: Any) -> Checkpoint:
+def _open_config(config: Any, policy: str) -> Checkpoint:
     from transformers import PreTrainedConfig
 
     if not isinstance(config, PreTrainedConfig):
@@ -78,11 +81,11 @@ def _open_config(config: Any) -> Checkpoint:
             f"model: a {type(config).__name__} is not a model; expected a path, a transformers module or its config"
         )
     name = f"{type(config).__name__} with random weights"
-    spec = _read_spec(config, config.architectures or [_architecture_of(config)], name)
+    spec = _read_spec(config, config.architectures or [_architecture_of(config)], name, policy)
     return _checked(config, spec, RandomSource(spec.shapes(), spec.dtype), name)
 
 
-def _open_gguf(path: Path, name: str) -> Checkpoint:
+def _open_gguf(path: Path, name: str, policy: str) -> Checkpoint:
     from transformers import AutoConfig
 
     try:
@@ -90,11 +93,11 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
     except Exception as error:
         raise CheckpointError(f"{path}: not a readable GGUF file: {_one_line(error)}") from error
     source = GGUFSource(path, config)
-    spec = _read_spec(config, config.architectures or [_architecture_of(config)], name)
+    spec = _read_spec(config, config.architectures or [_architecture_of(config)], name, policy)
     return _checked(config, _of_dtype(spec, config, source), source, name)
 
 
-def _open_directory(path: Path, name: str, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
+def _open_directory(path: Path, name: str, policy: str, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
     from transformers import AutoConfig
 
     file = path / "config.json"
@@ -111,7 +114,7 @@ def _open_directory(path: Path, name: str, allow_pickle: bool, trust_remote_code
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=runs_code)
     except Exception as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    spec = _read_spec(config, architectures, name)
+    spec = _read_spec(config, architectures, name, policy)
     source = _open_files(path, allow_pickle)
     source = MXFP4Source(source) if method == _DEQUANTISED else source
     spec = _of_dtype(spec, config, source)
@@ -139,18 +142,16 @@ def _needs_remote_code(fields: dict[str, Any], path: Path, trusted: bool) -> boo
     """Whether only code that the checkpoint brings knows its architecture. Raises ValueError where nothing does, or
     where that code is not trusted; it names the supported ones before transformers names its own."""
     architectures = fields.get("architectures") or []
-    try:
+    if has_policy(architectures) or transformers_architecture(architectures) is not None:
+        return False
+    if not fields.get("auto_map"):
         find_policy(architectures)
-    except ValueError:
-        if not fields.get("auto_map"):
-            raise
-        if not trusted:
-            raise ValueError(
-                f"architecture {', '.join(architectures)} is code that {path} brings (auto_map in config.json); it "
-                f"runs only with InferenceConfig.trust_remote_code=True"
-            ) from None
-        return True
-    return False
+    if not trusted:
+        raise ValueError(
+            f"architecture {', '.join(architectures)} is code that {path} brings (auto_map in config.json); it "
+            f"runs only with InferenceConfig.trust_remote_code=True"
+        )
+    return True
 
 
 def _open_files(path: Path, allow_pickle: bool) -> WeightSource:
@@ -172,7 +173,11 @@ def _architecture_of(config: Any) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
-def _read_spec(config: Any, architectures: list[str], name: str) -> ModelSpec:
+def _read_spec(config: Any, architectures: list[str], name: str, policy: str) -> ModelSpec:
+    """By the family's own policy where it has one, else, or if `policy` says so, by the generic one."""
+    generic = transformers_architecture(architectures)
+    if generic is not None and (policy == "generic" or not has_policy(architectures)):
+        return read_generic(config, generic)
     spec = find_policy(architectures).spec(config, read_rotary)
     check_spec(spec, name)
     return spec
@@ -199,7 +204,7 @@ def check_spec(spec: ModelSpec, name: str) -> None:
         return
     for layer in set(spec.layers):
         activation = getattr(layer.mlp, "activation", None)
-        if activation is not None and activation not in ACTIVATIONS:
+        if activation is not None and activation_kind(activation) not in KINDS:
             raise ValueError(
                 f"{name}: activation {activation!r} is not supported; supported: {', '.join(sorted(ACTIVATIONS))}"
             )

@@ -8,7 +8,7 @@ contribute, and one sum over tp, shared experts included, makes the output.
 import torch
 from torch import Tensor, nn
 
-from ..kernels.eager import ACTIVATIONS
+from ..kernels.eager import activation_kind
 from ..kernels.eager_moe import GroupedLinear, Routing
 from ..kernels.linear import Linear
 from ..policies import Dim, MoESpec, RouterSpec, SharedExpertSpec
@@ -106,7 +106,7 @@ class Experts(LoadedModule):
                 self.pieces["down_bias"] = [Piece(f"{prefix}{spec.name}.down_proj_bias", (experts, (0, h)))]
                 self.down_bias = _blank((self.num_local, h), slices.dtype)
         self.plan_experts, self.combine = ops.plan_experts, ops.combine
-        self.activation = ops.gated_activation(ACTIVATIONS[spec.activation])
+        self.activation = ops.gated_activation(activation_kind(spec.activation))
         self._bind_grouped_linear = ops.bind_grouped_linear
         self.gate_up_product: GroupedLinear
         self.down_product: GroupedLinear
@@ -157,7 +157,7 @@ class SharedExpert(LoadedModule):
         if spec.gate is not None:
             self.pieces["gate"] = [Piece(f"{prefix}{spec.gate}.weight", ((0, 1), hidden))]
             self.gate = _blank((1, h), slices.dtype)
-        self.activation = ops.gated_activation(ACTIVATIONS[moe.activation])
+        self.activation = ops.gated_activation(activation_kind(moe.activation))
         self._bind_linear = ops.bind_linear
         self.gate_up_product: Linear
         self.down_product: Linear

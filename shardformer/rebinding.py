@@ -7,13 +7,13 @@ import torch
 
 from .backends import AttentionBackend, Sequences, Workload, create_backend, tune
 from .backends.proof import difference
-from .stage import PipelineStage
+from .base import Stage
 
 _TRIAL = ((1, 17), (3, 12), (5, 5), (1, 1))  # (queries, keys): a decode, a chunk, a prompt, a second decode
 
 
 def try_backend(
-    stage: PipelineStage, name: str, block_size: int, live: Sequences | None, workload: Workload
+    stage: Stage, name: str, block_size: int, live: Sequences | None, workload: Workload
 ) -> list[AttentionBackend]:
     """A backend of that name (or what "auto" or "tuned" choose) for each attention layer, in order; the stage keeps its
     own. workload: what "tuned" is to be fast at.
@@ -37,7 +37,7 @@ def try_backend(
     return backends
 
 
-def bind(stage: PipelineStage, backends: list[AttentionBackend]) -> None:
+def bind(stage: Stage, backends: list[AttentionBackend]) -> None:
     """Gives each attention layer its new backend."""
     for attention, backend in zip(stage.attentions, backends, strict=True):
         attention.backend = backend

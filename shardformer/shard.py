@@ -73,6 +73,10 @@ def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
         raise ValueError(
             f"pp_size={parts} is more than the model's {spec.num_layers} layers; use pp_size <= {spec.num_layers}"
         )
+    if parts > 1 and spec.why_one_stage is not None:
+        raise ValueError(
+            f"pp_size={parts}: {spec.architecture} cannot be divided into stages ({spec.why_one_stage}); use pp_size=1"
+        )
     layers = [sum(prod(tensor.shape) for tensor in spec.layer_tensors(i)) for i in range(spec.num_layers)]
     costs = [0, *accumulate(layers)]  # of the layers before each
     extra = [0] * parts

@@ -9,9 +9,11 @@ from ..kernels import select_ops
 from ..mesh.collectives import Communicator
 from ..mesh.launch import RankPlace, torchrun_place
 from ..mesh.process_group_mesh import ProcessGroupMesh
-from ..policies import DecoderSpec, ModelSpec
+from ..policies import DecoderSpec, GenericSpec, ModelSpec
 from .backends import Workload, tune
+from .base import Stage
 from .checkpoint import Checkpoint, Model, open_checkpoint
+from .generic import GenericStage
 from .linear import Slices
 from .rebinding import bind
 from .shard import Shards, split_layers
@@ -25,7 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-STAGES: dict[type[ModelSpec], Callable[..., PipelineStage]] = {DecoderSpec: PipelineStage}
+STAGES: dict[type[ModelSpec], Callable[..., Stage]] = {DecoderSpec: PipelineStage, GenericSpec: GenericStage}
 """Whose layers a spec's stage is made of."""
 
 
@@ -54,7 +56,7 @@ class InferenceShardformer:
         """How the model is split over this mesh's tp axis."""
         return Shards(spec, self.mesh.size("tp"), self.config.expert_parallel)
 
-    def optimize(self, model: Model | Checkpoint) -> PipelineStage:
+    def optimize(self, model: Model | Checkpoint) -> Stage:
         """This rank's stage: its layers, its slices of them, ops and attention backend bound.
 
         Raises ValueError where the model cannot be divided so, CheckpointError where weights are faulty.
@@ -64,6 +66,7 @@ class InferenceShardformer:
             if isinstance(model, Checkpoint)
             else open_checkpoint(
                 model,
+                policy=self.config.policy,
                 allow_pickle=self.config.allow_pickle,
                 trust_remote_code=self.config.trust_remote_code,
             )
@@ -87,6 +90,7 @@ class InferenceShardformer:
             specs = [attention.backend.spec for attention in stage.attentions]
             bind(stage, tune(specs, workload_of(self.config, spec)))
         stage.weight_bytes = load_weights(stage, checkpoint.source, self.device)
+        stage.prove()
         return stage.eval()
 
 

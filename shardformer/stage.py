@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Ops
-from ..kernels.eager import ACTIVATIONS
+from ..kernels.eager import activation_kind
 from ..policies import DecoderSpec, LatentSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
-from .backends import AttentionBackend, AttentionMetadata
+from .backends import AttentionMetadata
+from .base import Stage
 from .embedding import Embedding, Head
 from .latent_attention import LatentAttention
 from .linear import (
@@ -36,7 +37,7 @@ class MLP(nn.Module):
         bind = context.ops.activation if spec.gate is None else context.ops.gated_activation
         self.up = ColumnParallelLinear(inputs, prefix, context)
         self.down = (PartialLinear if partial else RowParallelLinear)(spec.down, prefix, context)
-        self.activation = bind(ACTIVATIONS[spec.activation])
+        self.activation = bind(activation_kind(spec.activation))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.activation(self.up(x)))
@@ -109,8 +110,8 @@ def _end(norm: Module | None, multiplier: float, prefix: str, context: Context) 
     return nn.Identity() if multiplier == 1.0 else Scale(multiplier)
 
 
-class PipelineStage(nn.Module):
-    """This rank's part of the model. Built on the meta device; the rotary tables on the real one."""
+class PipelineStage(Stage):
+    """A stage of our own layers; the rotary tables are made on the real device."""
 
     def __init__(
         self,
@@ -124,9 +125,7 @@ class PipelineStage(nn.Module):
         device: torch.device,
         block_size: int | None = None,
     ) -> None:
-        super().__init__()
-        self.spec, self.layer_range, self.dtype, self.device = spec, layers, slices.dtype, device
-        self.is_first, self.is_last = layers[0] == 0, layers[1] == spec.num_layers
+        super().__init__(spec, layers, slices.dtype, device)
         context = Context(slices, ops, spec.norm, backend, device, block_size)
         with torch.device("meta"):
             self.embedding = Embedding(spec.embedding, context) if self.is_first else None
@@ -137,27 +136,17 @@ class PipelineStage(nn.Module):
                 is_shared = spec.tied_embeddings and self.embedding is not None
                 tied = cast(Embedding, self.embedding).tokens if is_shared else None
                 self.head = Head(spec.head, context, tied)
-        self.weight_bytes = 0  # of all parameters, once they are loaded
         self.rotaries = nn.ModuleList(
             RotaryTable(rotary, max_model_len, slices.dtype, device) for rotary in spec.rotaries
         )
 
     @property
     def attentions(self) -> Iterator[PagedAttention | LatentAttention]:
-        """The attention modules of this stage's layers, in order."""
         for layer in self.layers:
             yield cast(DecoderLayer, layer).attention  # type: ignore[misc]
 
-    @property
-    def backends(self) -> dict[str, AttentionBackend]:
-        """One of each kind of backend bound on this stage, by `plan_key`: they prepare the step for all layers."""
-        return {attention.backend.plan_key: attention.backend for attention in self.attentions}
-
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
-        """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.
-
-        Returns hidden states [num_tokens, hidden]: the residual stream with everything added.
-        """
+        """What it gives is the residual stream with everything added."""
         if self.embedding is not None:
             x = self.embedding(x, metadata.positions)
         residual: Tensor | None = None
@@ -167,6 +156,5 @@ class PipelineStage(nn.Module):
         return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
         logits: Tensor = self.head(hidden)
         return logits

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,7 @@ def load_weights(stage: nn.Module, source: WeightSource, device: torch.device) -
     Module by module, the largest first; each `bind`s its own form of its weights, where it has one, as soon as they
     are there: only one module at a time is held twice. Returns the bytes of all parameters.
     """
-    modules = [module for module in stage.modules() if isinstance(module, LoadedModule)]
+    modules: list[Any] = [module for module in stage.modules() if hasattr(module, "pieces")]
     blanks = [getattr(module, name) for module in modules for name in module.pieces]
     uses = Counter(id(blank) for blank in blanks)
     unfilled = [name for name, parameter in stage.named_parameters() if id(parameter) not in uses]
@@ -154,7 +155,8 @@ def load_weights(stage: nn.Module, source: WeightSource, device: torch.device) -
                 if uses[id(blank)] > 1:  # tied
                     shared[id(blank)] = filled
             setattr(module, name, filled)
-        module.bind()
+        if isinstance(module, LoadedModule):
+            module.bind()
         _return_freed_memory()
     source.close()
     return num_bytes

@@ -373,7 +373,9 @@ def test_stats_and_descriptions(model: LlamaForCausalLM, tokenizer: Any) -> None
         assert (replica.num_steps, replica.num_preemptions, engine.stats().num_preemptions) == (12, 0, 0)
         text = engine.describe()
         first = text.splitlines()[0]
-        assert first.startswith("LlamaForCausalLM on dp=1 × pp=1 × tp=1, float32, max_model_len 128; KV cache")
+        assert first.startswith(
+            "LlamaForCausalLM (hand-written policy) on dp=1 × pp=1 × tp=1, float32, max_model_len 128; KV cache"
+        )
         assert "64 blocks of 4 tokens" in first
         assert "eager" in text and "layers" in text and "num_kv_blocks" in text and "constructor" in text
         (busy,) = engine.busy()

@@ -331,6 +331,14 @@ def test_without_a_compiler(
 
 
 @pytest.mark.slow
+def test_the_generic_policy(demo_model: Path, reference: Reference) -> None:
+    """transformers' own layers around our attention; tests/families has them on meshes."""
+    with running(demo_model, policy="generic") as engine:
+        assert "LlamaForCausalLM (generic policy)" in engine.describe()
+        reference.check(generate(engine, reference.prompts))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

@@ -1,10 +1,12 @@
 """What policies declare, against transformers' own modules."""
 
+import re
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from families import FAMILIES, tiny_config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from meshlm.policies import DecoderSpec, MultiHeadSpec, find_policy, supported_architectures
 from meshlm.policies.registry import POLICIES
@@ -37,6 +39,19 @@ def test_a_spec_names_and_sizes_every_tensor(values: dict[str, Any]) -> None:
         del state["lm_head.weight"]
     assert len(spec.shapes()) == len(list(spec.tensors())), "each once"
     assert spec.shapes() == {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if FAMILIES[name] in supported_architectures()])
+def test_the_declared_tensors_are_the_family_s(family: str) -> None:
+    config = tiny_config(family)
+    with torch.device("meta"):
+        state = AutoModelForCausalLM.from_config(config).state_dict()
+    spec = find_policy([FAMILIES[family]]).spec(config, read_rotary)
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    assert spec.shapes() == {
+        name: shape for name, shape in shapes.items() if not any(re.fullmatch(p, name) for p in spec.ignored)
+    }
+    assert all(len(tensor.shape) == len(tensor.dims) for tensor in spec.tensors())
 
 
 def test_a_spec_s_numbers() -> None:

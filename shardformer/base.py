@@ -1,0 +1,51 @@
+"""What the engine sees of a pipeline stage, whoever's layers it is made of."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..policies import ModelSpec
+from .backends import AttentionBackend, AttentionMetadata
+from .shard import Range
+
+
+class Stage(nn.Module):
+    """This rank's part of the model: [embedding] + some decoder layers + [final norm + LM head].
+
+    Built on the meta device; `load_weights` fills it.
+    """
+
+    weight_bytes = 0  # of all parameters, once they are loaded
+    supports_graphs = True
+    """Whether `forward` can be recorded and replayed, as far as it is not the attention backends'."""
+
+    def __init__(self, spec: ModelSpec, layers: Range, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.spec, self.layer_range, self.dtype, self.device = spec, layers, dtype, device
+        self.is_first, self.is_last = layers[0] == 0, layers[1] == spec.num_layers
+
+    @property
+    def attentions(self) -> Iterator[Any]:
+        """The modules of this stage's layers that have a backend and take a cache, in order."""
+        raise NotImplementedError
+
+    @property
+    def backends(self) -> dict[str, AttentionBackend]:
+        """One of each kind of backend bound on this stage, by `plan_key`: they prepare the step for all layers."""
+        return {attention.backend.plan_key: attention.backend for attention in self.attentions}
+
+    def prove(self) -> None:
+        """Proves what can only be seen once the weights are there. Raises ValueError."""
+
+    def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.
+
+        Returns hidden states [num_tokens, hidden], for the next stage or for `logits`.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
+        raise NotImplementedError

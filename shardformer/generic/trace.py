@@ -1,0 +1,195 @@
+"""What the layers of a transformers model ask of attention: seen by running them, on tensors without data."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .interfaces import TRACED, Mask, NotHandedOn, register
+
+_NUM_TOKENS = 7
+_KNOWN = ("scaling", "softcap", "s_aux", "sliding_window")  # a window is read from the mask, as transformers does it
+_IGNORED = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "position_embeddings"}
+_LONGEST = 1 << 20  # keys that are looked at to find a window
+
+
+class Refused(ValueError):
+    """A model that needs what is not supported, and what that is."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention."""
+
+    module: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int | None  # None: head_dim
+    scale: float
+    window: int | None
+    softcap: float | None
+    has_sinks: bool
+
+
+@dataclass(frozen=True)
+class Trace:
+    calls: list[Call]
+    after: tuple[str, ...]  # modules beside the layers that ran once all of them had: a norm, say
+    layer_outputs: int | None  # of a layer, in a tuple; None: hidden states alone
+
+
+class Recorder:
+    """A step that notes how it is asked."""
+
+    def __init__(self, model: Any, longest: int, received: Tensor | None) -> None:
+        self.names = {module: name for name, module in model.named_modules()}
+        self.longest, self.received = min(longest, _LONGEST), received
+        self.is_chunked = is_chunked(model.config)
+        self.calls: list[Call] = []
+        self._windows: dict[Mask, int | None] = {}
+
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: object, asked: Mapping[str, Any]
+    ) -> Tensor:
+        name = self.names[module]
+        scale, softcap, sinks, _ = (asked.get(field) for field in _KNOWN)
+        other = {field for field, value in asked.items() if value is not None} - {*_KNOWN, *_IGNORED}
+        if asked.get("is_causal"):
+            other.discard("is_causal")
+        if other:
+            raise Refused(f"{name} asks attention for {', '.join(sorted(other))}")
+        if not isinstance(mask, Mask):
+            raise Refused(f"{name} attends under a mask of its own ({type(mask).__name__})")
+        (_, heads, _, head_dim), (_, kv_heads, num_keys, _), value_dim = query.shape, key.shape, value.shape[-1]
+        if num_keys != _NUM_TOKENS or value.shape[1:3] != key.shape[1:3]:
+            raise Refused(f"{name} attends to {num_keys} keys of {_NUM_TOKENS} tokens")
+        if mask not in self._windows:
+            self._windows[mask] = self._window(name, mask)
+        self.calls.append(
+            Call(
+                module=name,
+                num_heads=heads,
+                num_kv_heads=kv_heads,
+                head_dim=head_dim,
+                value_dim=None if value_dim == head_dim else value_dim,
+                scale=float(head_dim**-0.5 if scale is None else scale),
+                window=self._windows[mask],
+                softcap=softcap,
+                has_sinks=sinks is not None,
+            )
+        )
+        return query.new_empty(1, _NUM_TOKENS, heads, value_dim)
+
+    def _window(self, name: str, mask: Mask) -> int | None:
+        """How many keys a query sees, its own the last; None: all before it. Of the last position, where it is most."""
+        windows, keys, zero = set(), torch.arange(self.longest), torch.tensor(0)
+        for position in (self.longest // 3, self.longest // 2, self.longest - 1):
+            try:
+                seen = mask.visible(zero, zero, torch.tensor(position), keys).broadcast_to(keys.shape)
+            except RuntimeError:  # chunks are counted from the first token that is not padding, which has no data here
+                if not self.is_chunked:
+                    raise
+                return None
+            first = int(seen.int().argmax())
+            if not torch.equal(seen, (keys >= first) & (keys <= position)):
+                raise Refused(f"{name} attends neither causally nor in a sliding window")
+            windows.add(position + 1 - first if first else None)
+        if len(windows - {None}) > 1:
+            raise Refused(f"{name} attends in chunks")
+        return max(windows, key=lambda window: window or 0)
+
+
+def is_chunked(config: Any) -> bool:
+    return "chunked_attention" in (getattr(config, "layer_types", None) or ())
+
+
+def build(config: Any, architecture: str, dtype: torch.dtype) -> Any:
+    """The model of a config, on the meta device, ready to be traced; it keeps a copy of the config."""
+    import transformers
+
+    register()
+    config = deepcopy(config)
+    config._attn_implementation = config._experts_implementation = TRACED
+    config.output_router_logits = config.use_cache = False
+    with torch.device("meta"), naming("building it"):
+        model = getattr(transformers, architecture)._from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def base_name(model: Any) -> str:
+    """What the model calls the part of it that gives hidden states."""
+    name = model.base_model_prefix
+    if isinstance(getattr(model, name, None), nn.Module):
+        return str(name)
+    return next(name for name, child in model.named_children() if hasattr(child, "base_model_prefix"))
+
+
+def run(model: Any, longest: int, received: tuple[int, int] | None = None, is_told: bool = False) -> Trace:
+    """Runs a model that `build` made, all of it but the LM head.
+
+    longest: sequence; received: sizes of hidden states and of embeddings, for a part of a model without an embedding;
+    is_told: attention is told of the step beforehand, since layers do not hand it on.
+    """
+    ids = torch.zeros(1, _NUM_TOKENS, dtype=torch.long, device="meta")
+    inputs, hidden = {"input_ids": ids}, None
+    if received is not None:
+        hidden, embeddings = (torch.empty(1, _NUM_TOKENS, size, dtype=model.dtype, device="meta") for size in received)
+        inputs = {"inputs_embeds": embeddings}
+    base, recorder = model.get_submodule(base_name(model)), Recorder(model, longest, hidden)
+    ended: list[tuple[str, Any]] = []  # modules as they end, and what they give
+    with _hooked(base, lambda module, _, out: ended.append((recorder.names[module], out))):
+        for module in model.modules() if is_told else ():
+            vars(module)["step"] = recorder
+        with torch.no_grad(), naming("a trial run on tensors without data"):
+            base(
+                **inputs,
+                position_ids=ids,
+                attention_mask=torch.ones(ids.shape, dtype=torch.long),  # with data: some look whether any is padding
+                use_cache=False,
+                step=recorder,
+            )
+        for module in model.modules() if is_told else ():
+            del vars(module)["step"]
+    layer = re.match(r".+?\.\d+(?=\.)", recorder.calls[-1].module) if recorder.calls else None
+    if layer is None:
+        return Trace(recorder.calls, (), None)
+    last = max(i for i, (name, _) in enumerate(ended) if name == layer[0])
+    body, outputs = parent(parent(layer[0])), ended[last][1]
+    after = dict.fromkeys(name for name, _ in ended[last + 1 :] if parent(name) == body)
+    return Trace(recorder.calls, tuple(after), len(outputs) if isinstance(outputs, tuple) else None)
+
+
+def parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+@contextmanager
+def _hooked(model: nn.Module, hook: Any) -> Iterator[None]:
+    handles = [module.register_forward_hook(hook) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def naming(what: str) -> Iterator[None]:
+    """Turns whatever transformers raises into a refusal that says in which module."""
+    try:
+        yield
+    except (Refused, NotHandedOn):
+        raise
+    except Exception as error:
+        where, trace = "", error.__traceback__
+        while trace is not None:
+            inside = trace.tb_frame.f_locals.get("self")
+            where = f" in {type(inside).__name__}" if isinstance(inside, nn.Module) else where
+            trace = trace.tb_next
+        raise Refused(f"{what} failed{where}: {' '.join(str(error).split())[:200]}") from error
