@@ -938,7 +938,7 @@ def free_port() -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1, 3])
+@pytest.mark.parametrize("victim", [0, 3])
 def test_ranks_that_nobody_watches(victim: int, tmp_path: Path, tiny: Path) -> None:
     """Torchrun's variables without its agent, which would end the others: each finds out, and raises, by itself."""
     text = f"""
@@ -987,7 +987,7 @@ except Exception as error:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [{}, {"tp_size": 2}, {"pp_size": 2}, {"dp_size": 2}], ids=str)
+@pytest.mark.parametrize("sizes", [{"tp_size": 2}, {"dp_size": 2}], ids=str)
 def test_a_transformers_module(sizes: dict[str, int], module: Any) -> None:
     """Its weights go to the ranks through a file without a name, which is gone once they are loaded."""
     with InferenceEngine(module, InferenceConfig(**COMMON, **sizes)) as engine:
