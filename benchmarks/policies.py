@@ -42,13 +42,16 @@ SIZES: dict[str, Any] = {
     "head_dim": 64,
     "max_position_embeddings": 2048,
 }
+GROUPS = ("num_key_value_heads", "head_dim")  # what GPT-NeoX does not have
 EXPERTS: dict[str, Any] = {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256}
 MODELS: dict[str, Callable[[], Any]] = {
     "demo": demo_model_path,
-    "qwen3": lambda: transformers.Qwen3Config(**SIZES),
-    "gemma2": lambda: transformers.Gemma2Config(**SIZES),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=8192, n_embd=512, n_layer=8, n_head=8),
-    "qwen3_moe": lambda: transformers.Qwen3MoeConfig(**SIZES, **EXPERTS),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES)),
+    "gpt_neox": lambda: transformers.GPTNeoXForCausalLM(
+        transformers.GPTNeoXConfig(**{name: SIZES[name] for name in SIZES if name not in GROUPS})
+    ),
+    "qwen3_moe": lambda: transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES, **EXPERTS)),
 }
 
 
@@ -89,8 +92,10 @@ def run(engine: InferenceEngine, work: Workload, prompts: Sequence[Sequence[int]
 
 
 def measure(model: str, dtype: str, workloads: Sequence[str], rounds: int, settings: dict[str, Any]) -> list[Row]:
+    torch.manual_seed(0)
+    weights = MODELS[model]()
     engines = {
-        name: InferenceEngine(MODELS[model](), InferenceConfig(dtype=dtype, policy=policy, **settings))
+        name: InferenceEngine(weights, InferenceConfig(dtype=dtype, policy=policy, **settings))
         for name, policy in POLICIES.items()
     }
     rows = []
@@ -127,7 +132,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
     settings = {"tp_size": args.tp_size, "pp_size": args.pp_size}
-    torch.manual_seed(0)
     rows = [
         row
         for dtype in args.dtype
