@@ -243,6 +243,20 @@ def test_what_cannot_be_divided_into_stages_says_so() -> None:
         split_layers(spec, 2)
 
 
+def test_what_computes_on_a_whole_intermediate_dim_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("llama").why_undivided is None
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        gate = self.gate_proj(x)
+        return self.down_proj(self.act_fn(gate - gate.mean(-1, keepdim=True)) * self.up_proj(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    spec = read("llama")
+    Shards(spec, 1)
+    with pytest.raises(ValueError, match=r"tp_size=2: .* \(model.layers.0.mlp computes on all of its intermediate dim"):
+        Shards(spec, 2)
+
+
 def test_stages_are_cut_only_where_hidden_states_are_all_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, modeling_llama.LlamaDecoderLayer, lambda self, out: out)
     assert read("llama").why_one_stage is None
