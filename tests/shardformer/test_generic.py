@@ -19,7 +19,7 @@ from meshlm import InferenceConfig, InferenceEngine, SamplingParams
 from meshlm.policies import Dim, GenericSpec
 from meshlm.policies.generic import MISSING_PLANS, style_of
 from meshlm.shardformer.generic import read_generic
-from meshlm.shardformer.shard import split_layers
+from meshlm.shardformer.shard import Shards, split_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
