@@ -223,6 +223,9 @@ def read_rotary(config: Any, layer_type: str | None = None) -> RotarySpec:
     elif layer_type is not None and layer_type in parameters:
         parameters, kwargs = parameters[layer_type], {"layer_type": layer_type}
     kind = parameters.get("rope_type", "default")
+    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
+        raise ValueError(f"rope_type {kind!r} is not known; known: default, {known}")
     if kind == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dim = getattr(config, "rotary_dim", None) or int(head_dim * parameters.get("partial_rotary_factor", 1.0))
