@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels.eager import ACTIVATIONS, KINDS, activation_kind
-from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy, has_policy
+from ..policies import DecoderSpec, ModelSpec, Policy, RotarySpec, find_policy, has_policy
 from .conversion import converted
 from .generic import read_generic, transformers_architecture
 from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
@@ -173,9 +173,18 @@ def _architecture_of(config: Any) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
+def _policy_of(architectures: list[str]) -> Policy | None:
+    return find_policy(architectures) if has_policy(architectures) else None
+
+
 def _read_spec(config: Any, architectures: list[str], name: str, policy: str) -> ModelSpec:
     """By the family's own policy where it has one, else, or if `policy` says so, by the generic one."""
-    generic = transformers_architecture(architectures)
+    generic, own = transformers_architecture(architectures), _architecture_of(config)
+    if generic is not None and _policy_of(architectures) is not _policy_of([own]):
+        raise ValueError(
+            f"{name}: architectures names {', '.join(architectures)}, but the causal language model of model_type "
+            f"{config.model_type!r} is {own}"
+        )
     if generic is not None and (policy == "generic" or not has_policy(architectures)):
         return read_generic(config, generic)
     spec = find_policy(architectures).spec(config, read_rotary)

@@ -114,3 +114,9 @@ def test_what_a_policy_does_not_serve_is_refused(family: str, values: dict[str, 
     with pytest.raises(ValueError) as error:
         open_checkpoint(tiny_config(family, **values))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("architecture", ["GraniteForCausalLM", "LlamaModel", "LlamaForSequenceClassification"])
+def test_an_architecture_that_the_config_is_not_of_is_refused(architecture: str) -> None:
+    with pytest.raises(ValueError, match=f"names {architecture}, but .* of model_type 'llama' is LlamaForCausalLM"):
+        open_checkpoint(tiny_config("llama", architectures=[architecture]))
