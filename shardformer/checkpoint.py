@@ -181,6 +181,7 @@ def _read_spec(config: Any, architectures: list[str], name: str, policy: str) ->
     """By the family's own policy where it has one, else, or if `policy` says so, by the generic one."""
     generic, own = transformers_architecture(architectures), _architecture_of(config)
     if generic is not None and _policy_of(architectures) is not _policy_of([own]):
+        find_policy(architectures)  # raises where there is none, as for a model without its head
         raise ValueError(
             f"{name}: architectures names {', '.join(architectures)}, but the causal language model of model_type "
             f"{config.model_type!r} is {own}"
