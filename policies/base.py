@@ -350,10 +350,6 @@ def layer_window(config: Any, layer: int) -> int | None:
     return None if kind == "full_attention" else read(config, "sliding_window")
 
 
-def no_window(config: Any, layer: int) -> int | None:
-    return None
-
-
 def always(config: Any, layer: int) -> bool:
     return True
 
@@ -434,7 +430,7 @@ class Policy:
     num_kv_heads: Of[int | None] = lambda config: read(config, "num_key_value_heads")  # None: as many as query heads
     scale: Callable[[Any, int], float | None] = lambda config, layer: None  # None: head_dim ** -0.5
     softcap: Of[float | None] = None
-    window: Callable[[Any, int], int | None] = layer_window
+    has_windows: bool = False  # whether sliding_window is heard
     rotates: Callable[[Any, int], bool] = always
     interleaved: bool = False
     rotates_in_part: bool = False  # whether partial_rotary_factor is heard
@@ -492,7 +488,7 @@ class _Reader:
 
     def spec(self) -> DecoderSpec:
         policy, config = self.policy, self.config
-        if (refusal := policy.refusal(config)) is not None:
+        if (refusal := policy.refusal(config) or self._unheard_window()) is not None:
             raise ValueError(f"{policy.architectures[0]} with {refusal} is not supported")
         layers = self._layers()
         limits = [rotary.max_positions for rotary in self.rotaries if rotary.max_positions is not None]
@@ -516,6 +512,14 @@ class _Reader:
             norm=NormSpec(policy.is_rms, self.the(policy.norm_eps), policy.norm_offset),
             rotaries=tuple(self.rotaries),
         )
+
+    def _unheard_window(self) -> str | None:
+        """A window in the config of a family without. transformers' layers do not hear it either, but its cache does,
+        and forgets what later tokens are to see."""
+        longest = self.number("max_position_embeddings", _UNLIMITED)
+        windows = [layer_window(self.config, index) for index in range(self.num_layers)]
+        short = [window for window in windows if window is not None and window < longest]
+        return f"sliding_window={short[0]}" if short and not self.policy.has_windows else None
 
     def _ends(self, tied: bool) -> tuple[EmbeddingSpec, HeadSpec]:
         policy, h, v = self.policy, Dim.HIDDEN, Dim.VOCABULARY
@@ -575,7 +579,7 @@ class _Reader:
         kind = AttentionKind(
             head_dim=self.head_dim,
             scale=policy.scale(self.config, index) or self.head_dim**-0.5,
-            window=policy.window(self.config, index),
+            window=layer_window(self.config, index) if policy.has_windows else None,
             softcap=self.the(policy.softcap),
             has_sinks=policy.sinks is not None,
             alibi_slopes=alibi,

@@ -18,5 +18,6 @@ COHERE2 = replace(
     COHERE,
     architectures=("Cohere2ForCausalLM",),
     qk_norm=None,
+    has_windows=True,
     rotates=lambda config, layer: layer_type(config, layer) == "sliding_attention",
 )

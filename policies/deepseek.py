@@ -23,8 +23,8 @@ def _experts_v2(config: Any, layer: int) -> MoESpec | None:
         config.num_experts_per_tok,
         float32=True,
         scale=config.routed_scaling_factor,
-        num_groups=config.n_group if in_groups else 1,
-        top_groups=config.topk_group if in_groups else 1,
+        num_groups=read(config, "n_group", 1) if in_groups else 1,
+        top_groups=read(config, "topk_group", 1) if in_groups else 1,
     )
     return _experts(config, layer, router, bias=config.mlp_bias)
 
@@ -37,8 +37,8 @@ def _experts_v3(config: Any, layer: int) -> MoESpec | None:
         scoring="sigmoid",
         normalise=bool(config.norm_topk_prob),
         scale=config.routed_scaling_factor,
-        num_groups=config.n_group,
-        top_groups=config.topk_group,
+        num_groups=read(config, "n_group", 1),
+        top_groups=read(config, "topk_group", 1),
         group_score="sum of two",
     )
     return _experts(config, layer, router, bias=False)
@@ -58,15 +58,29 @@ def _experts(config: Any, layer: int, router: RouterSpec, bias: bool) -> MoESpec
     )
 
 
-def _refusal(config: Any) -> str | None:
+def _refusal(config: Any, scoring: str) -> str | None:
+    if (asked := read(config, "scoring_func", scoring)) != scoring:
+        return f"scoring_func={asked}"
     if read(config, "attention_bias", False) and config.q_lora_rank is None:
         return "attention_bias=True and no q_lora_rank"
     return None
 
 
+def _refusal_v2(config: Any) -> str | None:
+    if config.topk_method not in ("greedy", "group_limited_greedy"):
+        return f"topk_method={config.topk_method}"
+    if config.norm_topk_prob:
+        return "norm_topk_prob=True (transformers does not normalise either)"
+    return _refusal(config, "softmax")
+
+
+def _refusal_v3(config: Any) -> str | None:
+    return _refusal(config, "sigmoid")
+
+
 DEEPSEEK_V2 = Policy(
     architectures=("DeepseekV2ForCausalLM",),
-    refusal=_refusal,
+    refusal=_refusal_v2,
     num_kv_heads=None,  # the config's says nothing: keys are made for every head
     attention_of=_latent_v2,
     mlp_of=_experts_v2,
@@ -74,6 +88,7 @@ DEEPSEEK_V2 = Policy(
 DEEPSEEK_V3 = replace(
     DEEPSEEK_V2,
     architectures=("DeepseekV3ForCausalLM",),
+    refusal=_refusal_v3,
     mlp_bias=False,
     attention_of=_latent_v3,
     mlp_of=_experts_v3,

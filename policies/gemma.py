@@ -12,11 +12,13 @@ GEMMA = Policy(
     architectures=("GemmaForCausalLM",),
     norm_offset=1.0,
     embedding_multiplier=lambda config: config.hidden_size**0.5,
+    refusal=lambda config: "use_bidirectional_attention=True" if config.use_bidirectional_attention else None,
 )
 GEMMA2 = replace(
     GEMMA,
     architectures=("Gemma2ForCausalLM",),
     activation=lambda config: config.hidden_activation,
+    has_windows=True,
     attention_post_norm="post_attention_layernorm",
     mlp_norm="pre_feedforward_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
@@ -29,5 +31,4 @@ GEMMA3 = replace(
     architectures=("Gemma3ForCausalLM",),
     qk_norm=QKNorm.HEAD,
     softcap=None,  # which transformers leaves out too, whatever the config says
-    refusal=lambda config: "use_bidirectional_attention=True" if config.use_bidirectional_attention else None,
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .base import Policy
+from .base import Policy, read
 from .experts import MoESpec, RouterSpec
 
 
@@ -18,4 +18,16 @@ def _experts(config: Any, layer: int) -> MoESpec:
     )
 
 
-GPT_OSS = Policy(architectures=("GptOssForCausalLM",), sinks="self_attn.sinks", mlp_of=_experts)
+def _refusal(config: Any) -> str | None:
+    """The activation's numbers are fixed."""
+    alpha, limit = read(config, "swiglu_alpha", 1.702), read(config, "swiglu_limit", 7.0)
+    return None if (alpha, limit) == (1.702, 7.0) else f"swiglu_alpha={alpha}, swiglu_limit={limit}"
+
+
+GPT_OSS = Policy(
+    architectures=("GptOssForCausalLM",),
+    has_windows=True,
+    sinks="self_attn.sinks",
+    mlp_of=_experts,
+    refusal=_refusal,
+)

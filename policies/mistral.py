@@ -1,5 +1,5 @@
-"""Mistral: Llama with a sliding window, which the defaults read from the config."""
+"""Mistral: Llama with a sliding window."""
 
 from .base import Policy
 
-MISTRAL = Policy(architectures=("MistralForCausalLM", "MinistralForCausalLM"))
+MISTRAL = Policy(architectures=("MistralForCausalLM", "MinistralForCausalLM"), has_windows=True)

@@ -16,4 +16,4 @@ def _experts(config: Any, layer: int) -> MoESpec:
     )
 
 
-MIXTRAL = Policy(architectures=("MixtralForCausalLM",), mlp_of=_experts)
+MIXTRAL = Policy(architectures=("MixtralForCausalLM",), has_windows=True, mlp_of=_experts)

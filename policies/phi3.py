@@ -6,6 +6,7 @@ PHI3 = Policy(
     architectures=("Phi3ForCausalLM",),
     qkv=Fused("self_attn.qkv_proj"),
     gate_up="mlp.gate_up_proj",
+    has_windows=True,
     rotates_in_part=True,
     qkv_bias=False,
     output_bias=False,

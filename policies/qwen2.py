@@ -2,4 +2,4 @@
 
 from .base import Policy
 
-QWEN2 = Policy(architectures=("Qwen2ForCausalLM",), qkv_bias=True, output_bias=False)
+QWEN2 = Policy(architectures=("Qwen2ForCausalLM",), has_windows=True, qkv_bias=True, output_bias=False)

@@ -2,4 +2,4 @@
 
 from .base import Policy, QKNorm
 
-QWEN3 = Policy(architectures=("Qwen3ForCausalLM",), qk_norm=QKNorm.HEAD)
+QWEN3 = Policy(architectures=("Qwen3ForCausalLM",), has_windows=True, qk_norm=QKNorm.HEAD)

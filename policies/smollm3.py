@@ -4,5 +4,6 @@ from .base import Policy
 
 SMOLLM3 = Policy(
     architectures=("SmolLM3ForCausalLM",),
+    has_windows=True,
     rotates=lambda config, layer: bool(config.no_rope_layers[layer]),  # 1: the layer does rotate
 )

@@ -10,6 +10,7 @@ STARCODER2 = Policy(
     qkv_bias=lambda config: config.use_bias,
     output_bias=lambda config: config.use_bias,
     mlp_bias=lambda config: config.use_bias,
+    has_windows=True,
     gate=None,
     up="mlp.c_fc",
     down="mlp.c_proj",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..kernels.eager import ACTIVATIONS, KINDS, activation_kind
-from ..policies import DecoderSpec, ModelSpec, RotarySpec, find_policy, has_policy
+from ..policies import DecoderSpec, ModelSpec, Policy, RotarySpec, find_policy, has_policy
 from .conversion import converted
 from .generic import read_generic, transformers_architecture
 from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
@@ -173,9 +173,19 @@ def _architecture_of(config: Any) -> str:
     return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
 
 
+def _policy_of(architectures: list[str]) -> Policy | None:
+    return find_policy(architectures) if has_policy(architectures) else None
+
+
 def _read_spec(config: Any, architectures: list[str], name: str, policy: str) -> ModelSpec:
     """By the family's own policy where it has one, else, or if `policy` says so, by the generic one."""
-    generic = transformers_architecture(architectures)
+    generic, own = transformers_architecture(architectures), _architecture_of(config)
+    if generic is not None and _policy_of(architectures) is not _policy_of([own]):
+        find_policy(architectures)  # raises where there is none, as for a model without its head
+        raise ValueError(
+            f"{name}: architectures names {', '.join(architectures)}, but the causal language model of model_type "
+            f"{config.model_type!r} is {own}"
+        )
     if generic is not None and (policy == "generic" or not has_policy(architectures)):
         return read_generic(config, generic)
     spec = find_policy(architectures).spec(config, read_rotary)
@@ -223,6 +233,9 @@ def read_rotary(config: Any, layer_type: str | None = None) -> RotarySpec:
     elif layer_type is not None and layer_type in parameters:
         parameters, kwargs = parameters[layer_type], {"layer_type": layer_type}
     kind = parameters.get("rope_type", "default")
+    if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
+        known = ", ".join(sorted(ROPE_INIT_FUNCTIONS))
+        raise ValueError(f"rope_type {kind!r} is not known; known: default, {known}")
     if kind == "default":
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         dim = getattr(config, "rotary_dim", None) or int(head_dim * parameters.get("partial_rotary_factor", 1.0))

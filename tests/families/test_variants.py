@@ -35,6 +35,7 @@ LONGROPE = {
     "original_max_position_embeddings": 64,
 }
 VARIANTS = [
+    Variant("llama", {"sliding_window": 64}),  # not shorter than what the model can see
     Variant("mistral", {"sliding_window": None}),
     Variant("mistral", {"head_dim": 12}),
     Variant("qwen2", {"use_sliding_window": True, "layer_types": SLIDING}, Draw(seed=1)),
@@ -42,7 +43,7 @@ VARIANTS = [
     Variant("gemma", {"tie_word_embeddings": False}),
     Variant("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}, Draw(embedding=0.1)),
     Variant("gemma2", {"query_pre_attn_scalar": 20}, Draw(embedding=0.1)),
-    Variant("phi3", {"sliding_window": None, "tie_word_embeddings": True}),
+    Variant("phi3", {"sliding_window": 5, "tie_word_embeddings": True}),
     Variant("phi3", {"rope_parameters": LONGROPE}),
     Variant("olmo2", {"attention_bias": False}, Draw(seed=1, embedding=1.5)),
     Variant("smollm3", {"no_rope_layers": [0, 1, 1, 0]}),
@@ -54,7 +55,7 @@ VARIANTS = [
     Variant("cohere2", {"layer_types": ["full_attention"] * 4}),
     Variant("glm", {"attention_bias": False}),
     Variant("glm4", {"tie_word_embeddings": True}, Draw(seed=1)),
-    Variant("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
+    Variant("starcoder2", {"use_bias": False, "tie_word_embeddings": False, "sliding_window": 5}),
     Variant("gpt2", {"scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False}, Draw(seed=1)),
     Variant("gpt2", {"scale_attn_weights": False, "activation_function": "relu"}),
     Variant("gptj", {"rotary_dim": 4}),
@@ -67,8 +68,10 @@ VARIANTS = [
     Variant("falcon", FALCON_40B | {"num_ln_in_parallel_attn": 1}),
     Variant("falcon", {"multi_query": False}),
     Variant("falcon", {"parallel_attn": False, "bias": True}),
-    Variant("mixtral", {"sliding_window": None, "num_local_experts": 3}),
+    Variant("mixtral", {"sliding_window": 5, "num_local_experts": 3}),
     Variant("qwen2_moe", {"norm_topk_prob": True, "decoder_sparse_step": 2}),
+    Variant("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 3}),
+    Variant("qwen3_moe", {"use_sliding_window": True}),
     Variant("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [0, 2]}),
 ]
 
@@ -88,13 +91,22 @@ def test_variant(variant: Variant) -> None:
     ("family", "values", "message"),
     [
         ("falcon", {"alibi": True}, "FalconForCausalLM with alibi=True"),
-        (
-            "gemma3_text",
-            {"use_bidirectional_attention": True},
-            "Gemma3ForCausalLM with use_bidirectional_attention=True",
+        *(
+            (family, {"use_bidirectional_attention": True}, "ForCausalLM with use_bidirectional_attention=True")
+            for family in ("gemma", "gemma2", "gemma3_text")
         ),
         ("gpt2", {"add_cross_attention": True}, "GPT2LMHeadModel with add_cross_attention=True"),
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "BloomForCausalLM with apply_residual"),
+        *(
+            (family, {"sliding_window": 5}, "ForCausalLM with sliding_window=5 is not supported")
+            for family in ("llama", "granite", "cohere", "gpt_neox", "deepseek_v3")
+        ),
+        ("llama", {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}}, "rope_type 'spiral' is not known"),
+        ("gpt_oss", {"swiglu_limit": 10.0}, "GptOssForCausalLM with swiglu_alpha=1.702, swiglu_limit=10.0"),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, "DeepseekV2ForCausalLM with topk_method=noaux_tc"),
+        ("deepseek_v2", {"norm_topk_prob": True}, "DeepseekV2ForCausalLM with norm_topk_prob=True"),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, "DeepseekV2ForCausalLM with scoring_func=sigmoid"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "DeepseekV3ForCausalLM with scoring_func=softmax"),
         ("llama", {"hidden_act": "xielu"}, "activation 'xielu' is not supported; supported: gelu"),
     ],
 )
@@ -102,3 +114,19 @@ def test_what_a_policy_does_not_serve_is_refused(family: str, values: dict[str, 
     with pytest.raises(ValueError) as error:
         open_checkpoint(tiny_config(family, **values))
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        (
+            "GraniteForCausalLM",
+            "architectures names GraniteForCausalLM, but .* of model_type 'llama' is LlamaForCausalLM",
+        ),
+        ("LlamaModel", "^architecture LlamaModel is not supported; nearest supported: LlamaForCausalLM"),
+        ("LlamaForSequenceClassification", "^architecture LlamaForSequenceClassification is not supported; nearest"),
+    ],
+)
+def test_an_architecture_that_the_config_is_not_of_is_refused(architecture: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        open_checkpoint(tiny_config("llama", architectures=[architecture]))
