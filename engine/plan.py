@@ -4,7 +4,6 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def settings(config: InferenceConfig, device: torch.device, checkpoint: Checkpoi
     spec, own = checkpoint.spec, ("device", "start_timeout_s", "collective_timeout_s")
     found = {f"InferenceConfig.{name}": value for name, value in config if name not in own}
     found["InferenceConfig.device"] = device.type
-    found |= _flat("model", asdict(spec))
+    found |= _flat("model", spec.plain())
     found["model.eos_token_id"] = list(checkpoint.eos_token_ids)
     tensor = max(spec.layer_tensors(0), key=lambda tensor: len(tensor.shape))  # a matrix: norms are too much alike
     name, first = tensor.name, tuple((0, 1) for _ in tensor.shape[:-1])

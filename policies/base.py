@@ -6,7 +6,7 @@ builds its stage from. Modules are called what transformers calls them in memory
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -246,6 +246,7 @@ class ModelSpec:
     dtype: str  # of the checkpoint
     ignored: tuple[str, ...] = ()  # patterns of checkpoint tensors that are knowingly not used
     why_one_stage: str | None = None  # what keeps it from being divided into stages
+    why_undivided: str | None = None  # what keeps its layers from being divided over tp
 
     @property
     def policy(self) -> str:
@@ -277,8 +278,12 @@ class ModelSpec:
         names = {tensor.name for tensor in first}
         yield from (tensor for tensor in self.head_tensors() if tensor.name not in names)
 
+    def plain(self) -> dict[str, Any]:
+        """All that it says, in dicts, tuples and plain values."""
+        return asdict(self)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The same, each tensor once: name -> shape."""
+        """The tensors of `tensors`, each once: name -> shape."""
         shapes: dict[str, tuple[int, ...]] = {}
         for tensor in self.tensors():
             shape, along = list(tensor.shape), tensor.along

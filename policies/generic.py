@@ -6,7 +6,7 @@ each a style. This is what the styles mean here. How much each rank gets is not 
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from .base import AttentionKind, ModelSpec, TensorSpec
@@ -134,6 +134,9 @@ class GenericSpec(ModelSpec):
     first: tuple[TensorSpec, ...]  # see `embedding_tensors`
     layers: tuple[tuple[TensorSpec, ...], ...]
     last: tuple[TensorSpec, ...]
+
+    def plain(self) -> dict[str, Any]:
+        return asdict(replace(self, config=None)) | {"config": self.config.to_dict()}
 
     @property
     def policy(self) -> str:

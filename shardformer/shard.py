@@ -109,6 +109,11 @@ class Shards:
         self.tp_size, self.expert_parallel = tp_size, expert_parallel
         self.num_heads, self.num_kv_heads = spec.num_heads, spec.num_kv_heads
         self.heads, self.kv_heads = split_heads(spec.num_heads, spec.num_kv_heads, tp_size)
+        if tp_size > 1 and spec.why_undivided is not None:
+            raise ValueError(
+                f"tp_size={tp_size}: the layers of {spec.architecture} cannot be divided ({spec.why_undivided}); use "
+                f"tp_size=1"
+            )
         if expert_parallel and not any(Dim.EXPERTS in tensor.dims for tensor in spec.tensors()):
             raise ValueError(f"expert_parallel=True has no effect: {spec.architecture} has no experts; leave it False")
         splits = {Dim.VOCABULARY, Dim.INTERMEDIATE} | (set() if expert_parallel else {Dim.EXPERT_INTERMEDIATE})

@@ -11,6 +11,7 @@ from torch import nn
 
 from ...policies import AttentionKind, Dim, GenericSpec, TensorSpec, nearest_supported
 from ...policies.generic import STYLES, Style, find_plan, style_of
+from .divided import why_undivided
 from .head import check_logits
 from .interfaces import NotHandedOn
 from .stage import cut
@@ -122,6 +123,7 @@ class _Reader:
             layer_outputs=self.trace.layer_outputs,
             styles=self.styles,
             kinds=tuple(self._kind(call) for call in self.calls),
+            why_undivided=why_undivided(model, self.prefix, self.styles, {self._region(call) for call in self.calls}),
             first=tuple(first),
             layers=tuple(tuple(layer) for layer in layers),
             last=(*last, table) if f"{self.lm_head}.weight" in tied else tuple(last),

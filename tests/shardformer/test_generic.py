@@ -19,7 +19,7 @@ from meshlm import InferenceConfig, InferenceEngine, SamplingParams
 from meshlm.policies import Dim, GenericSpec
 from meshlm.policies.generic import MISSING_PLANS, style_of
 from meshlm.shardformer.generic import read_generic
-from meshlm.shardformer.shard import split_layers
+from meshlm.shardformer.shard import Shards, split_layers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -242,6 +242,20 @@ def test_what_cannot_be_divided_into_stages_says_so() -> None:
     assert split_layers(spec, 1) == [(0, 2)]
     with pytest.raises(ValueError, match=r"pp_size=2: LlamaForCausalLM cannot be .* \(of something\); use pp_size=1"):
         split_layers(spec, 2)
+
+
+def test_what_computes_on_a_whole_intermediate_dim_is_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read("llama").why_undivided is None
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        gate = self.gate_proj(x)
+        return self.down_proj(self.act_fn(gate - gate.mean(-1, keepdim=True)) * self.up_proj(x))
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    spec = read("llama")
+    Shards(spec, 1)
+    with pytest.raises(ValueError, match=r"tp_size=2: .* \(model.layers.0.mlp computes on all of its intermediate dim"):
+        Shards(spec, 2)
 
 
 def test_stages_are_cut_only_where_hidden_states_are_all_that_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
