@@ -184,8 +184,11 @@ class _Reader:
     # ---- how it is divided
 
     def _styles(self) -> Iterator[tuple[str, str]]:
-        """What the table says of each module and parameter; nothing of embedding and LM head, divided by vocabulary, nor
-        of attention whose heads are not those of most layers, which every rank then holds whole."""
+        """What the table says of each module and parameter.
+
+        Nothing of the embedding and the LM head, which are divided by vocabulary, nor of attention whose heads are not
+        those of most layers, which every rank then holds whole.
+        """
         plan, base = find_plan(self.config) or {}, parent(self.prefix) + "."
         odd = tuple(
             f"{self._region(call)}." for call in self.calls if (call.num_heads, call.num_kv_heads) != self.num_heads

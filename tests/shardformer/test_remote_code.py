@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM, dynamic_module_utils
 from transformers.models.llama import configuration_llama, modeling_llama
 
 from meshlm import InferenceConfig, InferenceEngine
 from meshlm.policies import GenericSpec
 from meshlm.shardformer import open_checkpoint
+from tiny import SIZES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -132,7 +132,5 @@ def edited(directory: Path, tmp_path: Path) -> Callable[..., Path]:
         ("config.json", r"AutoModelForCausalLM", "AutoModel", "config.json: its auto_map names no AutoModelForCausal"),
     ],
 )
-def test_what_is_refused(
-    edited: Callable[..., Path], file: str, pattern: str, replacement: str, message: str
-) -> None:
+def test_what_is_refused(edited: Callable[..., Path], file: str, pattern: str, replacement: str, message: str) -> None:
     assert message in fault(edited(file, pattern, replacement), trusted=True)
