@@ -118,7 +118,7 @@ class InferenceConfig(BaseSettings):
     )
     trust_remote_code: bool = Field(
         default=False,
-        description="run Python code that a model's directory brings, where its architecture is not in transformers",
+        description="run Python code that a model's directory brings, for a model or tokenizer that transformers lacks",
     )
 
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="seed of requests that bring none of their own")

@@ -93,7 +93,9 @@ class InferenceEngine:
     def _start(self, checkpoint: Checkpoint, files: ExitStack, model: Model, tokenizer: Any) -> None:
         """Loads the weights on every rank, measures what memory is left, and allocates the cache."""
         loading = self._world.begin_load(checkpoint, files)
-        self.tokenizer = find_tokenizer(model) if tokenizer is None else tokenizer  # while the ranks load
+        if tokenizer is None:  # while the ranks load
+            tokenizer = find_tokenizer(model, self.config.trust_remote_code)
+        self.tokenizer = tokenizer
         defaults = default_params(model, checkpoint.eos_token_ids, self.tokenizer)
         self._model = f"{checkpoint.spec.architecture} ({checkpoint.spec.policy} policy)"
 

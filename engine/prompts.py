@@ -124,8 +124,8 @@ def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
     return list(zip(each, params, strict=True))
 
 
-def find_tokenizer(model: Model) -> Any:
-    """The tokenizer beside a model's weights; None if there is none."""
+def find_tokenizer(model: Model, trust_remote_code: bool) -> Any:
+    """The tokenizer beside a model's weights; None if there is none. trust_remote_code: its own code may run."""
     if not isinstance(model, str | Path):
         return None
     from transformers import AutoTokenizer
@@ -135,7 +135,7 @@ def find_tokenizer(model: Model) -> Any:
         return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     if not any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=trust_remote_code)
 
 
 def default_params(model: Model, eos_token_ids: Sequence[int], tokenizer: Any) -> SamplingParams:

@@ -119,6 +119,7 @@ class GenericSpec(ModelSpec):
     """A model whose layers are transformers'."""
 
     config: Any  # transformers'
+    model_class: Any  # transformers', or one that the checkpoint brings
     prefix: str  # of the decoder layers
     attention: str  # what a layer calls the module that attends
     embedding: str  # names of modules

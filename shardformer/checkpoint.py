@@ -12,7 +12,7 @@ from torch import nn
 from ..kernels.eager import ACTIVATIONS, KINDS, activation_kind
 from ..policies import DecoderSpec, ModelSpec, Policy, RotarySpec, find_policy, has_policy
 from .conversion import converted
-from .generic import read_generic, transformers_architecture
+from .generic import read_generic, transformers_class
 from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
 from .weights import CheckpointError, WeightSource, check_checkpoint
 
@@ -114,7 +114,8 @@ def _open_directory(path: Path, name: str, policy: str, allow_pickle: bool, trus
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=runs_code)
     except Exception as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    spec = _read_spec(config, architectures, name, policy)
+    own = _own_class(fields["auto_map"], path) if runs_code else None
+    spec = _read_spec(config, architectures, name, policy, own)
     source = _open_files(path, allow_pickle)
     source = MXFP4Source(source) if method == _DEQUANTISED else source
     spec = _of_dtype(spec, config, source)
@@ -142,7 +143,7 @@ def _needs_remote_code(fields: dict[str, Any], path: Path, trusted: bool) -> boo
     """Whether only code that the checkpoint brings knows its architecture. Raises ValueError where nothing does, or
     where that code is not trusted; it names the supported ones before transformers names its own."""
     architectures = fields.get("architectures") or []
-    if has_policy(architectures) or transformers_architecture(architectures) is not None:
+    if has_policy(architectures) or transformers_class(architectures) is not None:
         return False
     if not fields.get("auto_map"):
         find_policy(architectures)
@@ -152,6 +153,19 @@ def _needs_remote_code(fields: dict[str, Any], path: Path, trusted: bool) -> boo
             f"runs only with InferenceConfig.trust_remote_code=True"
         )
     return True
+
+
+def _own_class(auto_map: dict[str, str], path: Path) -> Any:
+    """The causal language model that a checkpoint's own code defines, which is executed."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    reference = auto_map.get("AutoModelForCausalLM")
+    if reference is None:
+        raise CheckpointError(f"{path / 'config.json'}: its auto_map names no AutoModelForCausalLM")
+    try:
+        return get_class_from_dynamic_module(reference, path, local_files_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: its own code, {reference}: {_one_line(error)}") from error
 
 
 def _open_files(path: Path, allow_pickle: bool) -> WeightSource:
@@ -177,14 +191,17 @@ def _policy_of(architectures: list[str]) -> Policy | None:
     return find_policy(architectures) if has_policy(architectures) else None
 
 
-def _read_spec(config: Any, architectures: list[str], name: str, policy: str) -> ModelSpec:
-    """By the family's own policy where it has one, else, or if `policy` says so, by the generic one."""
-    generic, own = transformers_architecture(architectures), _architecture_of(config)
-    if generic is not None and _policy_of(architectures) is not _policy_of([own]):
+def _read_spec(config: Any, architectures: list[str], name: str, policy: str, own: Any = None) -> ModelSpec:
+    """By the family's own policy where it has one, else, or if `policy` says so, by the generic one.
+
+    own: the class of a model that only the checkpoint's code knows.
+    """
+    generic, usual = own or transformers_class(architectures), _architecture_of(config)
+    if own is None and generic is not None and _policy_of(architectures) is not _policy_of([usual]):
         find_policy(architectures)  # raises where there is none, as for a model without its head
         raise ValueError(
             f"{name}: architectures names {', '.join(architectures)}, but the causal language model of model_type "
-            f"{config.model_type!r} is {own}"
+            f"{config.model_type!r} is {usual}"
         )
     if generic is not None and (policy == "generic" or not has_policy(architectures)):
         return read_generic(config, generic)

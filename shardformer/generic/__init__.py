@@ -9,7 +9,7 @@ stage.py        `GenericStage`
 proof.py        what is proved once the weights are there
 """
 
-from .spec import read_generic, transformers_architecture
+from .spec import read_generic, transformers_class
 from .stage import GenericStage
 
-__all__ = ["GenericStage", "read_generic", "transformers_architecture"]
+__all__ = ["GenericStage", "read_generic", "transformers_class"]

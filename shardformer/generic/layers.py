@@ -108,7 +108,8 @@ class GroupedExperts(LoadedModule):
                     delattr(owner, theirs + suffix)
         # Functions, not modules: those are the owner's.
         self._activate = owner._apply_gate if owner.has_gate else owner.act_fn.forward
-        self._finish = owner.post_expert_norm.forward if owner.has_post_expert_norm else lambda rows: rows
+        has_norm = getattr(owner, "has_post_expert_norm", False)  # older transformers say it of none
+        self._finish = owner.post_expert_norm.forward if has_norm else lambda rows: rows
         self.up: nn.Parameter | None
         self.down: nn.Parameter | None
         self.up_bias: nn.Parameter | None

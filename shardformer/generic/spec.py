@@ -25,17 +25,18 @@ _KEY_VALUE = re.compile(r"(k|v|kv|key|value)(_|$)|W[kv]$")
 _LENGTHS = ("max_position_embeddings", "n_positions")
 
 
-def transformers_architecture(architectures: Sequence[str]) -> str | None:
+def transformers_class(architectures: Sequence[str]) -> Any:
     """The first that is a class of transformers; None if none is."""
     import transformers
 
-    return next((name for name in architectures if hasattr(transformers, name)), None)
+    return next((getattr(transformers, name) for name in architectures if hasattr(transformers, name)), None)
 
 
-def read_generic(config: Any, architecture: str) -> GenericSpec:
+def read_generic(config: Any, model_class: Any) -> GenericSpec:
     """The spec of a causal language model of transformers. Raises ValueError naming what it needs that is not there."""
+    architecture = model_class.__name__
     try:
-        reader = _Reader(config, architecture)
+        reader = _Reader(config, model_class)
         spec = reader.spec()
         return replace(spec, why_one_stage=_why_one_stage(spec, reader.trace.is_chain))
     except Refused as error:
@@ -48,7 +49,7 @@ def _why_one_stage(spec: GenericSpec, is_chain: bool) -> str | None:
     """Why the model cannot be divided into stages, which a trial of its last layer alone shows; None if it can."""
     if not is_chain:
         return "something becomes of hidden states between its layers"
-    model = build(spec.config, spec.architecture, torch.float32)
+    model = build(spec.config, spec.model_class, torch.float32)
     cut(model, spec, (spec.num_layers - 1, spec.num_layers))
     try:
         run(model, 1, (spec.hidden_size, spec.embedding_size), is_told=not spec.hands_on)
@@ -60,11 +61,11 @@ def _why_one_stage(spec: GenericSpec, is_chain: bool) -> str | None:
 class _Reader:
     """A model without data, and how its layers attend."""
 
-    def __init__(self, config: Any, architecture: str) -> None:
+    def __init__(self, config: Any, model_class: Any) -> None:
         _check_config(config)
-        self.config, self.architecture = config, architecture
+        self.config, self.model_class = config, model_class
         self.longest = _longest(config)
-        self.model = build(config, architecture, torch.float32)
+        self.model = build(config, model_class, torch.float32)
         self.trace, self.hands_on = self._run()
         self.calls = self.trace.calls
         self.prefix, self.attention = self._layers()
@@ -99,7 +100,7 @@ class _Reader:
                 first.append(tensor)
         table = next(tensor for tensor in first if tensor.name == f"{self.embedding}.weight")
         return GenericSpec(
-            architecture=self.architecture,
+            architecture=self.model_class.__name__,
             num_layers=len(layers),
             num_heads=self.num_heads[0],
             num_kv_heads=self.num_heads[1],
@@ -110,6 +111,7 @@ class _Reader:
             dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
             ignored=(r".*rotary_emb\.inv_freq", *map(re.escape, tied)),
             config=config,
+            model_class=self.model_class,
             prefix=self.prefix,
             attention=self.attention,
             embedding=self.embedding,
@@ -182,8 +184,11 @@ class _Reader:
     # ---- how it is divided
 
     def _styles(self) -> Iterator[tuple[str, str]]:
-        """What the table says of each module and parameter; nothing of attention whose heads are not those of most
-        layers, which every rank then holds whole."""
+        """What the table says of each module and parameter.
+
+        Nothing of the embedding and the LM head, which are divided by vocabulary, nor of attention whose heads are not
+        those of most layers, which every rank then holds whole.
+        """
         plan, base = find_plan(self.config) or {}, parent(self.prefix) + "."
         odd = tuple(
             f"{self._region(call)}." for call in self.calls if (call.num_heads, call.num_kv_heads) != self.num_heads
@@ -191,7 +196,7 @@ class _Reader:
         names = [name for name, _ in self.model.named_modules()] + [name for name, _ in self.model.named_parameters()]
         for name in names:
             style = style_of(name, plan, base)
-            if style is None or name.startswith(odd):
+            if style is None or name in (self.embedding, self.lm_head) or name.startswith(odd):
                 continue
             if style not in STYLES:
                 raise Refused(f"its table gives {name} the style {style!r}")

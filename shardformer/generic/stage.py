@@ -66,7 +66,7 @@ class GenericStage(Stage):
     ) -> None:
         super().__init__(spec, layers, slices.dtype, device)
         self.max_model_len = max_model_len
-        self.model = build(spec.config, spec.architecture, slices.dtype)
+        self.model = build(spec.config, spec.model_class, slices.dtype)
         self._paths = [f"{spec.prefix}.{index}.{spec.attention}" for index in range(*layers)]
         context = Context(slices, ops, NormSpec(is_rms=True, eps=0.0), backend, device, block_size)
         _keep_wide(self.model, slices.dtype)

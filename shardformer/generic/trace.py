@@ -111,16 +111,14 @@ def is_chunked(config: Any) -> bool:
     return "chunked_attention" in (getattr(config, "layer_types", None) or ())
 
 
-def build(config: Any, architecture: str, dtype: torch.dtype) -> Any:
+def build(config: Any, model_class: Any, dtype: torch.dtype) -> Any:
     """The model of a config, on the meta device, ready to be traced; it keeps a copy of the config."""
-    import transformers
-
     register()
     config = deepcopy(config)
     config._attn_implementation = config._experts_implementation = TRACED
     config.output_router_logits = config.use_cache = False
     with torch.device("meta"), naming("building it"):
-        model = getattr(transformers, architecture)._from_config(config, dtype=dtype)
+        model = model_class._from_config(config, dtype=dtype)
     return model.eval()
 
 
@@ -129,7 +127,10 @@ def base_name(model: Any) -> str:
     name = model.base_model_prefix
     if isinstance(getattr(model, name, None), nn.Module):
         return str(name)
-    return next(name for name, child in model.named_children() if hasattr(child, "base_model_prefix"))
+    for name, child in model.named_children():
+        if hasattr(child, "base_model_prefix"):
+            return name
+    raise Refused("it has no LM head over a model that gives hidden states")
 
 
 def run(model: Any, longest: int, received: tuple[int, int] | None = None, is_told: bool = False) -> Trace:

@@ -6,13 +6,14 @@ other tests share. Equality is strict: references in which two logits nearly tie
 
 import pytest
 from families import FAMILIES, NOT_BUILT, greedy_reference, tiny_config, tiny_model
-from families_document import DOCUMENT, find, passes, read, write
+from families_document import DOCUMENT, find, is_of_another_transformers, passes, read, write
 from parity import CONFIG, MESHES, OPTIONAL, Item, Result, measure, meshes_of, policy_of
 
 from meshlm import InferenceConfig, InferenceEngine
 
 QUICK = ("llama", "gemma2", "gpt2", "bloom")
 MIN_PASSING = 100
+of_the_document = pytest.mark.skipif(is_of_another_transformers(), reason="documented with another transformers")
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +45,7 @@ def test_a_module_on_one_rank(family: str) -> None:
     assert [list(output.token_ids) for output in outputs] == reference.outputs
 
 
+@of_the_document
 def test_the_document_names_every_family_and_its_policy() -> None:
     rows = [row for row in read() if row.title in ("passes on", "why not")]
     assert {row.family: row.policy for row in rows} == {family: policy_of(family) for family in FAMILIES}
@@ -69,6 +71,7 @@ def test_a_reference_that_tells_nothing_is_found_out() -> None:
 # ---- all families ----------------------------------------------------------------------------------------------------
 
 
+@of_the_document
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("item", documented(), ids=lambda item: f"{item.family}-{item.policy}-{item.mesh}")
@@ -77,6 +80,7 @@ def test_parity(item: Item, results: list[Result]) -> None:
     assert (result.passed, result.reason, result.faults) == (True, "", [])
 
 
+@of_the_document
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_document_says_what_was_found(results: list[Result]) -> None:

@@ -65,7 +65,8 @@ def tiny_config(model_type: str, **fields: Any) -> Any:
 
 
 def read(model_type: str, **fields: Any) -> GenericSpec:
-    return read_generic(tiny_config(model_type, **fields), MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    model_class = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    return read_generic(tiny_config(model_type, **fields), model_class)
 
 
 # ---- what is read ----------------------------------------------------------------------------------------------------

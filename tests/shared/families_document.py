@@ -10,10 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from families import FAMILIES, NOT_BUILT
 from parity import GENERIC, HAND_WRITTEN, MESHES, OPTIONAL, Result, measure, policy_of
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "families.md"
+
+
+def is_of_another_transformers() -> bool:
+    """Whether the document tells of another version than the one installed, with other families."""
+    version = re.search(r"in transformers (\d\S+)", DOCUMENT.read_text())
+    return version is not None and version[1] != transformers.__version__
 
 
 def find(results: Iterable[Result], family: str, policy: str) -> list[Result]:
@@ -29,10 +36,11 @@ def write(results: Sequence[Result]) -> str:
     """The document's text."""
     good = [family for family in sorted(FAMILIES) if passes(find(results, family, policy_of(family)))]
     by_hand = [family for family in good if policy_of(family) == HAND_WRITTEN]
+    version = transformers.__version__
     lines = [
         "# Families",
         "",
-        f"{len(good)} of the {len(FAMILIES)} families of causal language models in transformers pass:",
+        f"{len(good)} of the {len(FAMILIES)} families of causal language models in transformers {version} pass:",
         f"{len(by_hand)} by hand-written policies, {len(good) - len(by_hand)} by the generic one. To pass is to",
         "generate, from a tiny random model in float32, the tokens that transformers generates, 24 for each of 6",
         "prompts in one batch, on every mesh named. `python tests/shared/families_document.py` writes this page, and",
