@@ -856,10 +856,14 @@ def test_modules_that_are_not_for_us() -> None:
         open_checkpoint(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^model: a Linear has no transformers config$"):
         open_checkpoint(torch.nn.Linear(2, 2))
-    from transformers import LlamaModel
+    from transformers import ArceeConfig, ArceeModel, LlamaModel
 
-    with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported: it has no LM head .*; nearest "):
+    with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported; nearest supported: "):
         open_checkpoint(LlamaModel(llama_config()))
+    with torch.device("meta"):
+        model = ArceeModel(ArceeConfig(**SIZES))
+    with pytest.raises(ValueError, match=r"^architecture ArceeModel is not supported: it has no LM head .*; nearest "):
+        open_checkpoint(model)
 
 
 @pytest.mark.slow  # reads a GGUF file
