@@ -351,6 +351,7 @@ _KEPT = ("A_log", "dt_bias", "embed_positions")
 
 NUM_NEW = 24
 MIN_DISTINCT = 6
+NUM_CHANGED = 4  # prompts that are near enough to their output for a window to see
 MIN_MARGIN = 1e-4
 _generator = torch.Generator().manual_seed(1)
 PROMPTS: list[list[int]] = [
@@ -364,7 +365,7 @@ class Reference:
 
     prompts: list[list[int]]
     outputs: list[list[int]]  # of NUM_NEW tokens
-    changed: list[list[int]]  # of prompts with another first token, where it is near enough for a window to see
+    changed: list[list[int]]  # of the first NUM_CHANGED prompts with another first token
     margin: float  # how near the best two logits ever came, in units of the logits' spread: rounding must not matter
 
     def faults(self) -> list[str]:
@@ -378,15 +379,20 @@ class Reference:
 
 
 def greedy_reference(model: PreTrainedModel) -> Reference:
-    outputs, margins = zip(*(_greedy(model, prompt) for prompt in PROMPTS), strict=True)
-    changed = [_greedy(model, [(prompt[0] + 1) % VOCABULARY, *prompt[1:]])[0] for prompt in PROMPTS[:4]]
-    return Reference(PROMPTS, list(outputs), changed, min(margins))
+    outputs, changed, margins = [], [], []
+    for index, prompt in enumerate(PROMPTS):
+        other = [[(prompt[0] + 1) % VOCABULARY, *prompt[1:]]] if index < NUM_CHANGED else []
+        (output, *more), margin = _greedy(model, [prompt, *other])
+        outputs.append(output)
+        changed += more
+        margins.append(margin)
+    return Reference(PROMPTS, outputs, changed, min(margins))
 
 
 @torch.inference_mode()
-def _greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], float]:
-    """transformers' own continuation, and its margin."""
-    ids = torch.tensor([prompt])
+def _greedy(model: PreTrainedModel, prompts: list[list[int]]) -> tuple[list[list[int]], float]:
+    """transformers' own continuations of prompts of one length, and the first one's margin."""
+    ids = torch.tensor(prompts)
     output = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -396,7 +402,7 @@ def _greedy(model: PreTrainedModel, prompt: list[int]) -> tuple[list[int], float
         return_dict_in_generate=True,
         output_logits=True,
     )
-    best = torch.stack([logits[0].topk(2).values for logits in output.logits])
-    spread = torch.stack([logits[0].std() for logits in output.logits])
-    margin = ((best[:, 0] - best[:, 1]) / spread).min().item()
-    return output.sequences[0, len(prompt) :].tolist(), margin
+    logits = torch.stack([logits[0] for logits in output.logits])  # [NUM_NEW, vocabulary]
+    best = logits.topk(2).values
+    margin = ((best[:, 0] - best[:, 1]) / logits.std(dim=-1)).min().item()
+    return output.sequences[:, ids.shape[1] :].tolist(), margin
