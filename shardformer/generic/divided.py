@@ -1,5 +1,6 @@
-"""A trial of what stands between the linear layers of an MLP: it must do the same to a part as to the whole.
+"""What keeps layers from being divided: modules that ours cannot take the place of, and what stands between those.
 
+What stands between the linear layers of an MLP is tried: it must do the same to a part as to the whole.
 A rank has a part of the intermediate dim. An activation takes each element by itself; a norm, or a cutoff at a
 quantile, would take its own part for the whole.
 """
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...policies.generic import STYLES, Style
-from .trace import naming
+from .trace import is_kept_wide, naming
 
 _NUM_TOKENS = 3
 _SMALL = 4096  # elements of the intermediate dim that are tried at most
@@ -46,6 +47,12 @@ def why_undivided(model: nn.Module, prefix: str, styles: Mapping[str, str], trac
 
     prefix: of the decoder layers; traced: attention modules, of which `trace.py` sees what they compute.
     """
+    for name, module in model.named_modules():
+        if name in styles and STYLES[styles[name]].is_split:
+            if type(module) is not nn.Linear:
+                return f"its table divides {name}, which is a {type(module).__name__}"
+            if is_kept_wide(model, f"{name}.weight", torch.float16):
+                return f"{name} is kept in float32"
     for name, module, linears in _between(model, prefix, styles):
         if name in traced:
             continue

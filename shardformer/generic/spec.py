@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...policies import AttentionKind, Dim, GenericSpec, TensorSpec, nearest_supported
+from ...policies import AttentionKind, Dim, GenericSpec, TensorSpec, has_policy, nearest_supported
 from ...policies.generic import STYLES, Style, find_plan, style_of
 from .divided import why_undivided
 from .head import check_logits
@@ -40,6 +40,8 @@ def read_generic(config: Any, model_class: Any) -> GenericSpec:
         spec = reader.spec()
         return replace(spec, why_one_stage=_why_one_stage(spec, reader.trace.is_chain))
     except Refused as error:
+        if has_policy([architecture]):
+            raise ValueError(f"policy='generic': {architecture}: {error}; it has a policy of its own") from error
         raise ValueError(
             f"architecture {architecture} is not supported: {error}; {nearest_supported(architecture)}"
         ) from error

@@ -26,7 +26,7 @@ from .head import head_of, run_head
 from .interfaces import NAME, Ended, Step, tell
 from .layers import Absent, After, Before, GroupedExperts, PagedKernel, Parts, VocabPart, hold, parallel_linear
 from .proof import prove
-from .trace import base_name, build, fix_frequencies, run
+from .trace import base_name, build, fix_frequencies, is_kept_wide, run
 
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_query_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
@@ -163,13 +163,10 @@ def cut(model: Any, spec: GenericSpec, layers: Range) -> None:
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:
-    """Parameters that the family keeps in float32 whatever the dtype."""
-    always = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
-    in_half = getattr(model, "_keep_in_fp32_modules", None) or ()
-    patterns = [] if dtype is torch.float32 else [*always, *(in_half if dtype is torch.float16 else ())]
-    for name, parameter in model.named_parameters():
-        if any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in patterns):
-            parameter.data = parameter.data.float()
+    """Makes float32 what the family keeps so: parameters, and buffers that a checkpoint has."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if is_kept_wide(model, name, dtype):
+            tensor.data = tensor.data.float()
 
 
 def _shard(model: Any, spec: GenericSpec, context: Context, is_first: bool, is_last: bool) -> None:

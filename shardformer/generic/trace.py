@@ -71,6 +71,8 @@ class Recorder:
         (_, heads, _, head_dim), (_, kv_heads, num_keys, _), value_dim = query.shape, key.shape, value.shape[-1]
         if num_keys != _NUM_TOKENS or value.shape[1:3] != key.shape[1:3]:
             raise Refused(f"{name} attends to {num_keys} keys of {_NUM_TOKENS} tokens")
+        if sinks is not None and sinks.shape != (heads,):
+            raise Refused(f"{name} has {'×'.join(map(str, sinks.shape))} sinks for {heads} heads")
         if mask not in self._windows:
             self._windows[mask] = self._window(name, mask)
         self.calls.append(
@@ -120,6 +122,14 @@ def build(config: Any, model_class: Any, dtype: torch.dtype) -> Any:
     with torch.device("meta"), naming("building it"):
         model = model_class._from_config(config, dtype=dtype)
     return model.eval()
+
+
+def is_kept_wide(model: Any, name: str, dtype: torch.dtype) -> bool:
+    """Whether the family keeps a tensor in float32 where others are of `dtype`."""
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    in_half = getattr(model, "_keep_in_fp32_modules", None) or ()
+    patterns = [] if dtype is torch.float32 else [*always, *(in_half if dtype is torch.float16 else ())]
+    return any(re.search(rf"(^|\.){pattern}($|\.)", name) for pattern in patterns)
 
 
 def base_name(model: Any) -> str:
