@@ -4,7 +4,6 @@ The family's forward runs as it is. In the place of layers that a stage does not
 hidden states that it received, and the first after its own ends the forward.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
