@@ -308,6 +308,7 @@ class Worker:
         """Breaks the circles that would keep weights, cache and graphs alive, and NCCL waiting for the graphs."""
         if self.runner is not None:
             self.runner.let_go()
+            self.stage.let_go()
 
     def busy(self) -> dict[str, float]:
         """This rank's steps and seconds of computing so far, and when they began and ended."""

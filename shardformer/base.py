@@ -49,3 +49,9 @@ class Stage(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
         raise NotImplementedError
+
+    def let_go(self) -> None:
+        """Takes all modules apart, for the last time: some refer to themselves, and such a circle would keep weights,
+        cache and process groups until the garbage collector comes by."""
+        for module in list(self.modules()):
+            module.__dict__.clear()

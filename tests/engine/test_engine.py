@@ -417,13 +417,20 @@ def test_closing(model: LlamaForCausalLM) -> None:
             call()
 
 
-def test_a_closed_engine_lets_go_of_its_weights(model: LlamaForCausalLM) -> None:
-    engine = InferenceEngine(model, CONFIG)
+@pytest.mark.parametrize("policy", ["auto", "generic"])
+def test_a_closed_engine_lets_go_of_its_weights(model: LlamaForCausalLM, policy: str) -> None:
+    engine = InferenceEngine(model, CONFIG.replace(policy=policy))
     engine.generate([1], GREEDY, progress=False)
-    stage = weakref.ref(engine._world.executor.worker.stage)  # type: ignore[attr-defined]
-    engine.close()
-    gc.collect()
-    assert stage() is None
+    stage = engine._world.executor.worker.stage  # type: ignore[attr-defined]
+    parts = [weakref.ref(module) for module in stage.modules()]
+    del stage
+    gc.disable()
+    try:
+        engine.close()
+        assert not [module for part in parts if (module := part()) is not None]
+    finally:
+        gc.enable()
+    assert len(model.generate(torch.tensor([[1]]), max_new_tokens=2, min_new_tokens=2)[0]) == 3  # the caller's stands
 
 
 def test_two_engines_side_by_side(model: LlamaForCausalLM, engine: InferenceEngine) -> None:
