@@ -2,7 +2,8 @@
 
 A block is in one of three states:
 
-    held     reference count >= 1: in the tables of that many sequences
+    held     reference count >= 1: in the tables of that many sequences, which have a prefix in common; one that is
+             not full is copied before one of several writes to it
     cached   reference count 0, full, its content known: a later request with the same prefix may take it again
     free     reference count 0, content of no use
 
@@ -63,7 +64,7 @@ class BlockManager:
 
         `prefix` is what `match` gave for the sequence.
         """
-        wanted = self.num_blocks_for(sequence.num_tokens) - len(prefix)
+        wanted = self.num_blocks_for(sequence.num_tokens) - len(prefix) + len(sequence.siblings)
         free = len(self._free) - sum(self._references[block] == 0 for block in prefix)
         return wanted + spare <= free
 
@@ -81,15 +82,42 @@ class BlockManager:
         sequence.num_computed_tokens = len(prefix) * self.block_size
 
     def can_extend(self, sequence: Sequence, num_tokens: int) -> bool:
-        return self.num_blocks_for(num_tokens) - len(sequence.block_table) <= len(self._free)
+        wanted = self.num_blocks_for(num_tokens) - len(sequence.block_table) + self._writes_shared(sequence)
+        return wanted <= len(self._free)
 
-    def extend(self, sequence: Sequence, num_tokens: int) -> None:
-        """Appends blocks until the table has room for `num_tokens`."""
+    def extend(self, sequence: Sequence, num_tokens: int) -> tuple[int, int] | None:
+        """Appends blocks until the table has room for `num_tokens`, of which those that are not scheduled yet will be
+        written; (from, to) if for that a block must be copied that others hold too."""
+        copy = None
+        if self._writes_shared(sequence):
+            place = sequence.num_scheduled_tokens // self.block_size
+            shared = sequence.block_table[place]
+            sequence.block_table[place] = own = self._take()
+            self._references[shared] -= 1
+            copy = (shared, own)
         for _ in range(self.num_blocks_for(num_tokens) - len(sequence.block_table)):
-            block, _ = self._free.popitem(last=False)
-            self._forget(block)
-            self._references[block] = 1
-            sequence.block_table.append(block)
+            sequence.block_table.append(self._take())
+        return copy
+
+    def _writes_shared(self, sequence: Sequence) -> bool:
+        """Whether the block of the next token to be written is held by others too: then it is part full, of a fork."""
+        place = sequence.num_scheduled_tokens // self.block_size
+        return place < len(sequence.block_table) and self._references[sequence.block_table[place]] > 1
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._forget(block)
+        self._references[block] = 1
+        return block
+
+    def fork(self, sequence: Sequence, other: Sequence) -> None:
+        """Lets another sequence, which begins with the same tokens, hold the blocks of those that are computed."""
+        assert not other.block_table
+        other.num_computed_tokens = sequence.num_computed_tokens
+        other.block_table += sequence.block_table[: self.num_blocks_for(sequence.num_computed_tokens)]
+        other.block_nodes += sequence.block_nodes
+        for block in other.block_table:
+            self._references[block] += 1
 
     def commit(self, sequence: Sequence) -> None:
         """Makes the sequence's blocks that are full and computed known, so that others can match them."""

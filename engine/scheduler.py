@@ -4,6 +4,16 @@ There is no prefill phase and no decode phase. A sequence has tokens that are no
 of them under a token budget, and a sequence that has caught up draws its next token. A long prompt takes several
 steps, a prefix hit starts further along, a preempted sequence starts over: one mechanism.
 
+A sequence that catches up may go on with drafts, tokens that somebody guesses. A token is drawn after each, as if the
+others were not there; the drafts stand as far as they are what is drawn, and the rest was in vain. The tokens are those
+that single steps would draw, whatever was guessed.
+
+    step         computes x4 and the drafts y5 y6 y7; draws x5 after x4, then z6 z7 z8 after the drafts
+    update       x5 = y5, so z6 is x6; x6 != y6, so what comes after it says nothing
+
+Several sequences with one prompt (`Sequence.siblings`) draw their first tokens from one row, and from then on hold the
+same blocks.
+
 With a pipeline, up to `num_stages` steps are in flight on disjoint sequences. So that no stage idles, one step takes
 a `num_stages`-th of the pending tokens, in whole sequences.
 
@@ -16,23 +26,33 @@ first one draws, which the ranks know by then and the scheduler does not.
 """
 
 from array import array
-from collections import deque
+from bisect import insort
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceStatus
-from .step import SampleRequest, StepInput, drawn_before
+from .step import StepInput, StepOutput, TokenLogprobs, drawn_before
+from .step_rows import StepRows
 
-_MASK64 = (1 << 64) - 1
+Propose = Callable[[Sequence, int], Seq[int]]
+"""Guesses the tokens that come after those of a sequence, so many at most."""
+
+Heed = Callable[[Sequence], str | None]
+"""Asked after each token that a sequence got: why it ends with this one, or None."""
 
 
 @dataclass(frozen=True)
 class ScheduledStep:
-    """A step and the sequences in it, in the step's order."""
+    """A step, and whose it is."""
 
     input: StepInput
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[Sequence, ...]  # in the step's order
+    drafts: tuple[tuple[int, ...], ...]  # of each of these, the tokens that were guessed
+    draws: tuple[tuple[Sequence, tuple[int, ...]], ...]  # who draws a sample, and one more after each draft
+    given: tuple[Sequence, ...]  # whose `StepInput.given` are
+    pooled: tuple[Sequence, ...]
 
 
 class Scheduler:
@@ -52,15 +72,17 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.num_stages, self.look_ahead = num_stages, look_ahead
         self.max_in_flight = 2 if look_ahead else num_stages  # steps
-        self.waiting: deque[Sequence] = deque()
+        self.propose: Propose | None = None  # drafts; None: no sequence has any, but those that are forced
+        self.waiting: list[Sequence] = []  # by priority, then arrival
         self.running: list[Sequence] = []  # in order of admission
         self.ended_in_flight: list[Sequence] = []  # finished from outside; their blocks are still being written
         self.num_preemptions = 0
         self.num_pending_tokens = 0  # before every sequence has caught up
         self.num_matched_tokens = 0  # of these, found in the cache when a sequence that still waits was queued
         self.num_expected_tokens = 0  # to come after these
-        self._next_step = 0
+        self._next_step = self._next_order = 0
         self._drawing: dict[Sequence, int] = {}  # sequence -> which of the last step's samples is its own
+        self._free_slots = list(range(max_num_seqs))
 
     @property
     def work(self) -> int:
@@ -72,23 +94,34 @@ class Scheduler:
         return len(self.blocks.match(token_ids)) * self.blocks.block_size
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
-        sequence.num_matched_tokens = self.num_cached(sequence.token_ids)
-        self.num_pending_tokens += sequence.num_pending_tokens
+        self._next_order += 1
+        for member in (sequence, *sequence.siblings):
+            member.order = self._next_order
+        self._wait(sequence)
+        sequence.num_matched_tokens = 0 if sequence.needs_whole_prompt else self.num_cached(sequence.token_ids)
         self.num_matched_tokens += sequence.num_matched_tokens
-        self.num_expected_tokens += sequence.num_expected_tokens
+        self._count(sequence, 1)
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda waiting: (waiting.priority, waiting.order))
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        """Into or out of the totals."""
+        self.num_pending_tokens += sign * sequence.num_pending_tokens
+        self.num_expected_tokens += sign * sequence.num_expected_tokens
 
     # ---- a step's way out ---------------------------------------------------------------------------------------
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None where there is nothing to do that is not in flight already."""
         chosen: dict[Sequence, int] = {}  # sequence -> new tokens
+        copies: list[tuple[int, int]] = []
         budget = self.max_num_batched_tokens
         # In flight counts as pending until it is back.
         share = -(-self.num_pending_tokens // self.num_stages) if self.num_stages > 1 else budget
         short_of_blocks = False
 
-        for sequence in list(self.running):
+        for sequence in sorted(self.running, key=lambda running: running.priority):
             if not budget or self.max_num_batched_tokens - budget >= share:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
@@ -99,53 +132,109 @@ class Scheduler:
             if not self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
                 short_of_blocks = True
                 continue
-            budget -= self._take(sequence, count, chosen)
+            budget -= self._take(sequence, count, budget, chosen, copies)
 
-        while self.waiting and not short_of_blocks and len(self.running) < self.max_num_seqs:
+        while self.waiting and not short_of_blocks:
             if not budget or self.max_num_batched_tokens - budget >= share:
                 break
             sequence = self.waiting[0]
-            prefix = self.blocks.match(sequence.token_ids)
-            # A spare block for each running sequence: else the next one to grow would push this one out again.
-            if not self.blocks.can_admit(sequence, prefix, spare=len(self.running)):
-                break
-            self.waiting.popleft()
+            prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
+            if not self._can_admit(sequence, prefix):
+                worst = self._victim(chosen)
+                if worst is None or worst.priority <= sequence.priority:
+                    break
+                self._preempt(worst)
+                continue
+            self.waiting.remove(sequence)
             self.blocks.admit(sequence, prefix)
             self.num_pending_tokens -= sequence.num_computed_tokens
             self._forget_match(sequence)
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
-            sequence.move_to(SequenceStatus.RUNNING)
-            self.running.append(sequence)
-            budget -= self._take(sequence, min(sequence.num_pending_tokens, budget), chosen)
+            self._run(sequence)
+            budget -= self._take(sequence, min(sequence.num_pending_tokens, budget), budget, chosen, copies)
 
-        return self._step(chosen) if chosen else None
+        return self._step(chosen, copies) if chosen else None
+
+    def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
+        places = sum(1 + len(s.siblings) for s in (sequence, *self.running))
+        # A spare block for each running sequence: else the next one to grow would push this one out again.
+        return places <= self.max_num_seqs and self.blocks.can_admit(sequence, prefix, spare=len(self.running))
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.move_to(SequenceStatus.RUNNING)
+        self.running.append(sequence)
+        self._open_slot(sequence)
+
+    def _open_slot(self, sequence: Sequence) -> None:
+        if sequence.logits is not None and sequence.slot is None:
+            sequence.slot, sequence.num_told_tokens = self._free_slots.pop(), -1
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._close_slot(sequence)
+
+    def _close_slot(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._free_slots.append(sequence.slot)
+            sequence.slot = None
 
     def _num_schedulable(self, sequence: Sequence) -> int:
         """Tokens that a step can compute now: those that are known and in no step, or the one that is being drawn."""
+        if sequence.is_held:
+            return 0
         if not sequence.num_in_flight:
             return sequence.num_pending_tokens
-        if not self.look_ahead:
+        if not self.look_ahead or sequence.drafts:
             return 0
         if sequence.num_draws_in_flight:
             goes_on = sequence.num_output_tokens + 1 < sequence.max_tokens
-            return int(goes_on and sequence.num_scheduled_tokens == sequence.num_tokens)
+            knows = sequence.num_scheduled_tokens == sequence.num_tokens and not self._needs_host(sequence)
+            return int(goes_on and knows)
         return sequence.num_tokens - sequence.num_scheduled_tokens
+
+    def _needs_host(self, sequence: Sequence) -> bool:
+        """Whether its next step takes what the driver makes of the token before."""
+        return sequence.needs_host or self.propose is not None
 
     def _forget_match(self, sequence: Sequence) -> None:
         self.num_matched_tokens -= sequence.num_matched_tokens
         sequence.num_matched_tokens = 0
 
-    def _take(self, sequence: Sequence, count: int, chosen: dict[Sequence, int]) -> int:
-        self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
+    def _take(
+        self, sequence: Sequence, count: int, budget: int, chosen: dict[Sequence, int], copies: list[tuple[int, int]]
+    ) -> int:
+        stop = sequence.num_scheduled_tokens + count
+        sequence.drafts = self._draft(sequence, budget - count) if stop == sequence.num_tokens else ()
+        count += len(sequence.drafts)
+        copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
+        if copy is not None:
+            copies.append(copy)
         sequence.num_in_flight += count
         chosen[sequence] = count
         return count
 
+    def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
+        """Guesses for which there is room: in the budget, in what may come of the output, and in the blocks."""
+        most = min(budget, sequence.max_tokens - sequence.num_output_tokens - 1)
+        if most <= 0 or sequence.siblings or sequence.num_candidates:
+            return ()
+        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][:most]
+        if not drafts and self.propose is not None:
+            drafts = self.propose(sequence, most)
+        while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts)):
+            drafts = drafts[:-1]
+        return tuple(drafts)
+
+    def _victim(self, chosen: dict[Sequence, int]) -> Sequence | None:
+        """Who gives way first: of the lowest priority, the latest admitted."""
+        free = [s for s in reversed(self.running) if not s.num_in_flight and s not in chosen]
+        return max(free, key=lambda running: running.priority, default=None)
+
     def _make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[Sequence, int]) -> bool:
-        """Preempts the latest admitted until the sequence's tokens fit; False if it must give way itself, or wait."""
+        """Preempts others until the sequence's tokens fit; False if it must give way itself, or wait."""
         while not self.blocks.can_extend(sequence, num_tokens):
-            victim = next((s for s in reversed(self.running) if not s.num_in_flight and s not in chosen), None)
+            victim = self._victim(chosen)
             if victim is None:
                 return False
             self._preempt(victim)
@@ -160,74 +249,152 @@ class Scheduler:
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         sequence.move_to(SequenceStatus.WAITING)
-        self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
+        self._stop_running(sequence)
+        self._wait(sequence)
 
-    def _step(self, chosen: dict[Sequence, int]) -> ScheduledStep:
+    def _step(self, chosen: dict[Sequence, int], copies: Seq[tuple[int, int]]) -> ScheduledStep:
         token_ids: array[int] = array("q")
-        tables: list[array[int]] = []
-        samples: list[SampleRequest] = []
-        drawing: dict[Sequence, int] = {}
-        for index, (sequence, count) in enumerate(chosen.items()):
-            stop = sequence.num_scheduled_tokens
-            known = sequence.token_ids[stop - count : stop]
+        rows = StepRows()
+        for sequence, count in chosen.items():
+            first, stop = len(token_ids), sequence.num_scheduled_tokens
+            known = [*sequence.token_ids[stop - count : stop], *sequence.drafts]
             token_ids.extend(known or [drawn_before(self._drawing[sequence])])
-            tables.append(array("i", sequence.block_table))
-            if stop >= sequence.num_tokens:
-                drawing[sequence] = len(samples)
-                samples.append(_sample_request(index, sequence, stop))
-                sequence.num_draws_in_flight += 1
-        self._drawing = drawing
+            rows.add_given(sequence, first, count)
+            if stop - len(sequence.drafts) >= sequence.num_tokens and sequence.max_tokens:
+                rows.add_draws(sequence, first + count - 1 - len(sequence.drafts), self._drawing)
+                for sibling in sequence.siblings:
+                    self._open_slot(sibling)
+                    rows.add_draws(sibling, first + count - 1, self._drawing)
+        self._drawing = rows.drawing
         self._next_step += 1
         step = StepInput(
             step_id=self._next_step,
             token_ids=token_ids,
             query_lens=tuple(chosen.values()),
             context_lens=tuple(sequence.num_scheduled_tokens - count for sequence, count in chosen.items()),
-            block_tables=tuple(tables),
-            samples=tuple(samples),
+            block_tables=tuple(array("i", sequence.block_table) for sequence in chosen),
+            samples=tuple(rows.samples),
+            copies=tuple(copies),
+            updates=tuple(rows.updates),
+            masks=rows.masks,
+            given=tuple(rows.given),
+            pooled=tuple(rows.pooled),
         )
-        return ScheduledStep(step, tuple(chosen))
+        drafts = tuple(sequence.drafts for sequence in chosen)
+        return ScheduledStep(step, tuple(chosen), drafts, tuple(rows.draws), tuple(rows.scored), tuple(rows.in_pool))
 
     # ---- and back -----------------------------------------------------------------------------------------------
 
-    def update(self, step: ScheduledStep, token_ids: tuple[int, ...]) -> list[Sequence]:
-        """Takes a step's drawn tokens; gives the sequences that grew by one, some of them finished by it."""
-        assert len(token_ids) == len(step.input.samples)
-        for sequence, count in zip(step.sequences, step.input.query_lens, strict=True):
+    def update(self, step: ScheduledStep, output: StepOutput, heed: Heed = lambda sequence: None) -> list[Sequence]:
+        """Takes what a step drew; gives the sequences that it moved on, some of them finished by it."""
+        assert len(output.token_ids) == len(step.input.samples)
+        moved: dict[Sequence, None] = {}
+        for sequence, count, drafts in zip(step.sequences, step.input.query_lens, step.drafts, strict=True):
             sequence.num_in_flight -= count
+            if drafts:
+                sequence.drafts = ()
             if sequence.status is SequenceStatus.FINISHED:
                 if not sequence.num_in_flight:
                     self.ended_in_flight.remove(sequence)
                     self.blocks.free(sequence)
                 continue
-            sequence.num_computed_tokens += count
-            self.num_pending_tokens -= count
-            self.blocks.commit(sequence)
-        grown = []
-        for sample, token_id in zip(step.input.samples, token_ids, strict=True):
-            sequence = step.sequences[sample.sequence]
+            self._computed(sequence, count - len(drafts))
+        for sequence, scores in zip(step.given, output.given, strict=True):
+            sequence.prompt_scores += scores
+        for sequence, part in zip(step.pooled, output.pooled, strict=True):
+            sequence.pooled_parts.append(part)
+        for sequence in step.sequences:
+            if not sequence.max_tokens and not sequence.num_pending_tokens and not sequence.num_in_flight:
+                moved[sequence] = None
+                self.finish(sequence, "length")
+        for sequence, _ in step.draws:
+            self._begin_sibling(sequence)
+        errors, first = dict(output.errors), 0
+        for sequence, drafts in step.draws:
+            samples = range(first, first + 1 + len(drafts))
+            first = samples.stop
             sequence.num_draws_in_flight -= 1
-            if sequence.status is SequenceStatus.FINISHED:
-                continue
-            self.num_expected_tokens -= sequence.num_expected_tokens
-            sequence.token_ids.append(token_id)
-            self.num_expected_tokens += sequence.num_expected_tokens
-            self.num_pending_tokens += 1
-            grown.append(sequence)
-            reason = sequence.finish_reason_now()
+            if sequence.status is not SequenceStatus.FINISHED:
+                moved[sequence] = None
+                self._accept(sequence, drafts, samples, output, errors, heed)
+        return list(moved)
+
+    def _computed(self, sequence: Sequence, count: int) -> None:
+        sequence.num_computed_tokens += count
+        self.num_pending_tokens -= count
+        self.blocks.commit(sequence)
+
+    def _accept(
+        self,
+        sequence: Sequence,
+        drafts: Seq[int],
+        samples: Seq[int],
+        output: StepOutput,
+        errors: Mapping[int, str],
+        heed: Heed,
+    ) -> None:
+        """Appends what was drawn: the first token, and one more for each draft that was drawn before it."""
+        for place, sample in enumerate(samples):
+            if place:
+                if drafts[place - 1] != sequence.token_ids[-1]:
+                    break
+                self._computed(sequence, 1)
+            if sample in errors:
+                sequence.error = errors[sample]
+                self.finish(sequence, "error")
+                return
+            told = None if output.logprobs is None else output.logprobs[sample]
+            if sequence.num_candidates:
+                sequence.is_held, sequence.candidates = True, told
+                return
+            self._append(sequence, output.token_ids[sample], told)
+            sequence.num_drafts_accepted += place > 0
+            reason = heed(sequence) or sequence.finish_reason_now()
             if reason is not None:
                 self.finish(sequence, reason)
-        return grown
+                return
+        sequence.num_drafts += len(drafts)
+        sequence.num_told_tokens = min(sequence.num_told_tokens, sequence.num_tokens - 1)
+
+    def _append(self, sequence: Sequence, token_id: int, told: TokenLogprobs | None) -> None:
+        self._count(sequence, -1)
+        sequence.token_ids.append(token_id)
+        self._count(sequence, 1)
+        if told is not None:
+            sequence.scores.append(told)
+
+    def _begin_sibling(self, sequence: Sequence) -> None:
+        """Lets a sequence go its own way whose first token has been drawn with another's, before that one ends."""
+        parent = sequence.parent
+        if parent is None:
+            return
+        parent.siblings.remove(sequence)
+        sequence.parent = None
+        self.blocks.fork(parent, sequence)
+        sequence.num_cached_tokens = parent.num_cached_tokens
+        self._run(sequence)
+        self._count(sequence, 1)
 
     def finish(self, sequence: Sequence, reason: str) -> None:
-        """Ends a sequence, whatever it is doing; nothing if it has ended. Its blocks are freed once no step has it."""
+        """Ends a sequence, whatever it is doing, and its siblings that are not begun; nothing if it has ended.
+
+        Its blocks are freed once no step has it.
+        """
         if sequence.status is SequenceStatus.FINISHED:
             return
-        (self.waiting if sequence.status is SequenceStatus.WAITING else self.running).remove(sequence)
-        self.num_pending_tokens -= sequence.num_pending_tokens
-        self.num_expected_tokens -= sequence.num_expected_tokens
-        self._forget_match(sequence)
+        for sibling in list(sequence.siblings):
+            self.finish(sibling, reason)
+        if sequence.parent is not None:
+            sequence.parent.siblings.remove(sequence)
+            sequence.parent = None
+            self._close_slot(sequence)
+        else:
+            if sequence.status is SequenceStatus.WAITING:
+                self.waiting.remove(sequence)
+            else:
+                self._stop_running(sequence)
+            self._count(sequence, -1)
+            self._forget_match(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
         if sequence.num_in_flight:
@@ -238,6 +405,7 @@ class Scheduler:
     def check(self) -> None:
         """Proves the bookkeeping whole. Raises AssertionError."""
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
+        assert self.waiting == sorted(self.waiting, key=lambda s: (s.priority, s.order))
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
         assert all(s.status is SequenceStatus.FINISHED and s.num_in_flight for s in self.ended_in_flight)
         unended = [*self.waiting, *self.running]
@@ -245,27 +413,7 @@ class Scheduler:
         assert self.num_expected_tokens == sum(s.num_expected_tokens for s in unended)
         assert self.num_matched_tokens == sum(s.num_matched_tokens for s in self.waiting)
         assert not any(s.num_matched_tokens for s in [*self.running, *self.ended_in_flight])
+        attached = [sibling for s in unended for sibling in s.siblings]
+        slots = [s.slot for s in (*self.running, *attached) if s.slot is not None]
+        assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot is lost or held twice"
         self.blocks.check([*self.waiting, *self.running, *self.ended_in_flight])
-
-
-def _sample_request(index: int, sequence: Sequence, position: int) -> SampleRequest:
-    """The draw of the token at `position`, for the sequence at `index` in the step."""
-    sample = sequence.sample
-    return SampleRequest(
-        sequence=index,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        top_p=sample.top_p,
-        min_p=sample.min_p,
-        key=noise_key(sample.seed, position) if sample.temperature else (0, 0),
-        banned=tuple(sequence.stop_token_ids) if position - sequence.num_prompt_tokens < sequence.min_tokens else (),
-    )
-
-
-def noise_key(seed: int, position: int) -> tuple[int, int]:
-    """Two int32 words for the noise of one position: splitmix64 (Steele et al. 2014), the position its counter."""
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    z ^= z >> 31
-    return (z & 0xFFFFFFFF) - (1 << 31), (z >> 32) - (1 << 31)

@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any, Protocol
+
+from .logits_spec import LogitsSpec
+from .step import TokenLogprobs
 
 
 class SequenceStatus(Enum):
@@ -31,6 +35,14 @@ class SampleSpec:
     seed: int = 0  # of this request: with the position it gives the noise
 
 
+class Constraint(Protocol):
+    """What a grammar allows next; follows the sequence's output token by token."""
+
+    def fill_for_drafts(self, drafts: list[int]) -> tuple[Any, int]:
+        """Masks int32 [n + 1, ceil(vocab / 32)] for the next token and after each of the first n drafts, of which it
+        allows no more; and n."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """Token ids (prompt, then output) and how many of them have their keys and values in the cache.
@@ -44,6 +56,15 @@ class Sequence:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # any of these ends the sequence, once min_tokens are out
     sample: SampleSpec = field(default_factory=SampleSpec)
+    logits: LogitsSpec | None = None  # what becomes of its logits; None: nothing
+    logprobs: int | None = None  # how many of the likeliest tokens are told in each place; -1: all
+    prompt_logprobs: int | None = None
+    forced: tuple[int, ...] = ()  # the first output tokens
+    constraint: Constraint | None = None
+    priority: int = 0  # lower goes first
+    num_candidates: int = 0  # of a beam: continuations that are told, of which its group chooses
+    is_pooled: bool = False  # its last hidden states are asked for
+    siblings: list["Sequence"] = field(default_factory=list)  # same prompt, other noise: begun with its first token
 
     num_prompt_tokens: int = field(init=False)
     status: SequenceStatus = field(init=False, default=SequenceStatus.WAITING)
@@ -53,12 +74,28 @@ class Sequence:
     num_in_flight: int = field(init=False, default=0)  # tokens in steps that have not come back
     num_draws_in_flight: int = field(init=False, default=0)  # of these steps, those that draw its next token
     num_preemptions: int = field(init=False, default=0)
+    parent: "Sequence | None" = field(init=False, default=None, repr=False)  # whose sibling it is, until it is begun
+    order: int = field(init=False, default=0)  # of arrival
+    slot: int | None = field(init=False, default=None)  # on the last stage's ranks, while it runs
+    num_told_tokens: int = field(init=False, default=0)  # of its tokens, in that slot
+    drafts: tuple[int, ...] = field(init=False, default=())  # guessed tokens in the step in flight
+    num_drafts: int = field(init=False, default=0)
+    num_drafts_accepted: int = field(init=False, default=0)
+    num_asked: int = field(init=False, default=0)  # tokens of its prompt of which what was asked is in a step
+    scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its output, if asked for
+    prompt_scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its prompt from the second on
+    pooled_parts: list[bytes] = field(init=False, default_factory=list)  # float32 [hidden]: sums, of token after token
+    candidates: TokenLogprobs | None = field(init=False, default=None)  # of a beam that is held
+    is_held: bool = field(init=False, default=False)  # a beam that waits for the others of its group
     block_table: list[int] = field(init=False, default_factory=list)
     block_nodes: list[int] = field(init=False, default_factory=list)  # see BlockManager.commit
-    finish_reason: str | None = field(init=False, default=None)  # "stop", "length" or "abort"
+    finish_reason: str | None = field(init=False, default=None)  # "stop", "length", "abort" or "error"
+    error: str | None = field(init=False, default=None)  # why, if that is "error"
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        for sibling in self.siblings:
+            sibling.parent = self
 
     @property
     def num_tokens(self) -> int:
@@ -81,6 +118,16 @@ class Sequence:
     def num_scheduled_tokens(self) -> int:
         """Tokens computed, or in a step: with a draw in flight, up to one more than are known."""
         return self.num_computed_tokens + self.num_in_flight
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether it must compute what others have in the cache, since more is asked of it."""
+        return (self.prompt_logprobs is not None or self.is_pooled) and self.num_asked < self.num_prompt_tokens - 1
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether its next step takes what the driver makes of the token before."""
+        return bool(self.constraint or self.num_candidates or self.forced or self.siblings)
 
     @property
     def num_expected_tokens(self) -> int:

@@ -4,18 +4,55 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
+from .logits_spec import LogitsSpec
+
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """One row of logits to draw a token from."""
+    """One row of logits, and how a token is drawn from it.
 
-    sequence: int  # index in the step: the row is this sequence's last token
+    A sequence has several in a step whose tokens go on with some that were guessed, one after each, or whose prompt
+    has several continuations: each is drawn as if it were alone.
+    """
+
+    row: int  # index in the step's token_ids: the token after which it comes
+    position: int  # of the drawn token: how many come before it
     temperature: float  # 0: greedy
     top_k: int  # 0: off
     top_p: float  # 1: off
     min_p: float  # 0: off
     key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
-    banned: tuple[int, ...]  # token ids that must not be drawn (min_tokens)
+    slot: int = -1  # of what its logits depend on beside the model (`SlotUpdate`); -1: nothing
+    forced: int = -1  # the token that is given instead of drawn
+    logprobs: int | None = None  # how many of the likeliest tokens are told with their log-probabilities; -1: all
+    num_candidates: int = 0  # of a beam: so many of its best continuations are told
+
+
+@dataclass(frozen=True)
+class SlotUpdate:
+    """What the last stage's ranks keep of a sequence from step to step: what shapes its logits, and its tokens."""
+
+    slot: int
+    keep: int  # tokens that stay
+    tokens: "array[int]"  # int64: those that come after them; below 0: see `drawn_before`
+    spec: LogitsSpec | None  # of a sequence that is new in the slot
+
+
+@dataclass(frozen=True)
+class GivenRows:
+    """Consecutive rows of a prompt whose next tokens are known, and of which log-probabilities are asked."""
+
+    row: int  # index in the step's token_ids
+    targets: "array[int]"  # int64: the token after each
+    logprobs: int  # as in SampleRequest
+
+
+@dataclass(frozen=True)
+class PooledRows:
+    """Consecutive tokens whose last hidden states are asked for: their sum, float32 [hidden]."""
+
+    row: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -28,10 +65,24 @@ class StepInput:
     context_lens: tuple[int, ...]  # its tokens before those, in the cache already
     block_tables: tuple["array[int]", ...]  # int32: its blocks, enough for context and new tokens
     samples: tuple[SampleRequest, ...]  # in the order in which the output's ids come
+    copies: tuple[tuple[int, int], ...] = ()  # (from, to): blocks that are copied before all else
+    updates: tuple[SlotUpdate, ...] = ()
+    masks: "Masks | None" = None
+    given: tuple[GivenRows, ...] = ()
+    pooled: tuple[PooledRows, ...] = ()
+    model: int = 0  # 0: the target; 1: the draft model
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Which tokens a grammar allows: a bit each, [len(samples), ceil(vocab / 32)] int32, for some of the samples."""
+
+    samples: tuple[int, ...]
+    words: bytes
 
 
 def drawn_before(sample: Any) -> Any:
@@ -40,8 +91,22 @@ def drawn_before(sample: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Log-probabilities of a token and of the likeliest ones in its place, of the model's own distribution."""
+
+    logprob: float
+    rank: int  # 1: the likeliest
+    top_ids: tuple[int, ...]  # descending
+    top_logprobs: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class StepOutput:
-    """What the last stage drew, one id for each of the step's samples."""
+    """What the last stage drew, one id for each of the step's samples; and what else was asked for."""
 
     step_id: int
     token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs | None, ...] | None = None  # one for each sample, where any asked
+    given: tuple[tuple[TokenLogprobs, ...], ...] = ()  # of `StepInput.given`
+    pooled: tuple[bytes, ...] = ()  # float32 [hidden], of `StepInput.pooled`
+    errors: tuple[tuple[int, str], ...] = ()  # samples whose logits processors failed, and why

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from meshlm.engine.block_manager import BlockManager
-from meshlm.engine.scheduler import ScheduledStep, Scheduler, noise_key
+from meshlm.engine.logits_spec import LogitsSpec
+from meshlm.engine.scheduler import ScheduledStep, Scheduler
 from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
-from meshlm.engine.step import drawn_before
+from meshlm.engine.step import StepOutput, drawn_before
+from meshlm.engine.step_rows import noise_key
 
 
 def make(num_blocks: int = 64, block_size: int = 4, **values: Any) -> Scheduler:
@@ -43,10 +46,14 @@ def has_work(scheduler: Scheduler) -> bool:
     return bool(scheduler.waiting or scheduler.running or scheduler.ended_in_flight)
 
 
+def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int]) -> list[Sequence]:
+    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids)))
+
+
 def run_step(scheduler: Scheduler, token: int = 7) -> dict[str, int]:
     """Schedules a step, draws `token` for each of its samples; new tokens by name."""
     step = next_step(scheduler)
-    scheduler.update(step, (token,) * len(step.input.samples))
+    back(scheduler, step, (token,) * len(step.input.samples))
     scheduler.check()
     return counts(step)
 
@@ -62,8 +69,8 @@ def test_a_step_is_flat_and_exact() -> None:
     assert list(step.input.token_ids) == [10, 11, 12, 20]
     assert step.input.query_lens == (3, 1) and step.input.context_lens == (0, 0)
     assert [list(table) for table in step.input.block_tables] == [[0, 1], [2]]
-    assert [sample.sequence for sample in step.input.samples] == [0, 1]
-    grown = scheduler.update(step, (50, 60))
+    assert [(sample.row, sample.position) for sample in step.input.samples] == [(2, 3), (3, 1)]
+    grown = back(scheduler, step, (50, 60))
     assert [s.token_ids for s in grown] == [[10, 11, 12, 50], [20, 60]]
     step = next_step(scheduler)
     assert step.input.step_id == 2
@@ -80,7 +87,7 @@ def test_a_long_prompt_comes_in_chunks_and_draws_once() -> None:
         step = next_step(scheduler)
         assert counts(step) == expected
         samples.append(len(step.input.samples))
-        scheduler.update(step, (7,) * samples[-1])
+        back(scheduler, step, (7,) * samples[-1])
     assert samples == [0, 0, 1, 1]
 
 
@@ -175,7 +182,7 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
         run_step(scheduler)
     while b.status is SequenceStatus.WAITING:
         step = next_step(scheduler)
-        scheduler.update(step, (7,) * len(step.input.samples))
+        back(scheduler, step, (7,) * len(step.input.samples))
     assert step.input.context_lens[counts(step).keys().__iter__().__next__() != "b"] > 0
 
 
@@ -187,11 +194,11 @@ def test_a_sequence_in_flight_is_not_preempted() -> None:
     assert [counts(step) for step in flight] == [{"a": 2}, {"b": 2}]
     for _ in range(4):  # a and b in turn, until each holds two full blocks
         step = flight.popleft()
-        scheduler.update(step, (7,) * len(step.input.samples))
+        back(scheduler, step, (7,) * len(step.input.samples))
         flight.append(next_step(scheduler))
     step = flight.popleft()
     assert counts(step) == {"a": 1}
-    scheduler.update(step, (7,))
+    back(scheduler, step, (7,))
     assert b.num_in_flight == 1
     assert scheduler.schedule() is None or b.status is SequenceStatus.RUNNING
     assert b.status is SequenceStatus.RUNNING and b.block_table
@@ -207,15 +214,12 @@ def test_length_stop_ids_and_min_tokens() -> None:
     stopped = add(scheduler, "stopped", [2], max_tokens=9, stop_token_ids=frozenset({7, 8}))
     late = add(scheduler, "late", [3], max_tokens=9, min_tokens=2, stop_token_ids=frozenset({7}))
     step = next_step(scheduler)
-    assert [set(s.banned) for s in step.input.samples] == [set(), set(), {7}]
-    scheduler.update(step, (7, 7, 5))
+    back(scheduler, step, (7, 7, 5))
     assert (stopped.finish_reason, stopped.output_token_ids) == ("stop", [7])
     step = next_step(scheduler)
-    assert [set(s.banned) for s in step.input.samples] == [set(), {7}], "the first of two: not yet"
-    scheduler.update(step, (7, 5))
+    back(scheduler, step, (7, 5))
     step = next_step(scheduler)
-    assert [s.banned for s in step.input.samples] == [(), ()]
-    grown = scheduler.update(step, (7, 7))
+    grown = back(scheduler, step, (7, 7))
     assert grown == [length, late]
     assert (length.finish_reason, length.output_token_ids) == ("length", [7, 7, 7])
     assert (late.finish_reason, late.output_token_ids) == ("stop", [5, 5, 7])
@@ -247,7 +251,7 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     scheduler.finish(flying, "abort")
     scheduler.check()
     assert has_work(scheduler) and scheduler.blocks.num_free_blocks == 62, "the ranks still write to its blocks"
-    assert scheduler.update(step, (7,)) == [], "the token that was drawn for it is dropped"
+    assert back(scheduler, step, (7,)) == [], "the token that was drawn for it is dropped"
     assert flying.output_token_ids == [] and scheduler.blocks.num_free_blocks == 64
     assert not has_work(scheduler)
     scheduler.check()
@@ -262,8 +266,8 @@ def test_a_place_is_free_as_soon_as_its_sequence_was_aborted() -> None:
     scheduler.finish(first, "abort")
     other = next_step(scheduler)
     assert counts(other) == {"b": 1}
-    scheduler.update(step, (7,))
-    scheduler.update(other, (7,))
+    back(scheduler, step, (7,))
+    back(scheduler, other, (7,))
     scheduler.check()
 
 
@@ -281,7 +285,7 @@ def test_pending_tokens_are_counted_as_they_come_and_go() -> None:
     assert scheduler.num_pending_tokens == 9
     step = next_step(scheduler)
     assert scheduler.num_pending_tokens == 9, "in flight counts until it is back"
-    scheduler.update(step, ())
+    back(scheduler, step, ())
     assert scheduler.num_pending_tokens == 5
     run_step(scheduler)
     assert scheduler.num_pending_tokens == 2, "the token that a drew, and the last of b"
@@ -341,7 +345,7 @@ def test_work_is_what_will_be_computed(
             flight.append(step)
         assert scheduler.work == before, "admitted as estimated"
         step = flight.popleft()
-        scheduler.update(step, tuple(next(fresh) for _ in step.input.samples))
+        back(scheduler, step, tuple(next(fresh) for _ in step.input.samples))
         scheduler.check()
         assert scheduler.work == before - step.input.num_tokens
     assert scheduler.work == 0
@@ -375,7 +379,7 @@ def test_stages_get_steps_of_equal_size_on_disjoint_sequences(num_stages: int) -
         if tick > num_stages:
             assert [len(step.sequences) for step in flight] == [4] * num_stages
         step = flight.popleft()
-        scheduler.update(step, (7,) * len(step.input.samples))
+        back(scheduler, step, (7,) * len(step.input.samples))
 
 
 def test_one_sequence_has_one_step_in_flight() -> None:
@@ -419,18 +423,26 @@ def test_sampled_requests_carry_their_key_and_greedy_ones_none() -> None:
 VOCABULARY = 3  # few tokens: prefixes are shared, and outputs run into them
 
 
-def model(tokens: tuple[int, ...]) -> int:
+def model(seed: int, tokens: tuple[int, ...]) -> int:
     """The simulated model: a token that depends on every token before it and on their places."""
-    return hash(tokens) % VOCABULARY  # of integers: the same in every process
+    return hash((seed, tokens)) % VOCABULARY  # of integers: the same in every process
 
 
-def alone(prompt: tuple[int, ...], max_tokens: int, min_tokens: int, stops: frozenset[int]) -> tuple[list[int], str]:
-    """What the request gives with nobody else about; a stop token is drawn no sooner than min_tokens allows."""
-    output: list[int] = []
+def draw(sequence: Sequence, tokens: tuple[int, ...]) -> int:
+    """The token after these; a stop token is drawn no sooner than min_tokens allows."""
+    num_output = len(tokens) - sequence.num_prompt_tokens
+    if num_output < len(sequence.forced):
+        return sequence.forced[num_output]
+    token = model(sequence.sample.seed, tokens)
+    return VOCABULARY if num_output < sequence.min_tokens and token in sequence.stop_token_ids else token
+
+
+def alone(sequence: Sequence) -> tuple[list[int], str]:
+    """What the request gives with nobody else about."""
+    prompt, output = sequence.token_ids[: sequence.num_prompt_tokens], list[int]()
+    max_tokens, min_tokens, stops = sequence.max_tokens, sequence.min_tokens, sequence.stop_token_ids
     while True:
-        token = model((*prompt, *output))
-        if len(output) < min_tokens and token in stops:
-            token = VOCABULARY  # the sampler's next best
+        token = draw(sequence, (*prompt, *output))
         output.append(token)
         if len(output) >= min_tokens and token in stops:
             return output, "stop"
@@ -449,6 +461,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget=st.sampled_from([1, 2, 5, 16, 64]),
         max_num_seqs=st.integers(1, 6),
         caching=st.booleans(),
+        guesses=st.integers(0, 3),
     )
     def start(
         self,
@@ -459,6 +472,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         budget: int,
         max_num_seqs: int,
         caching: bool,
+        guesses: int = 0,
     ) -> None:
         self.num_blocks = -(-num_tokens // block_size)
         self.size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
@@ -470,6 +484,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             look_ahead=look_ahead and num_stages == 1,
         )
         self.max_in_flight = self.scheduler.max_in_flight
+        self.guesses = guesses
+        if guesses:
+            self.scheduler.propose = self.propose
+        self.slots: dict[int, tuple[LogitsSpec, list[int]]] = {}
+        self.num_accepted = self.num_copied = 0
         self.drawn: tuple[int, ...] = ()  # by the last step
         self.looked_ahead = False
         self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
@@ -484,14 +503,51 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_tokens=st.integers(1, 6),
         min_tokens=st.integers(0, 3),
         stops=st.sampled_from([frozenset[int](), frozenset({0})]),
+        num_forced=st.sampled_from([0, 0, 2]),
+        num_siblings=st.sampled_from([0, 0, 1, 2]),
+        priority=st.sampled_from([0, 0, 1]),
+        spec=st.sampled_from([None, LogitsSpec(presence_penalty=1.0), LogitsSpec(suppressed=(9,))]),
     )
-    def add(self, prefix: int, tail: list[int], max_tokens: int, min_tokens: int, stops: frozenset[int]) -> None:
+    def add(
+        self,
+        prefix: int,
+        tail: list[int],
+        max_tokens: int,
+        min_tokens: int,
+        stops: frozenset[int],
+        num_forced: int = 0,
+        num_siblings: int = 0,
+        priority: int = 0,
+        spec: LogitsSpec | None = None,
+    ) -> None:
         prompt = [*([1, 2, 0, 1, 1, 2, 0, 0][:prefix]), *tail] or [1]
-        name = f"s{len(self.sequences)}"
-        sequence = Sequence(name, prompt, max_tokens, min(min_tokens, max_tokens), stops)
-        self.sequences.append(sequence)
-        self.known[sequence] = list(prompt)
+        siblings: list[Sequence] = []
+        for seed in range(min(num_siblings, self.max_num_seqs - 1), -1, -1):
+            sequence = Sequence(
+                f"s{len(self.sequences)}",
+                list(prompt),
+                max_tokens,
+                min(min_tokens, max_tokens),
+                stops,
+                sample=SampleSpec(seed=seed),
+                forced=(2,) * min(num_forced, max_tokens),
+                logits=spec,
+                priority=priority,
+                siblings=[] if seed else siblings[::-1],
+            )
+            siblings.append(sequence)
+            self.sequences.append(sequence)
+            self.known[sequence] = list(prompt)
         self.scheduler.add(sequence)
+
+    def propose(self, sequence: Sequence, most: int) -> list[int]:
+        """Guesses of which some are right: one that comes of the tokens before is not."""
+        tokens, guesses = list(sequence.token_ids), list[int]()
+        while len(guesses) < min(most, self.guesses):
+            token = draw(sequence, tuple(tokens))
+            guesses.append(token if hash(tuple(tokens)) % 4 else token + 1)
+            tokens.append(guesses[-1])
+        return guesses
 
     @precondition(lambda self: len(self.flight) < self.max_in_flight)
     @rule()
@@ -503,14 +559,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.flight.append((step, self.execute(step)))
 
     def execute(self, step: ScheduledStep) -> tuple[int, ...]:
-        """What the ranks do: write the new tokens to their slots, read each context by its table, draw."""
+        """What the ranks do: copy blocks, write the new tokens to their slots, read each context by its table, draw."""
         given, start = step.input, 0
-        seen = []
+        before: list[tuple[int, ...]] = []  # of each token: those that it sees
         assert 0 < given.num_tokens <= self.budget
-        for sequence, count, context, table in zip(
-            step.sequences, given.query_lens, given.context_lens, given.block_tables, strict=True
+        copied = {
+            (to * self.size + i): self.cache[at * self.size + i]
+            for at, to in given.copies
+            for i in range(self.size)
+            if at * self.size + i in self.cache
+        }
+        self.cache |= copied
+        self.num_copied += len(given.copies)
+        for sequence, count, context, table, drafts in zip(
+            step.sequences, given.query_lens, given.context_lens, given.block_tables, step.drafts, strict=True
         ):
-            known = self.known[sequence]
+            known = [*self.known[sequence], *drafts]
             self.looked_ahead |= given.token_ids[start] < 0
             tokens = [self.drawn[drawn_before(t)] if t < 0 else t for t in given.token_ids[start : start + count]]
             start += count
@@ -520,15 +584,31 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.cache[slots[position]] = (token, position)
             read = [self.cache[slot] for slot in slots]
             assert read == list(zip(known, range(context + count), strict=False)), "another's keys"
-            seen.append(tuple(token for token, _ in read))
+            before += [tuple(known[: p + 1]) for p in range(context, context + count)]
         assert start == given.num_tokens
+        for update in given.updates:
+            spec, tokens = self.slots.get(update.slot, (LogitsSpec(), []))
+            told = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
+            assert update.spec is None or not update.keep
+            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + told)
+        drawers = [sequence for sequence, drafts in step.draws for _ in range(1 + len(drafts))]
         drawn = []
-        for sample in given.samples:
-            known = self.known[step.sequences[sample.sequence]]
-            assert seen[sample.sequence] == tuple(known)
-            token = model(seen[sample.sequence])
-            drawn.append(VOCABULARY if token in sample.banned else token)
-            known.append(drawn[-1])
+        for sample, sequence in zip(given.samples, drawers, strict=True):
+            tokens_before = before[sample.row]
+            assert len(tokens_before) == sample.position
+            if sequence.logits is not None:
+                spec, tokens = self.slots[sample.slot]
+                assert spec is sequence.logits
+                assert not spec.needs_history or tuple(tokens[: sample.position]) == tokens_before
+            drawn.append(draw(sequence, tokens_before))
+            assert sample.forced in (-1, drawn[-1])
+        first = 0
+        for sequence, drafts in step.draws:
+            for i in range(1 + len(drafts)):
+                if i and drafts[i - 1] != drawn[first + i - 1]:
+                    break
+                self.known[sequence].append(drawn[first + i])
+            first += 1 + len(drafts)
         self.drawn = tuple(drawn)
         return self.drawn
 
@@ -537,21 +617,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def complete(self) -> None:
         step, drawn = self.flight.popleft()
         # Blocks of a step in flight belong to it until now, whatever happened to its sequences.
-        for sequence, context, count, table in zip(
-            step.sequences, step.input.context_lens, step.input.query_lens, step.input.block_tables, strict=True
+        given = step.input
+        for sequence, context, count, table, drafts in zip(
+            step.sequences, given.context_lens, given.query_lens, given.block_tables, step.drafts, strict=True
         ):
+            tokens = [*self.known[sequence][: context + count - len(drafts)], *drafts]
             for p in range(context + count):
                 slot = table[p // self.size] * self.size + p % self.size
-                assert self.cache[slot] == (self.known[sequence][p], p), "overwritten while in flight"
-        before = {s: s.num_output_tokens for s in step.sequences}
-        grown = self.scheduler.update(step, drawn)
-        assert all(s.num_output_tokens == before[s] + (s in grown) for s in step.sequences)
+                assert self.cache[slot] == (tokens[p], p), "overwritten while in flight"
+        before = {s: s.num_output_tokens for s in self.sequences}
+        grown = back(self.scheduler, step, drawn)
+        most = {s: 1 + len(drafts) for s, drafts in step.draws}
+        for s in self.sequences:
+            gained = s.num_output_tokens - before[s]
+            assert 1 <= gained <= most[s] if s in grown else gained == 0
+            self.num_accepted += max(0, gained - 1)
 
     @precondition(lambda self: self.unended())
     @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
     def end_from_outside(self, data: st.DataObject, reason: str) -> None:
         sequence = data.draw(st.sampled_from(self.unended()))
-        self.cut[sequence] = sequence.num_output_tokens
+        self.cut |= {s: s.num_output_tokens for s in (sequence, *sequence.siblings)}
         self.scheduler.finish(sequence, reason)
         assert sequence.finish_reason == reason
 
@@ -588,8 +674,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.whole()
         assert self.scheduler.blocks.num_free_blocks == self.num_blocks
         for s in self.sequences:
-            prompt = tuple(s.token_ids[: s.num_prompt_tokens])
-            output, reason = alone(prompt, s.max_tokens, s.min_tokens, s.stop_token_ids)
+            output, reason = alone(s)
             if s in self.cut:
                 assert s.output_token_ids == output[: self.cut[s]]
             else:

@@ -1,0 +1,112 @@
+"""Which rows of a step's logits are wanted, and what for: plain Python, no torch.
+
+A row comes after a token of the step. Tokens are drawn from some (`SampleRequest`), others only tell how probable a
+token is that is known already (`GivenRows`).
+"""
+
+from array import array
+from collections.abc import Mapping
+
+from .sequence import Sequence
+from .step import GivenRows, Masks, PooledRows, SampleRequest, SlotUpdate, drawn_before
+
+_MASK64 = (1 << 64) - 1
+
+
+class StepRows:
+    """Collects the rows of a step, sequence by sequence."""
+
+    def __init__(self) -> None:
+        self.samples: list[SampleRequest] = []
+        self.draws: list[tuple[Sequence, tuple[int, ...]]] = []
+        self.drawing: dict[Sequence, int] = {}  # sequence -> its sample, the first of several
+        self.updates: list[SlotUpdate] = []
+        self.given: list[GivenRows] = []
+        self.scored: list[Sequence] = []  # whose these are
+        self.pooled: list[PooledRows] = []
+        self.in_pool: list[Sequence] = []
+        self._masked: list[int] = []
+        self._masks: list[bytes] = []
+
+    @property
+    def masks(self) -> Masks | None:
+        return Masks(tuple(self._masked), b"".join(self._masks)) if self._masked else None
+
+    def add_draws(self, sequence: Sequence, row: int, drawn: Mapping[Sequence, int]) -> None:
+        """A token after `row`, and one after each of the drafts that follow it. drawn: the last step's `drawing`."""
+        drafts = sequence.drafts
+        position = max(sequence.num_tokens, sequence.num_scheduled_tokens - len(drafts))  # of the first
+        if sequence.constraint is not None:
+            self._mask(sequence)
+        if sequence.slot is not None:
+            self._tell(sequence, position, drawn)
+        self.drawing[sequence] = len(self.samples)
+        self.draws.append((sequence, drafts))
+        self.samples += [_sample_request(sequence, row + i, position + i) for i in range(1 + len(drafts))]
+        sequence.num_draws_in_flight += 1
+
+    def _mask(self, sequence: Sequence) -> None:
+        assert sequence.constraint is not None
+        masks, num_valid = sequence.constraint.fill_for_drafts(list(sequence.drafts))
+        assert num_valid == len(sequence.drafts)
+        self._masked += range(len(self.samples), len(self.samples) + 1 + num_valid)
+        self._masks.append(masks.tobytes())
+
+    def _tell(self, sequence: Sequence, position: int, drawn: Mapping[Sequence, int]) -> None:
+        """Brings what the ranks keep of a sequence up to the last token before its last row."""
+        assert sequence.slot is not None and sequence.logits is not None
+        is_new = sequence.num_told_tokens < 0
+        keep, tokens = max(0, sequence.num_told_tokens), array("q")
+        if sequence.logits.needs_history:
+            tokens.extend(sequence.token_ids[keep:])
+            if position > sequence.num_tokens:
+                tokens.append(drawn_before(drawn[sequence]))
+            tokens.extend(sequence.drafts)
+        if is_new or tokens:
+            spec = sequence.logits if is_new else None
+            self.updates.append(SlotUpdate(sequence.slot, keep, tokens, spec))
+        sequence.num_told_tokens = keep + len(tokens)
+
+    def add_given(self, sequence: Sequence, first: int, count: int) -> None:
+        """What is asked of the prompt, of which the step has `count` tokens from `first` on, not asked before."""
+        start = sequence.num_scheduled_tokens - count
+        if sequence.prompt_logprobs is not None:
+            begin = max(start, sequence.num_asked)
+            stop = min(start + count, sequence.num_prompt_tokens - 1)
+            if begin < stop:
+                targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
+                self.given.append(GivenRows(first + begin - start, targets, sequence.prompt_logprobs))
+                self.scored.append(sequence)
+                sequence.num_asked = stop
+        if sequence.is_pooled:
+            begin = max(start, sequence.num_asked)
+            if begin < start + count:
+                self.pooled.append(PooledRows(first + begin - start, first + count))
+                self.in_pool.append(sequence)
+                sequence.num_asked = start + count
+
+
+def _sample_request(sequence: Sequence, row: int, position: int) -> SampleRequest:
+    sample, num_output = sequence.sample, position - sequence.num_prompt_tokens
+    return SampleRequest(
+        row=row,
+        position=position,
+        temperature=sample.temperature,
+        top_k=sample.top_k,
+        top_p=sample.top_p,
+        min_p=sample.min_p,
+        key=noise_key(sample.seed, position) if sample.temperature else (0, 0),
+        slot=-1 if sequence.slot is None else sequence.slot,
+        forced=sequence.forced[num_output] if num_output < len(sequence.forced) else -1,
+        logprobs=sequence.logprobs,
+        num_candidates=sequence.num_candidates,
+    )
+
+
+def noise_key(seed: int, position: int) -> tuple[int, int]:
+    """Two int32 words for the noise of one position: splitmix64 (Steele et al. 2014), the position its counter."""
+    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
+    z ^= z >> 31
+    return (z & 0xFFFFFFFF) - (1 << 31), (z >> 32) - (1 << 31)
