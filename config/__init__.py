@@ -1,7 +1,9 @@
-"""What a user sets: how a model is run (`InferenceConfig`) and how tokens are chosen (`SamplingParams`)."""
+"""What a user sets: how a model is run (`InferenceConfig`), how tokens are chosen (`SamplingParams`) and drafted
+(`SpeculativeConfig`)."""
 
 from .errors import ConfigError
 from .inference import InferenceConfig
 from .sampling import SamplingParams, as_sampling_params
+from .speculative import SpeculativeConfig
 
-__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "as_sampling_params"]
+__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "SpeculativeConfig", "as_sampling_params"]

@@ -110,7 +110,7 @@ def reached(module: str, seen: set[str]) -> set[str]:
     return seen
 
 
-@pytest.mark.parametrize("name", ["sequence", "block_manager", "scheduler", "step"])
+@pytest.mark.parametrize("name", ["sequence", "block_manager", "scheduler", "step", "speculation"])
 def test_bookkeeping_knows_no_torch(name: str) -> None:
     outside = {n.split(".")[0] for n in reached(f"meshlm.engine.{name}", set()) if not n.startswith("meshlm")}
     assert outside <= sys.stdlib_module_names
