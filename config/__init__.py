@@ -3,5 +3,6 @@
 from .errors import ConfigError
 from .inference import InferenceConfig
 from .sampling import SamplingParams, as_sampling_params
+from .structured import StructuredOutputsParams
 
-__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "as_sampling_params"]
+__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "StructuredOutputsParams", "as_sampling_params"]
