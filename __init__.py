@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ConfigError, InferenceConfig, SamplingParams
+    from .config import ConfigError, InferenceConfig, SamplingParams, StructuredOutputsParams
     from .engine import CompletionOutput, EngineStats, InferenceEngine, RequestOutput, RequestTimings
     from .mesh import CollectiveError, Communicator, ProcessGroupMesh
     from .mesh.launch import RankFailure
@@ -22,6 +22,7 @@ _HOMES = {
     "ConfigError": ".config",
     "InferenceConfig": ".config",
     "SamplingParams": ".config",
+    "StructuredOutputsParams": ".config",
     "CompletionOutput": ".engine",
     "EngineStats": ".engine",
     "InferenceEngine": ".engine",
@@ -50,6 +51,7 @@ __all__ = [
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "StructuredOutputsParams",
 ]
 
 

@@ -4,6 +4,12 @@
 from .errors import ConfigError
 from .inference import InferenceConfig
 from .sampling import SamplingParams, as_sampling_params
+<<<<<<< HEAD
 from .speculative import SpeculativeConfig
 
 __all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "SpeculativeConfig", "as_sampling_params"]
+=======
+from .structured import StructuredOutputsParams
+
+__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "StructuredOutputsParams", "as_sampling_params"]
+>>>>>>> help-params

@@ -3,7 +3,7 @@
 import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -20,7 +20,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def refuse_bool(model: type[BaseModel], value: Any, field: str) -> Any:
     """True is an int to Python; to a user it is a slip."""
-    if isinstance(value, bool) and model.model_fields[field].annotation not in (bool, bool | None):
+    annotation = model.model_fields[field].annotation
+    if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
         raise ValueError("must not be true or false")
     return value
 

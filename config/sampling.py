@@ -1,12 +1,13 @@
-"""`SamplingParams`: how the tokens of one request are chosen, and when it ends."""
+"""`SamplingParams`: how the tokens of one request are chosen, and when it ends. docs/sampling.md tells more."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
@@ -15,12 +16,15 @@ from pydantic import (
     model_validator,
 )
 
+from .contradictions import contradictions
 from .errors import ConfigError, one_line, refuse_bool
-
-TokenIds = Annotated[Sequence[Annotated[int, Field(ge=0, strict=True)]], AfterValidator(tuple)]
+from .generation_config import SAMPLING, read_generation_config
+from .logits_processors import LogitsProcessor, as_logits_processors
+from .structured import StructuredOutputsParams, as_structured_outputs
+from .token_ids import TokenBias, TokenIds, Words, not_empty
 
 DEFAULT_MAX_TOKENS = 128
-_SAMPLING = ("top_k", "top_p", "min_p")  # naming one of these, with no temperature, asks for sampling
+MAX_NUM_OUTPUTS = 16384  # of one request
 
 
 class SamplingParams(BaseModel):
@@ -44,18 +48,64 @@ class SamplingParams(BaseModel):
         default=None, ge=0, le=2**63 - 1, description="None: the engine's seed and the request decide"
     )
 
+    n: int = Field(default=1, ge=1, le=MAX_NUM_OUTPUTS, description="outputs")
+    best_of: int | None = Field(
+        default=None, ge=1, le=MAX_NUM_OUTPUTS, description="so many are sampled, the n likeliest given; None: n"
+    )
+    num_beams: int = Field(default=1, ge=1, description="of beam search; 1: off")
+    length_penalty: float | None = Field(
+        default=None, description="a beam's log-probability is divided by its output's length to the power of this"
+    )
+    early_stopping: bool | Literal["never"] | None = Field(
+        default=None, description="end with num_beams ended beams (True), when better ones are unlikely, impossible"
+    )
+
     max_tokens: int | None = Field(default=None, ge=1, description="output tokens at most")
     min_tokens: int = Field(default=0, ge=0, description="output tokens before an end token or a stop is heeded")
     max_total_tokens: int | None = Field(
         default=None, ge=1, description="prompt and output tokens at most; None: no limit"
     )
     stop: Sequence[str] = Field(default=(), description="strings that end the output")
+    include_stop_str_in_output: bool = Field(default=False, description="the text ends after the stop string")
     stop_token_ids: TokenIds = Field(default=(), description="token ids that end the output, beside the end tokens")
     eos_token_ids: TokenIds | None = Field(default=None, description="the end tokens' ids")
     ignore_eos: bool = Field(default=False, description="go on past end tokens")
 
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, description="logits of tokens in prompt or output: divided by it above 0, else multiplied"
+    )
+    presence_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="subtracted from the logits of tokens in the output"
+    )
+    frequency_penalty: float = Field(
+        default=0.0, ge=-2, le=2, description="subtracted from the logits of tokens as often as they are in the output"
+    )
+    no_repeat_ngram_size: int | None = Field(default=None, ge=0, description="no n-gram comes twice; 0: off")
+    logit_bias: TokenBias | None = Field(default=None, description="token id -> what is added to its logit")
+    bad_words: Words | None = Field(default=None, description="strings, or lists of token ids, that are never output")
+    suppress_tokens: TokenIds | None = Field(default=None, description="token ids that are never output")
+    begin_suppress_tokens: TokenIds | None = Field(default=None, description="token ids that no output begins with")
+    allowed_token_ids: Annotated[TokenIds, AfterValidator(not_empty)] | None = Field(
+        default=None, description="no other token ids are output"
+    )
+    logits_processors: Annotated[Sequence[LogitsProcessor], BeforeValidator(as_logits_processors)] = Field(
+        default=(), description="f(prompt_token_ids, output_token_ids, logits [vocab_size]) -> logits"
+    )
+    structured_outputs: Annotated[StructuredOutputsParams | None, BeforeValidator(as_structured_outputs)] = Field(
+        default=None, description="what the output must be: JSON, a regular expression, a grammar, a choice"
+    )
+    forced_token_ids: Annotated[TokenIds, AfterValidator(not_empty)] | None = Field(
+        default=None, description="the output begins with these, to be scored"
+    )
+
+    logprobs: int | None = Field(default=None, ge=-1, description="likeliest tokens to tell of for each; -1: all")
+    prompt_logprobs: int | None = Field(default=None, ge=-1, description="the same for each token of the prompt")
     detokenize: bool = Field(default=True, description="give text beside token ids")
     skip_special_tokens: bool = Field(default=True, description="leave special tokens out of the text")
+    truncate_prompt_tokens: int | None = Field(
+        default=None, ge=-1, description="keep the prompt's last tokens; -1: as many as leave room for max_tokens"
+    )
+    priority: int = Field(default=0, description="requests of a lower one are served earlier")
 
     if not TYPE_CHECKING:  # type checkers see the field-by-field signature that pydantic declares
 
@@ -64,6 +114,9 @@ class SamplingParams(BaseModel):
                 super().__init__(**values)
             except ValidationError as error:
                 raise one_line(error, type(self)) from None
+
+    def __hash__(self) -> int:
+        return hash(tuple(frozenset(value.items()) if isinstance(value, dict) else value for _, value in self))
 
     @field_validator("*", mode="before")
     @classmethod
@@ -75,10 +128,17 @@ class SamplingParams(BaseModel):
     def _minus_one_is_off(cls, top_k: Any) -> Any:
         return 0 if top_k == -1 else top_k
 
-    @field_validator("stop", mode="before")
+    @field_validator("early_stopping", mode="before")
     @classmethod
-    def _one_string_is_a_list(cls, stop: Any) -> Any:
-        return (stop,) if isinstance(stop, str) else stop
+    def _bool_or_never(cls, value: Any) -> Any:
+        if value is not None and value != "never" and not isinstance(value, bool):
+            raise ValueError("must be true, false or 'never'")
+        return value
+
+    @field_validator("stop", "bad_words", mode="before")
+    @classmethod
+    def _one_string_is_a_list(cls, strings: Any) -> Any:
+        return (strings,) if isinstance(strings, str) else strings
 
     @field_validator("stop")
     @classmethod
@@ -87,12 +147,17 @@ class SamplingParams(BaseModel):
             raise ValueError("must not hold an empty string")
         return tuple(stop)
 
+    @field_validator("truncate_prompt_tokens")
+    @classmethod
+    def _keeps_a_token(cls, number: int | None) -> int | None:
+        if number == 0:
+            raise ValueError("must be at least 1, or -1 for as many as leave room for max_tokens")
+        return number
+
     @model_validator(mode="after")
     def _fields_agree(self) -> Self:
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
-        if self.stop and not self.detokenize:
-            raise ValueError(f"stop={list(self.stop)} is looked for in the text, but detokenize=False makes none")
+        for message in contradictions(self):
+            raise ValueError(message)
         return self
 
     @classmethod
@@ -103,39 +168,21 @@ class SamplingParams(BaseModel):
         `do_sample` leaves it to the model whether to sample. Without, for a model's own config, which is nobody's
         mistake here: what is not supported or not valid is left out, and an unset `do_sample` is greedy.
         """
-
-        def get(name: str) -> Any:
-            return getattr(generation_config, name, None)
-
-        do_sample = get("do_sample") if strict else bool(get("do_sample"))
-        if strict:
-            _refuse_unsupported(get, sampling=do_sample is not False)
-        values: dict[str, Any] = {
-            "max_tokens": get("max_new_tokens"),
-            "max_total_tokens": get("max_length") if get("max_new_tokens") is None else None,
-            "min_tokens": get("min_new_tokens"),
-            "stop": get("stop_strings"),
-            "eos_token_ids": [eos] if isinstance(eos := get("eos_token_id"), int) else eos,
-        }
-        if do_sample is False:
-            values["temperature"] = 0.0
-        else:
-            values |= {name: get(name) for name in ("temperature", *_SAMPLING)}
-        if do_sample:  # the global defaults of transformers' generate
-            values |= {name: value for name, value in _GENERATE_DEFAULTS.items() if values[name] is None}
-        values = {name: value for name, value in values.items() if value is not None}
+        values = read_generation_config(generation_config, strict)
         return cls(**(values if strict else _valid_part(cls, values)))
 
     def resolve(self, defaults: "SamplingParams") -> "SamplingParams":
         """These params with every gap filled, from `defaults` (the model's own), else from the house's.
 
-        No temperature given: the model's, if it samples; else 1 if top_k, top_p or min_p is given; else greedy.
-        In the result only `seed` and `max_total_tokens` can be None.
+        No temperature given: 0 with beams; else the model's, if it samples; else 1 if top_k, top_p or min_p is given;
+        else greedy. In the result a field is None only where that is a value of its own.
         """
         mine, theirs = _given(self), _given(defaults)
         values = {**_FINAL_DEFAULTS, **theirs, **mine}
-        if "temperature" not in mine:
-            sampling = any(name in mine for name in _SAMPLING)
+        if "temperature" not in mine and self.num_beams > 1:
+            values["temperature"] = 0.0
+        elif "temperature" not in mine:
+            sampling = any(name in mine for name in SAMPLING)
             values["temperature"] = theirs.get("temperature") or (1.0 if sampling else 0.0)
         # A limit of the caller's on the output replaces the model's, of whichever kind.
         if "max_tokens" in mine:
@@ -144,9 +191,10 @@ class SamplingParams(BaseModel):
             values["max_tokens"] = mine["max_total_tokens"]
         # A default yields to what the caller asked for.
         if "max_tokens" not in mine:
-            values["max_tokens"] = max(values["max_tokens"], mine.get("min_tokens", 1))
+            at_least = max(mine.get("min_tokens", 1), len(self.forced_token_ids or ()))
+            values["max_tokens"] = max(values["max_tokens"], at_least)
         if "min_tokens" not in mine:
-            values["min_tokens"] = min(values["min_tokens"], values["max_tokens"])
+            values["min_tokens"] = 0 if self.structured_outputs else min(values["min_tokens"], values["max_tokens"])
         if not self.detokenize:
             values["stop"] = ()
         return SamplingParams(**values)
@@ -170,57 +218,18 @@ _FINAL_DEFAULTS: dict[str, Any] = {
     "top_k": 0,
     "top_p": 1.0,
     "min_p": 0.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
     "max_tokens": DEFAULT_MAX_TOKENS,
     "min_tokens": 0,
     "eos_token_ids": (),
-}
-
-# transformers, GenerationConfig._get_default_generation_params
-_GENERATE_DEFAULTS: dict[str, Any] = {"temperature": 1.0, "top_k": 50}
-
-# Settings of GenerationConfig that change the output and are not supported, each with the value that changes nothing.
-_UNSUPPORTED: dict[str, Any] = {
-    "num_beams": 1,
-    "num_beam_groups": 1,
-    "num_return_sequences": 1,
-    "diversity_penalty": 0.0,
     "repetition_penalty": 1.0,
-    "encoder_repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
-    "encoder_no_repeat_ngram_size": 0,
-    "exponential_decay_length_penalty": None,
-    "penalty_alpha": 0.0,
-    "guidance_scale": 1.0,
-    "bad_words_ids": [],
-    "suppress_tokens": [],
-    "begin_suppress_tokens": [],
-    "sequence_bias": {},
-    "constraints": [],
-    "force_words_ids": [],
-    "forced_bos_token_id": None,
-    "forced_eos_token_id": None,
-    "watermarking_config": None,
-    "dola_layers": None,
-    "token_healing": False,
-    "max_time": None,
-    "prompt_lookup_num_tokens": None,
-    "assistant_early_exit": None,
-    "use_mtp": False,
+    "logit_bias": {},
+    "bad_words": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
 }
-_UNSUPPORTED_IN_SAMPLING: dict[str, Any] = {"typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "top_h": None}
-
-
-def _refuse_unsupported(get: Callable[[str], Any], sampling: bool) -> None:
-    neutral = _UNSUPPORTED | (_UNSUPPORTED_IN_SAMPLING if sampling else {})
-    if get("min_new_tokens") is None:  # which replaces min_length
-        neutral = neutral | {"min_length": 0}
-    problems = [
-        f"GenerationConfig.{name}={get(name)!r} is not supported"
-        for name, value in neutral.items()
-        if get(name) is not None and get(name) != value
-    ]
-    if problems:
-        raise ConfigError("; ".join(problems))
 
 
 def _valid_part(cls: type[SamplingParams], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,38 +20,79 @@ from .sequence import SampleSpec, Sequence
 
 
 @dataclass(eq=False)
+class Completion:
+    """One of a request's outputs on its way: its sequence, its text."""
+
+    sequence: Sequence
+    detokenizer: Detokenizer | None
+    num_emitted: int = 0  # characters of text that went out
+
+    def output(self, index: int, is_final: bool, tells: bool) -> CompletionOutput:
+        """A snapshot, with what is new since the last one. tells: with log-probabilities."""
+        sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
+        delta, self.num_emitted = text[self.num_emitted :], len(text)
+        scores = sequence.scores if is_final else sequence.scores[:]
+        return CompletionOutput(
+            index=index,
+            text=text,
+            token_ids=tuple(sequence.output_token_ids),
+            finish_reason=sequence.finish_reason,
+            stop_reason=self.stop_reason,
+            delta=delta,
+            logprobs=tuple(scores) if tells else None,
+            cumulative_logprob=self.cumulative_logprob if tells else None,
+            error=sequence.error,
+        )
+
+    @property
+    def cumulative_logprob(self) -> float:
+        return sum(score.logprob for score in self.sequence.scores)
+
+    @property
+    def stop_reason(self) -> str | int | None:
+        sequence = self.sequence
+        if sequence.finish_reason != "stop":
+            return None
+        if self.detokenizer is not None and self.detokenizer.stopped_by is not None:
+            return self.detokenizer.stopped_by
+        last = sequence.token_ids[-1]
+        return last if last in sequence.stop_token_ids and last not in sequence.eos_token_ids else None
+
+
+@dataclass(eq=False)
 class Request:
-    """A request on its way: its sequence, its text, its times."""
+    """A request on its way: its completions, its times."""
 
     request_id: str
     index: int  # its place among the prompts that it came with
     prompt: str | None  # its text, if it was given as text
-    sequence: Sequence
-    replica: int
-    detokenizer: Detokenizer | None
+    params: SamplingParams
+    completions: list[Completion]
     arrival_s: float
+    replica: int = 0
     scheduled_s: float | None = None
-    token_times: list[float] = field(default_factory=list)
-    num_emitted: int = 0  # characters of text that went out
+    token_times: list[float] = field(default_factory=list)  # of the first completion
+
+    @property
+    def first(self) -> Sequence:
+        return self.completions[0].sequence
 
     @property
     def ended(self) -> bool:
-        return self.sequence.finish_reason is not None
+        return all(completion.sequence.finish_reason is not None for completion in self.completions)
 
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
-        sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
-        delta, self.num_emitted = text[self.num_emitted :], len(text)
         since = lambda moment: None if moment is None else moment - self.arrival_s  # noqa: E731
-        completion = CompletionOutput(0, text, tuple(sequence.output_token_ids), sequence.finish_reason)
+        first, params = self.first, self.params
+        prompt_logprobs = None if params.prompt_logprobs is None else (None, *first.prompt_scores)
         return RequestOutput(
             request_id=self.request_id,
             index=self.index,
             prompt=self.prompt,
-            prompt_token_ids=tuple(sequence.token_ids[: sequence.num_prompt_tokens]),
-            num_cached_tokens=sequence.num_cached_tokens or 0,
-            outputs=(completion,),
-            delta=delta,
+            prompt_token_ids=tuple(first.token_ids[: first.num_prompt_tokens]),
+            num_cached_tokens=first.num_cached_tokens or 0,
+            outputs=self._outputs(),
             finished=self.ended,
             timings=RequestTimings(
                 queue_s=since(self.scheduled_s),
@@ -59,7 +100,17 @@ class Request:
                 total_s=time.monotonic() - self.arrival_s,
                 token_s=tuple(moment - self.arrival_s for moment in self.token_times),
             ),
+            prompt_logprobs=prompt_logprobs,
         )
+
+    def _outputs(self) -> tuple[CompletionOutput, ...]:
+        params, chosen = self.params, self.completions
+        if len(chosen) > params.n:  # best_of: which are the best is known in the end
+            if not self.ended:
+                return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))
+            chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
+        tells = params.logprobs is not None
+        return tuple(completion.output(i, self.ended, tells) for i, completion in enumerate(chosen))
 
 
 @dataclass(frozen=True)

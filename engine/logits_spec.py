@@ -1,11 +1,8 @@
 """What becomes of one request's logits before a token is drawn from them: plain numbers, no torch."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-LogitsProcessor = Callable[[list[int], list[int], Any], Any]
-"""f(prompt_token_ids, output_token_ids, logits [vocab_size]) -> logits [vocab_size]."""
+from ..config.logits_processors import LogitsProcessor
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,10 @@
 """What a request gives back."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import exp
+
+from .step import TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,12 @@ class CompletionOutput:
     index: int
     text: str  # ends before a stop string; never ends within a UTF-8 character
     token_ids: tuple[int, ...]  # an end token or the tokens of a stop string included
-    finish_reason: str | None  # "stop", "length", "abort"; None while it goes on
+    finish_reason: str | None  # "stop", "length", "abort", "error"; None while it goes on
+    stop_reason: str | int | None = None  # the stop string or token id that ended it, unless that is an end token
+    delta: str = ""  # what `text` has gained since the request's last output
+    logprobs: tuple[TokenLogprobs, ...] | None = None  # of each token, if asked for
+    cumulative_logprob: float | None = None  # their sum
+    error: str | None = None  # why, if finish_reason is "error"
 
 
 @dataclass(frozen=True)
@@ -39,9 +48,14 @@ class RequestOutput:
     prompt_token_ids: tuple[int, ...]
     num_cached_tokens: int  # prompt tokens whose keys and values were found in the prefix cache
     outputs: tuple[CompletionOutput, ...]
-    delta: str  # what `text` has gained since the request's last output
     finished: bool
     timings: RequestTimings
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of each prompt token; None for the first
+
+    @property
+    def delta(self) -> str:
+        """What the first completion's text has gained since the request's last output."""
+        return self.outputs[0].delta
 
     @property
     def text(self) -> str:
@@ -61,3 +75,34 @@ class RequestOutput:
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_token_ids)
+
+    @property
+    def error(self) -> str | None:
+        """Why the request failed, if it did."""
+        return next((output.error for output in self.outputs if output.error), None)
+
+
+@dataclass(frozen=True)
+class ScoreOutput:
+    """How probable a text is to the model."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]  # of each token from the second on
+
+    @property
+    def logprob(self) -> float:
+        """Natural logarithm of the probability of all tokens after the first."""
+        return sum(token.logprob for token in self.logprobs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability of a token; 1 where there is only one token."""
+        return exp(-self.logprob / len(self.logprobs)) if self.logprobs else 1.0
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A text as a vector."""
+
+    token_ids: tuple[int, ...]
+    embedding: Sequence[float]  # [hidden]

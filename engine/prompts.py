@@ -7,6 +7,8 @@ from typing import Any
 
 from ..config import SamplingParams, as_sampling_params
 from ..shardformer import Model
+from .logits_spec import LogitsSpec
+from .vocabulary import Vocabulary, error_line, out_of_range
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
@@ -21,6 +23,7 @@ class PreparedRequest:
     token_ids: list[int]
     params: SamplingParams  # every field settled
     max_tokens: int  # output tokens at most, also by what the context leaves
+    logits: LogitsSpec
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,42 @@ class Preparer:
 
     def prepare(self, prompt: Prompt, params: Any) -> PreparedRequest:
         """Raises ValueError or TypeError, one line that names the field and the value, for what cannot be served."""
+        given = as_sampling_params(params)
+        resolved = given.resolve(self.defaults)
+        vocabulary = Vocabulary(self.tokenizer, self.vocab_size)
+        vocabulary.check(given)
         text, token_ids = self._tokenize(prompt)
         if not token_ids:
             raise ValueError("prompt is empty: it must have at least one token")
+        if resolved.truncate_prompt_tokens is not None:
+            token_ids = token_ids[-self._num_kept(resolved) :]
         if len(token_ids) >= self.max_model_len:
             raise ValueError(
-                f"prompt has {len(token_ids)} tokens; with max_model_len={self.max_model_len}{self.length_reason} it "
-                f"may have at most {self.max_model_len - 1}, which leaves one to generate"
+                f"prompt has {len(token_ids)} tokens; {self._context()}, which leaves one to generate; "
+                "truncate_prompt_tokens would keep its end"
             )
-        resolved = as_sampling_params(params).resolve(self.defaults)
-        return PreparedRequest(text, token_ids, resolved, self._output_limit(len(token_ids), resolved))
+        limit = self._output_limit(len(token_ids), resolved)
+        return PreparedRequest(text, token_ids, resolved, limit, vocabulary.logits_spec(resolved, len(token_ids)))
+
+    def _num_kept(self, params: SamplingParams) -> int:
+        """Tokens of the prompt that are kept at most, by `truncate_prompt_tokens`."""
+        assert params.truncate_prompt_tokens is not None and params.max_tokens is not None
+        kept, longest = params.truncate_prompt_tokens, self.max_model_len - 1
+        if kept > longest:
+            raise ValueError(f"truncate_prompt_tokens={kept} keeps too many; {self._context()}")
+        if kept > 0:
+            return kept
+        if params.max_tokens > longest:
+            raise ValueError(
+                f"truncate_prompt_tokens=-1 leaves nothing of the prompt: max_tokens={params.max_tokens} is not below "
+                f"max_model_len={self.max_model_len}; give a smaller max_tokens"
+            )
+        return self.max_model_len - params.max_tokens
+
+    def _context(self) -> str:
+        return (
+            f"with max_model_len={self.max_model_len}{self.length_reason} it may have at most {self.max_model_len - 1}"
+        )
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
@@ -56,7 +85,7 @@ class Preparer:
             try:
                 text: str = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
             except Exception as error:  # a template can fail in any way
-                raise ValueError(f"prompt: the chat template fails on these messages: {_one_line(error)}") from error
+                raise ValueError(f"prompt: the chat template fails on these messages: {error_line(error)}") from error
             return text, self._encode(text, add_special_tokens=False)
         return None, [self._token_id(token) for token in prompt]
 
@@ -66,7 +95,7 @@ class Preparer:
             text.encode()  # says what is wrong with a lone surrogate, which tokenizers do not
             return list(tokenizer.encode(text, **options))
         except Exception as error:
-            raise ValueError(f"prompt: the tokenizer cannot encode the text: {_one_line(error)}") from error
+            raise ValueError(f"prompt: the tokenizer cannot encode the text: {error_line(error)}") from error
 
     def _need_tokenizer(self) -> Any:
         if self.tokenizer is None:
@@ -79,32 +108,25 @@ class Preparer:
         except (AttributeError, TypeError):
             raise TypeError(f"prompt: {token!r} is not a token id") from None
         if not 0 <= token_id < self.vocab_size:
-            raise ValueError(f"prompt: token id {token_id} is out of range; {self._vocabulary()}")
+            raise ValueError(f"prompt: {out_of_range(token_id, self.vocab_size)}")
         return token_id
-
-    def _vocabulary(self) -> str:
-        return f"the vocabulary has 0 to {self.vocab_size - 1}"
 
     def _output_limit(self, num_prompt_tokens: int, params: SamplingParams) -> int:
         assert params.max_tokens is not None
         limit = min(params.max_tokens, self.max_model_len - num_prompt_tokens)
-        for token_id in params.stop_token_ids:
-            if token_id >= self.vocab_size:
-                raise ValueError(f"stop_token_ids: token id {token_id} is out of range; {self._vocabulary()}")
-        if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={list(params.stop)}: stop strings need a tokenizer, and the engine has none")
-        if params.max_total_tokens is None:
-            return limit
-        if params.max_total_tokens <= num_prompt_tokens:
+        if params.max_total_tokens is not None:
+            if params.max_total_tokens <= num_prompt_tokens:
+                raise ValueError(
+                    f"max_total_tokens={params.max_total_tokens} leaves nothing to generate after a prompt of "
+                    f"{num_prompt_tokens} tokens"
+                )
+            limit = min(limit, params.max_total_tokens - num_prompt_tokens)
+        if len(params.forced_token_ids or ()) > limit:
             raise ValueError(
-                f"max_total_tokens={params.max_total_tokens} leaves nothing to generate after a prompt of "
-                f"{num_prompt_tokens} tokens"
+                f"forced_token_ids has {len(params.forced_token_ids or ())} tokens; after a prompt of "
+                f"{num_prompt_tokens} there is room for {limit}"
             )
-        return min(limit, params.max_total_tokens - num_prompt_tokens)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
+        return limit
 
 
 def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
