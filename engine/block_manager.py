@@ -64,7 +64,7 @@ class BlockManager:
 
         `prefix` is what `match` gave for the sequence.
         """
-        wanted = self.num_blocks_for(sequence.num_tokens) - len(prefix) + len(sequence.siblings)
+        wanted = self.num_blocks_for(sequence.num_tokens) - len(prefix)
         free = len(self._free) - sum(self._references[block] == 0 for block in prefix)
         return wanted + spare <= free
 

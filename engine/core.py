@@ -6,10 +6,14 @@ disjoint sequences), then waits for one step to come back and hands its tokens t
 
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent import futures
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..config import InferenceConfig
+from ..config import InferenceConfig, SamplingParams
 from .block_manager import BlockManager
 from .detokenizer import Detokenizer
 from .executor import Executor
@@ -170,7 +174,8 @@ class EngineCore:
         self.executor, self.config = executor, config
         self.replicas = [Replica(config, num_blocks, block_size, look_ahead) for _ in range(config.dp_size)]
         self._requests: dict[str, Request] = {}
-        self._by_sequence: dict[Sequence, Request] = {}
+        self._by_sequence: dict[Sequence, tuple[Request, Completion]] = {}
+        self._compiling: dict[Request, Future[Any]] = {}
         self._aborted: list[Request] = []
 
     @property
@@ -181,51 +186,93 @@ class EngineCore:
         return request_id in self._requests
 
     def add(
-        self, request_id: str, index: int, prepared: PreparedRequest, *, seed: int, detokenizer: Detokenizer | None
+        self,
+        request_id: str,
+        index: int,
+        prepared: PreparedRequest,
+        *,
+        seed: int,
+        new_detokenizer: Callable[[], Detokenizer | None],
+        grammar: Future[Any] | None = None,
     ) -> None:
         """Queues a request with the replica that has the least work, a prefix that it has cached counting for it.
 
-        index: the request's place among the prompts it came with; seed: of its noise.
+        index: the request's place among the prompts it came with; seed: of its noise; grammar: its output's, compiled
+        by others; the request waits for it.
         """
-        params, token_ids = prepared.params, prepared.token_ids
-        assert params.temperature is not None and params.top_k is not None
-        assert params.top_p is not None and params.min_p is not None
-        stops = frozenset(params.stop_token_ids)
-        if not params.ignore_eos:
-            stops |= frozenset(params.eos_token_ids or ())
-        sequence = Sequence(
-            request_id,
-            list(token_ids),
-            max_tokens=prepared.max_tokens,
-            min_tokens=params.min_tokens,
-            stop_token_ids=stops,
-            sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, seed),
-        )
-        replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
-        request = Request(request_id, index, prepared.text, sequence, replica, detokenizer, time.monotonic())
-        self._requests[request_id] = self._by_sequence[sequence] = request
-        self.replicas[replica].scheduler.add(sequence)
+        params = prepared.params
+        sequences = _sequences(request_id, prepared, seed)
+        completions = [Completion(sequence, new_detokenizer()) for sequence in sequences]
+        request = Request(request_id, index, prepared.text, params, completions, time.monotonic())
+        self._requests[request_id] = request
+        self._by_sequence |= {completion.sequence: (request, completion) for completion in completions}
+        if grammar is not None:
+            self._compiling[request] = grammar
+        else:
+            self._queue(request)
+
+    def _queue(self, request: Request) -> None:
+        token_ids = request.first.token_ids
+        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
+        self.replicas[request.replica].scheduler.add(request.first)
 
     def abort(self, request_id: str, silently: bool = False) -> bool:
         """Ends a request; unless silently, the next `step` gives it for the last time. False if it is unknown."""
         request = self._requests.get(request_id)
         if request is None:
             return False
-        self.replicas[request.replica].scheduler.finish(request.sequence, "abort")
-        if request.detokenizer is not None:
-            request.detokenizer.finish()
-        self._retire(request)
+        self._end(request, "abort")
         if not silently:
             self._aborted.append(request)
         return True
 
+    def _end(self, request: Request, reason: str) -> None:
+        """Ends what is unfinished of a request, from outside."""
+        is_queued = self._compiling.pop(request, None) is None
+        for completion in request.completions:
+            if completion.sequence.finish_reason is None:
+                if is_queued:
+                    self.replicas[request.replica].scheduler.finish(completion.sequence, reason)
+                else:
+                    completion.sequence.end(reason)
+                if completion.detokenizer is not None:
+                    completion.detokenizer.finish()
+        self._retire(request)
+
     def step(self) -> list[Request]:
         """Fills the pipelines, waits for one step, and gives the requests that it moved on or that were aborted."""
         moved, self._aborted = self._aborted, []
+        moved += self._compiled(wait=not moved and not self._is_busy)
         self._fill()
         if any(replica.in_flight for replica in self.replicas):
             moved += self._collect()
         return moved
+
+    @property
+    def _is_busy(self) -> bool:
+        """Whether there is something to compute."""
+        return any(replica.in_flight or replica.scheduler.has_work for replica in self.replicas)
+
+    def _compiled(self, wait: bool) -> list[Request]:
+        """Queues the requests whose grammar is there; gives those that failed for it. wait: for the first."""
+        if self._compiling and wait:
+            futures.wait(self._compiling.values(), return_when=futures.FIRST_COMPLETED)
+        failed = []
+        for request, grammar in [item for item in self._compiling.items() if item[1].done()]:
+            try:
+                compiled = grammar.result()
+            except Exception as error:
+                for completion in request.completions:
+                    completion.sequence.end("error", " ".join(str(error).split()))
+                del self._compiling[request]
+                self._retire(request)
+                failed.append(request)
+                continue
+            del self._compiling[request]
+            for completion in request.completions:
+                completion.sequence.constraint = compiled.new_matcher()
+            self._queue(request)
+        return failed
 
     def drain(self) -> list[Request]:
         """Waits for all steps in flight, so that nothing is under way on any rank; the requests that these moved on."""
@@ -248,7 +295,7 @@ class EngineCore:
                 self.executor.submit(index, step.input)
 
     def _on_scheduled(self, replica: Replica, sequence: Sequence, now: float) -> None:
-        request = self._by_sequence[sequence]
+        request, _ = self._by_sequence[sequence]
         if request.scheduled_s is None:
             request.scheduled_s = now
             replica.num_prompt_tokens += sequence.num_prompt_tokens
@@ -259,29 +306,39 @@ class EngineCore:
         replica = self.replicas[index]
         step = replica.in_flight.popleft()
         assert step.input.step_id == output.step_id
-        grown = replica.scheduler.update(step, output.token_ids)
-        replica.num_output_tokens += len(grown)
         now = time.monotonic()
-        return [self._on_token(replica, self._by_sequence[sequence], now) for sequence in grown]
+        moved = replica.scheduler.update(step, output, lambda sequence: self._heed(replica, sequence, now))
+        requests = dict.fromkeys(self._by_sequence[sequence][0] for sequence in moved)
+        for sequence in moved:
+            self._on_moved(sequence)
+        for request in requests:
+            if request.ended:
+                self._retire(request)
+        return list(requests)
 
-    def _on_token(self, replica: Replica, request: Request, now: float) -> Request:
-        request.token_times.append(now)
-        sequence, detokenizer = request.sequence, request.detokenizer
+    def _heed(self, replica: Replica, sequence: Sequence, now: float) -> str | None:
+        """Takes note of a sequence's new token; "stop" if the text or the grammar ends with it."""
+        replica.num_output_tokens += 1
+        request, completion = self._by_sequence[sequence]
+        if sequence is request.first:
+            request.token_times.append(now)
+        token_id, detokenizer, stops = sequence.token_ids[-1], completion.detokenizer, False
         if detokenizer is not None:
-            may_stop = sequence.num_output_tokens >= sequence.min_tokens
-            if detokenizer.append(sequence.token_ids[-1], look_for_stop=may_stop):
-                if sequence.finish_reason is None:
-                    replica.scheduler.finish(sequence, "stop")
-                else:
-                    sequence.finish_reason = "stop"
-            elif sequence.finish_reason is not None:
-                detokenizer.finish()
-        if sequence.finish_reason is not None:
-            self._retire(request)
-        return request
+            stops = detokenizer.append(token_id, look_for_stop=sequence.num_output_tokens >= sequence.min_tokens)
+        if sequence.constraint is not None:
+            stops |= sequence.constraint.accept(token_id)
+        return "stop" if stops else None
+
+    def _on_moved(self, sequence: Sequence) -> None:
+        _, completion = self._by_sequence[sequence]
+        detokenizer = completion.detokenizer
+        if sequence.finish_reason is not None and detokenizer is not None and detokenizer.stopped_by is None:
+            detokenizer.finish()
 
     def _retire(self, request: Request) -> None:
-        del self._requests[request.request_id], self._by_sequence[request.sequence]
+        del self._requests[request.request_id]
+        for completion in request.completions:
+            del self._by_sequence[completion.sequence]
 
     def stats(self) -> list[ReplicaStats]:
         return [replica.stats() for replica in self.replicas]
@@ -290,3 +347,37 @@ class EngineCore:
         """Proves every replica's bookkeeping whole. Raises AssertionError."""
         for replica in self.replicas:
             replica.scheduler.check()
+
+
+_SIBLING_SEED = 0x9FB21C651E98DF25  # odd: n samples have n seeds
+
+
+def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Sequence]:
+    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1."""
+    params = prepared.params
+    eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
+    count = max(params.n, params.best_of or 1)
+
+    def sequence(number: int, siblings: list[Sequence]) -> Sequence:
+        assert params.temperature is not None and params.top_k is not None
+        assert params.top_p is not None and params.min_p is not None
+        own_seed = (seed + number * _SIBLING_SEED) % 2**64
+        is_ranked = count > params.n
+        return Sequence(
+            request_id,
+            list(prepared.token_ids),
+            max_tokens=prepared.max_tokens,
+            min_tokens=params.min_tokens,
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            eos_token_ids=eos,
+            sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
+            logits=None if prepared.logits.is_neutral else prepared.logits,
+            logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
+            prompt_logprobs=None if number else params.prompt_logprobs,
+            forced=params.forced_token_ids or (),
+            priority=params.priority,
+            siblings=siblings,
+        )
+
+    siblings = [sequence(number, []) for number in range(1, count)]
+    return [sequence(0, siblings), *siblings]

@@ -9,17 +9,20 @@ _INCOMPLETE = "\ufffd"  # what decoding gives for a character whose bytes are no
 class Detokenizer:
     """The text of one request's output: grows token by token, ends at a stop string.
 
-    tokenizer: a transformers tokenizer. `text` never holds part of a UTF-8 character, nor the beginning of what may
-    become a stop string.
+    tokenizer: a transformers tokenizer; include_stop: the stop string is part of the text. `text` never holds part of a
+    UTF-8 character, nor the beginning of what may become a stop string.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], skip_special_tokens: bool) -> None:
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str], skip_special_tokens: bool, include_stop: bool = False
+    ) -> None:
         self._tokenizer, self._skip_special_tokens = tokenizer, skip_special_tokens
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._stream = self._new_stream() if self._backend is not None else None
         self._token_ids: list[int] = []
         self._decoded = ""  # all that is decoded, held back parts included
-        self._stop = tuple(stop)
+        self._stop, self._include_stop = tuple(stop), include_stop
+        self.stopped_by: str | None = None
         self.text = ""
 
     def _new_stream(self) -> Any:
@@ -28,17 +31,21 @@ class Detokenizer:
         return DecodeStream(skip_special_tokens=self._skip_special_tokens)
 
     def append(self, token_id: int, look_for_stop: bool) -> bool:
-        """Takes one more token. True if the text has now reached a stop string; it then ends before it."""
+        """Takes one more token. True if the text has now reached a stop string: it ends before it, or after."""
         self._token_ids.append(token_id)
         before = len(self._decoded)
         self._decoded += self._decode_next(token_id)
         if look_for_stop and self._stop:
             # A stop string that is new must end within what was just decoded.
             found = [
-                place for stop in self._stop if (place := self._decoded.find(stop, max(0, before - len(stop) + 1))) >= 0
+                (place, stop)
+                for stop in self._stop
+                if (place := self._decoded.find(stop, max(0, before - len(stop) + 1))) >= 0
             ]
             if found:
-                self.text = self._decoded = self._decoded[: min(found)]
+                place, self.stopped_by = min(found)
+                end = place + (len(self.stopped_by) if self._include_stop else 0)
+                self.text = self._decoded = self._decoded[:end]
                 return True
         self.text = self._decoded[: len(self._decoded) - self._held_back()]
         return False

@@ -89,6 +89,10 @@ class Scheduler:
         """Tokens that are to be computed, as far as can be told now."""
         return self.num_pending_tokens - self.num_matched_tokens + self.num_expected_tokens
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
     def num_cached(self, token_ids: Seq[int]) -> int:
         """How many of a prompt's first tokens are in the cache now."""
         return len(self.blocks.match(token_ids)) * self.blocks.block_size
@@ -158,8 +162,9 @@ class Scheduler:
 
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
         places = sum(1 + len(s.siblings) for s in (sequence, *self.running))
-        # A spare block for each running sequence: else the next one to grow would push this one out again.
-        return places <= self.max_num_seqs and self.blocks.can_admit(sequence, prefix, spare=len(self.running))
+        # A spare block for each other sequence that will grow: else the next one to do so would push this one out again.
+        spare = len(self.running) + len(sequence.siblings) if self.running else 0
+        return places <= self.max_num_seqs and self.blocks.can_admit(sequence, prefix, spare)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.move_to(SequenceStatus.RUNNING)

@@ -42,6 +42,9 @@ class Constraint(Protocol):
         """Masks int32 [n + 1, ceil(vocab / 32)] for the next token and after each of the first n drafts, of which it
         allows no more; and n."""
 
+    def accept(self, token_id: int) -> bool:
+        """Takes the next token; whether the output ends with it."""
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -55,6 +58,7 @@ class Sequence:
     max_tokens: int  # output tokens at most
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()  # any of these ends the sequence, once min_tokens are out
+    eos_token_ids: frozenset[int] = frozenset()  # those of them that are the model's own end tokens
     sample: SampleSpec = field(default_factory=SampleSpec)
     logits: LogitsSpec | None = None  # what becomes of its logits; None: nothing
     logprobs: int | None = None  # how many of the likeliest tokens are told in each place; -1: all
@@ -133,6 +137,11 @@ class Sequence:
     def num_expected_tokens(self) -> int:
         """Tokens that it is expected to draw and compute after those pending; the last one drawn is never computed."""
         return max(0, min(self.max_tokens, EXPECTED_TOKENS) - self.num_output_tokens - 1)
+
+    def end(self, reason: str, error: str | None = None) -> None:
+        """Ends it before it is queued."""
+        self.move_to(SequenceStatus.FINISHED)
+        self.finish_reason, self.error = reason, error
 
     def move_to(self, status: SequenceStatus) -> None:
         assert status in _LEGAL[self.status], f"{self.request_id}: {self.status} -> {status}"
