@@ -4,6 +4,8 @@ from array import array
 from dataclasses import dataclass
 from typing import Any
 
+from .logits_spec import LogitsSpec
+
 
 @dataclass(frozen=True)
 class SampleRequest:
@@ -16,6 +18,16 @@ class SampleRequest:
     min_p: float  # 0: off
     key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
     banned: tuple[int, ...]  # token ids that must not be drawn (min_tokens)
+
+
+@dataclass(frozen=True)
+class HistoryUpdate:
+    """What becomes of one slot of the last stage's histories before a step draws; see `histories.py`."""
+
+    slot: int
+    keep: int  # so many of the slot's tokens stay
+    tokens: "array[int]"  # int64, behind them; below 0: see `drawn_before`
+    spec: LogitsSpec | None  # of the sequence that opens the slot; None: as before
 
 
 @dataclass(frozen=True)
