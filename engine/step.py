@@ -56,6 +56,16 @@ class PooledRows:
 
 
 @dataclass(frozen=True)
+class HistoryUpdate:
+    """What becomes of one slot of the last stage's histories before a step draws; see `histories.py`."""
+
+    slot: int
+    keep: int  # so many of the slot's tokens stay
+    tokens: "array[int]"  # int64, behind them; below 0: see `drawn_before`
+    spec: LogitsSpec | None  # of the sequence that opens the slot; None: as before
+
+
+@dataclass(frozen=True)
 class StepInput:
     """One forward of one replica: new tokens of some sequences, flattened, never padded."""
 

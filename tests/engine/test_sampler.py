@@ -1,6 +1,5 @@
 """The sampler over simulated vocabulary shards: one thread a rank, against transformers and exact probabilities."""
 
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,8 @@ from meshlm.engine.scheduler import noise_key
 from meshlm.engine.staging import Staging
 from meshlm.engine.step import SampleRequest
 from meshlm.kernels import select_ops
-from meshlm.shardformer.shard import Range, aligned_split, even_split
+from meshlm.shardformer.shard import Range, even_split
+from shards import on_ranks, splits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,59 +30,28 @@ OPS = select_ops(CPU, torch.float32)
 NEVER = float("-inf")
 
 
-class FakeTp:
-    """One rank's end of a tp group whose ranks are threads."""
-
-    def __init__(self, rank: int, parts: list[Any], barrier: threading.Barrier) -> None:
-        self.rank, self.size = rank, len(parts)
-        self._parts, self._barrier = parts, barrier
-
-    def all_gather(self, tensor: Tensor) -> Tensor:
-        self._parts[self.rank] = tensor.clone()
-        self._barrier.wait(20)
-        shapes = {(part.shape, part.dtype) for part in self._parts}
-        assert len(shapes) == 1, f"ranks bring different tensors: {shapes}"
-        gathered = torch.stack(self._parts)
-        self._barrier.wait(20)
-        return gathered
-
-
 def draw(
     logits: Tensor, samples: Sequence[SampleRequest], shards: Sequence[Range] | None = None, noise: Any = None
 ) -> list[int]:
     """Token ids drawn by every rank of a tp group that holds `shards` of the vocabulary."""
     shards = shards or [(0, logits.shape[1])]
     ops = OPS if noise is None else replace(OPS, counter_noise=noise, sample_shard=partial(sample_shard, noise))
-    parts: list[Any] = [None] * len(shards)
-    barrier = threading.Barrier(len(shards))
-    drawn: list[Any] = [None] * len(shards)
 
-    def rank(index: int) -> None:
-        tp: Any = FakeTp(index, parts, barrier)
-        start, stop = shards[index]
+    def rank(tp: Any) -> list[int]:
+        start, stop = shards[tp.rank]
         sampler = Sampler(tp, shards, ops, CPU)
         draws = sampler.plan(samples)
         staged = Staging(CPU).open(draws.shapes)
         draws.write(staged.host)
-        try:
-            result = sampler(logits[:, start:stop].clone(), draws, staged.send().arrays)
-            assert (result.complete is None) == (not draws.filtered or draws.num_candidates == sampler.largest_shard)
-            complete = [True] if result.complete is None else result.complete.tolist()
-            drawn[index] = (result.token_ids if all(complete) else sampler.redraw(result, complete)).tolist()
-        except BaseException as error:
-            drawn[index] = error
-            barrier.abort()
+        result = sampler(logits[:, start:stop].clone(), draws, staged.send().arrays)
+        assert (result.complete is None) == (not draws.filtered or draws.num_candidates == sampler.largest_shard)
+        complete = [True] if result.complete is None else result.complete.tolist()
+        token_ids: list[int] = (result.token_ids if all(complete) else sampler.redraw(result, complete)).tolist()
+        return token_ids
 
-    threads = [threading.Thread(target=rank, args=(index,)) for index in range(len(shards))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for result in drawn:
-        if isinstance(result, BaseException) and not isinstance(result, threading.BrokenBarrierError):
-            raise result
+    drawn = on_ranks(len(shards), rank)
     assert all(result == drawn[0] for result in drawn), "ranks disagree"
-    return list(drawn[0])
+    return drawn[0]
 
 
 def sample_shard(noise: Any, logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
@@ -95,10 +64,6 @@ def sample_shard(noise: Any, logits: Tensor, temperatures: Tensor, keys: Tensor,
 def request(row: int = 0, temperature: float = 0.0, **values: Any) -> SampleRequest:
     defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "key": noise_key(0, row), "banned": ()}
     return SampleRequest(sequence=row, temperature=temperature, **{**defaults, **values})
-
-
-def splits(vocab_size: int) -> list[list[Range]]:
-    return [even_split(vocab_size, parts) for parts in (1, 2, 3)] + [aligned_split(vocab_size, 2)]
 
 
 # ---- greedy ---------------------------------------------------------------------------------------------------------
