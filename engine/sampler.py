@@ -37,7 +37,7 @@ class Draws:
 
     samples: Sequence[SampleRequest]
     filtered: list[int]  # rows with top-k, top-p or min-p
-    banned: list[tuple[int, int]]  # (row, place in this rank's vocabulary)
+    forces: bool  # whether some rows' tokens are given
     num_candidates: int  # of each rank, for a filtered row
 
     @property
@@ -47,8 +47,8 @@ class Draws:
             "temperatures": (torch.float32, (num_rows,)),  # 0: greedy, and filtered, which come later
             "keys": (torch.int32, (num_rows, 2)),
         }
-        if self.banned:
-            shapes["banned"] = (torch.int64, (len(self.banned), 2))
+        if self.forces:
+            shapes["forced"] = (torch.int64, (num_rows,))
         if self.filtered:
             shapes["filtered"] = (torch.int64, (num_filtered,))
             shapes["filtered_temperatures"] = (torch.float32, (num_filtered, 1))
@@ -61,8 +61,8 @@ class Draws:
             return
         host["temperatures"][:] = [max(s.temperature, _COLDEST) if s.temperature else 0.0 for s in self.samples]
         host["keys"][:] = [s.key for s in self.samples]
-        if self.banned:
-            host["banned"][:] = self.banned
+        if self.forces:
+            host["forced"][:] = [s.forced for s in self.samples]
         if self.filtered:
             samples = [self.samples[row] for row in self.filtered]
             host["temperatures"][self.filtered] = 0.0
@@ -121,17 +121,24 @@ class Sampler:
 
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
-        filtered = [r for r, s in enumerate(samples) if s.temperature and (s.top_k or s.top_p < 1 or s.min_p)]
-        banned = [(r, i - self.start) for r, s in enumerate(samples) for i in s.banned if self.start <= i < self.stop]
+        filtered = [
+            r
+            for r, s in enumerate(samples)
+            if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
+        ]
         count = max(_CANDIDATES, *(samples[r].top_k + 1 for r in filtered)) if filtered else 0
-        return Draws(samples, filtered, banned, min(count, self.largest_shard))
+        return Draws(samples, filtered, any(s.forced >= 0 for s in samples), min(count, self.largest_shard))
 
     def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten. arrays: those of `draws`,
         on the device."""
-        if draws.banned:
-            # Not by assignment, which would bring the value from the host and wait for it.
-            logits.index_put_(arrays["banned"].unbind(dim=1), logits.new_full((), _NEVER))
+        draw = self._draw(logits, draws, arrays)
+        if not draws.forces:
+            return draw
+        forced = arrays["forced"]  # of which no row is filtered
+        return replace(draw, token_ids=torch.where(forced < 0, draw.token_ids, forced))
+
+    def _draw(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         if not draws.filtered:
             return Draw(self._best(logits, arrays))
         filtered = Filtered(

@@ -280,7 +280,7 @@ class Scheduler:
             block_tables=tuple(array("i", sequence.block_table) for sequence in chosen),
             samples=tuple(rows.samples),
             copies=tuple(copies),
-            updates=tuple(rows.updates),
+            histories=tuple(rows.histories),
             masks=rows.masks,
             given=tuple(rows.given),
             pooled=tuple(rows.pooled),

@@ -22,14 +22,14 @@ class SampleRequest:
     top_p: float  # 1: off
     min_p: float  # 0: off
     key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
-    slot: int = -1  # of what its logits depend on beside the model (`SlotUpdate`); -1: nothing
+    slot: int = -1  # of what its logits depend on beside the model (`HistoryUpdate`); -1: nothing
     forced: int = -1  # the token that is given instead of drawn
     logprobs: int | None = None  # how many of the likeliest tokens are told with their log-probabilities; -1: all
     num_candidates: int = 0  # of a beam: so many of its best continuations are told
 
 
 @dataclass(frozen=True)
-class SlotUpdate:
+class HistoryUpdate:
     """What the last stage's ranks keep of a sequence from step to step: what shapes its logits, and its tokens."""
 
     slot: int
@@ -56,16 +56,6 @@ class PooledRows:
 
 
 @dataclass(frozen=True)
-class HistoryUpdate:
-    """What becomes of one slot of the last stage's histories before a step draws; see `histories.py`."""
-
-    slot: int
-    keep: int  # so many of the slot's tokens stay
-    tokens: "array[int]"  # int64, behind them; below 0: see `drawn_before`
-    spec: LogitsSpec | None  # of the sequence that opens the slot; None: as before
-
-
-@dataclass(frozen=True)
 class StepInput:
     """One forward of one replica: new tokens of some sequences, flattened, never padded."""
 
@@ -76,7 +66,7 @@ class StepInput:
     block_tables: tuple["array[int]", ...]  # int32: its blocks, enough for context and new tokens
     samples: tuple[SampleRequest, ...]  # in the order in which the output's ids come
     copies: tuple[tuple[int, int], ...] = ()  # (from, to): blocks that are copied before all else
-    updates: tuple[SlotUpdate, ...] = ()
+    histories: tuple[HistoryUpdate, ...] = ()
     masks: "Masks | None" = None
     given: tuple[GivenRows, ...] = ()
     pooled: tuple[PooledRows, ...] = ()

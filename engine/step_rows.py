@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping
 
 from .sequence import Sequence
-from .step import GivenRows, Masks, PooledRows, SampleRequest, SlotUpdate, drawn_before
+from .step import GivenRows, Masks, PooledRows, SampleRequest, HistoryUpdate, drawn_before
 
 _MASK64 = (1 << 64) - 1
 
@@ -20,7 +20,7 @@ class StepRows:
         self.samples: list[SampleRequest] = []
         self.draws: list[tuple[Sequence, tuple[int, ...]]] = []
         self.drawing: dict[Sequence, int] = {}  # sequence -> its sample, the first of several
-        self.updates: list[SlotUpdate] = []
+        self.histories: list[HistoryUpdate] = []
         self.given: list[GivenRows] = []
         self.scored: list[Sequence] = []  # whose these are
         self.pooled: list[PooledRows] = []
@@ -64,7 +64,7 @@ class StepRows:
             tokens.extend(sequence.drafts)
         if is_new or tokens:
             spec = sequence.logits if is_new else None
-            self.updates.append(SlotUpdate(sequence.slot, keep, tokens, spec))
+            self.histories.append(HistoryUpdate(sequence.slot, keep, tokens, spec))
         sequence.num_told_tokens = keep + len(tokens)
 
     def add_given(self, sequence: Sequence, first: int, count: int) -> None:

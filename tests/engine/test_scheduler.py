@@ -586,7 +586,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert read == list(zip(known, range(context + count), strict=False)), "another's keys"
             before += [tuple(known[: p + 1]) for p in range(context, context + count)]
         assert start == given.num_tokens
-        for update in given.updates:
+        for update in given.histories:
             spec, tokens = self.slots.get(update.slot, (LogitsSpec(), []))
             told = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
             assert update.spec is None or not update.keep
