@@ -1,0 +1,95 @@
+"""`StructuredOutputsParams` as a grammar of llguidance's: JSON schema, regular expression, or Lark."""
+
+import re
+from typing import Any
+
+from ..config import StructuredOutputsParams
+
+# Characters. Of what is nested by reference (`a: b`, `b: c`, …) the library's stack grows with each link, and its time
+# with their square: these hold both within what `GrammarCompiler` gives it.
+_LARGEST = {"json": 2**18, "regex": 2**18, "choice": 2**18, "grammar": 2**16}
+
+# A run of whitespace in JSON ends: a model that falls into indenting would never come out of it.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+
+_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+_GBNF_TOKEN = re.compile(
+    r"""(?P<comment>\#[^\n]*) | (?P<text>"(?:[^"\\]|\\.)*" | \[(?:[^\]\\]|\\.)*\]) | (?P<name>[\w-]+)""",
+    re.VERBOSE | re.DOTALL,
+)
+_UNICODE_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+def grammar_of(params: StructuredOutputsParams) -> str:
+    """The text that the library compiles. Raises ValueError with the reason alone."""
+    from llguidance import LLMatcher
+
+    value: Any = getattr(params, params.kind)
+    size = 0 if params.kind == "json_object" else len(value) + sum(map(len, value)) * (params.kind == "choice")
+    largest = _LARGEST.get(params.kind, 0)
+    if size > largest:
+        raise ValueError(f"{size} characters are more than the {largest} that are compiled")
+    match params.kind:
+        case "json":
+            return LLMatcher.grammar_from_json_schema(value, defaults={"whitespace_pattern": _WHITESPACE})
+        case "json_object":
+            return LLMatcher.grammar_from_json_schema(
+                '{"type": "object"}', defaults={"whitespace_pattern": _WHITESPACE}
+            )
+        case "regex":
+            return LLMatcher.grammar_from_regex(value)
+        case "choice":
+            return LLMatcher.grammar_from_regex("|".join(map(_escaped, value)))
+        case _:
+            return LLMatcher.grammar_from_lark(_lark(value))
+
+
+def _escaped(text: str) -> str:
+    """A regular expression that is just this text."""
+    return "".join(c if c.isalnum() or c > "\x7f" else f"\\x{{{ord(c):x}}}" for c in text)
+
+
+def _lark(grammar: str) -> str:
+    """GBNF, whose rules are `name ::= …`, in Lark's syntax; any other grammar is taken for Lark and left as it is."""
+    if not _RULE.search(grammar):
+        return grammar
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        lark = gbnf_to_lark(_plain_gbnf(grammar))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except Exception as error:  # of the library's parser, whose own type is not all that it raises
+        raise ValueError(str(error)) from None
+    names = re.findall(r"(?m)^([a-z]\w*):", lark)
+    if names == ["start"] and not re.search(r"\bstart\b(?!:)", lark):
+        # No rule recurs. As one terminal it is matched as a whole; as several, each would take all it can.
+        lark = lark.replace("start:", "start: WHOLE_TEXT\n\nWHOLE_TEXT:", 1)
+    return lark
+
+
+def _plain_gbnf(grammar: str) -> str:
+    r"""The same in what the library's converter reads: no comment, no \u escape, no rule `start`, `|` at a line's end.
+
+    (Lark's first rule has that name; GBNF's is `root`.)
+    """
+
+    def plain(token: re.Match[str]) -> str:
+        if token["comment"]:
+            return ""
+        if token["name"]:
+            return "start-rule" if token["name"] == "start" else token["name"]
+        return _UNICODE_ESCAPE.sub(_character, token["text"])
+
+    return re.sub(r"\s*\n\s*\|", " |", _GBNF_TOKEN.sub(plain, grammar))
+
+
+def _character(escape: re.Match[str]) -> str:
+    """An escape by code point as the character itself, or as an escape that Lark knows too; others as they are."""
+    digits = escape[1] or escape[2]
+    if digits is None:
+        return escape[0]
+    code = int(digits, 16)
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return chr(code)
