@@ -4,12 +4,14 @@
 from .errors import ConfigError
 from .inference import InferenceConfig
 from .sampling import SamplingParams, as_sampling_params
-<<<<<<< HEAD
 from .speculative import SpeculativeConfig
-
-__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "SpeculativeConfig", "as_sampling_params"]
-=======
 from .structured import StructuredOutputsParams
 
-__all__ = ["ConfigError", "InferenceConfig", "SamplingParams", "StructuredOutputsParams", "as_sampling_params"]
->>>>>>> help-params
+__all__ = [
+    "ConfigError",
+    "InferenceConfig",
+    "SamplingParams",
+    "SpeculativeConfig",
+    "StructuredOutputsParams",
+    "as_sampling_params",
+]

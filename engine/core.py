@@ -270,7 +270,7 @@ class EngineCore:
                 continue
             del self._compiling[request]
             for completion in request.completions:
-                completion.sequence.constraint = compiled.new_matcher()
+                completion.sequence.constraint = compiled.matcher(completion.sequence.eos_token_ids)
             self._queue(request)
         return failed
 
@@ -374,7 +374,7 @@ def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Se
             logits=None if prepared.logits.is_neutral else prepared.logits,
             logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
             prompt_logprobs=None if number else params.prompt_logprobs,
-            forced=params.forced_token_ids or (),
+            forced=tuple(params.forced_token_ids or ()),
             priority=params.priority,
             siblings=siblings,
         )

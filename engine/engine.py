@@ -6,11 +6,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from types import TracebackType
 from typing import Any
 
-from ..config import ConfigError, InferenceConfig
+from ..config import ConfigError, InferenceConfig, SamplingParams
 from ..mesh.launch import RankFailure, torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
@@ -260,19 +261,21 @@ class InferenceEngine:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
         for index, (request_id, request) in enumerate(zip(ids, prepared, strict=True)):
             params = request.params
-            detokenizer = None
-            if self.tokenizer is not None and params.detokenize:
-                detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
             own_seed = self.config.seed + (self._num_requests + 1) * 0x5851F42D4C957F2D  # differs by request
             self._core.add(
                 request_id,
                 index,
                 request,
                 seed=own_seed if params.seed is None else params.seed,
-                detokenizer=detokenizer,
+                new_detokenizer=partial(self._new_detokenizer, params),
             )
             self._num_requests += 1
         return ids
+
+    def _new_detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens, params.include_stop_str_in_output)
 
     # ---- what it is and does ------------------------------------------------------------------------------------
 

@@ -39,6 +39,16 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
+def copy_blocks(stage: Stage, sources: torch.Tensor, targets: torch.Tensor) -> None:
+    """Copies blocks in every layer: int64 [n] each; what is copied is what was there before."""
+    for attention in stage.attentions:
+        caches = [attention.key_cache]
+        if not attention.backend.spec.values_in_keys:
+            caches.append(attention.value_cache)
+        for cache in caches:
+            cache.index_copy_(0, targets, cache.index_select(0, sources))
+
+
 def block_bytes(stage: Stage, block_size: int) -> int:
     """Bytes that one block takes on this rank, all its layers together."""
     elements = sum(attention.backend.spec.token_size for attention in stage.attentions)

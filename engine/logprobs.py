@@ -61,6 +61,19 @@ class Logprobs:
         parts = zip(hidden.split(_HIDDEN_AT_ONCE), targets.split(_HIDDEN_AT_ONCE), strict=True)
         return torch.cat([self(head(rows), of_rows, top) for rows, of_rows in parts])
 
+    def normalised(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of all of the shard's tokens, float32 as logits [num_rows, local_vocab]."""
+        _, normaliser = _reduce(logits)
+        return logits - self.tp.all_gather(normaliser).logsumexp(dim=0).float()
+
+    def likeliest(self, scores: Tensor, top: int) -> Tensor:
+        """float64 [num_rows, 2 * top]: ids of the tokens with the highest scores, of equals the lowest first, and these
+        scores. scores: float32 [num_rows, local_vocab]."""
+        maxima, _ = _reduce(scores)
+        keys = self.tp.all_gather(self._top_keys(scores, maxima, min(top, self.vocab_size)))
+        values, token_ids = _unpack(keys.transpose(0, 1).flatten(1).topk(min(top, self.vocab_size), dim=1).values)
+        return torch.cat((token_ids, values), dim=1).double()
+
     def _top_keys(self, logits: Tensor, maxima: Tensor, top: int) -> Tensor:
         """Keys of the shard's likeliest, descending [num_rows, top]; the lowest key where there are too few.
 

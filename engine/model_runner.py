@@ -11,7 +11,8 @@ from ..mesh.collectives import Communicator, Pending
 from ..shardformer.backends import AttentionMetadata, Sequences
 from ..shardformer.base import Stage
 from .cuda_graphs import DecodeGraphs
-from .sampler import Draw, Draws, Sampler
+from .drawing import Drawing, DrawingPlan, Drawn, output_of
+from .kv_cache import copy_blocks
 from .staging import Sent, Staging
 from .step import StepInput, StepOutput
 from .step_arrays import known_tokens, sequences_of, step_shapes, write_step
@@ -35,12 +36,12 @@ class ModelRunner:
     """
 
     def __init__(
-        self, stage: Stage, block_size: int, pp: Communicator, sampler: Sampler | None, max_num_seqs: int
+        self, stage: Stage, block_size: int, pp: Communicator, drawing: Drawing | None, max_num_samples: int
     ) -> None:
-        self.stage, self.block_size, self.pp, self.sampler = stage, block_size, pp, sampler
+        self.stage, self.block_size, self.pp, self.drawing = stage, block_size, pp, drawing
         self.backends = stage.backends
         self.busy = BusyTime()
-        self.drawn = torch.zeros(max_num_seqs, dtype=torch.int64, device=stage.device)  # by the last step's samples
+        self.drawn = torch.zeros(max_num_samples, dtype=torch.int64, device=stage.device)  # by the last step's samples
         self.graphs: DecodeGraphs | None = None
         self._staging = Staging(stage.device)
         self._last: StepInput | None = None
@@ -52,13 +53,13 @@ class ModelRunner:
         """Runs one step; on a GPU, returns as soon as all of it is queued there."""
         started = time.monotonic()
         stage = self.stage
-        draws = None if self.sampler is None else self.sampler.plan(step.samples)
+        plan = None if self.drawing is None else self.drawing.plan(step)
         size = None if self.graphs is None else self.graphs.size_for(step)
         padding = 0 if size is None else size - step.num_tokens
-        staged = self._staging.open({**step_shapes(step, padding), **({} if draws is None else draws.shapes)})
+        staged = self._staging.open({**step_shapes(step, padding), **({} if plan is None else plan.shapes)})
         write_step(step, self.block_size, staged.host)
-        if draws is not None:
-            draws.write(staged.host)
+        if plan is not None:
+            plan.write(staged.host)
         if self._uncertain is not None:
             # Its tokens may be inputs of this step, and mending them is collective: on every rank it comes before this
             # step. The device idles meanwhile for as long as it takes to begin with a step that is laid out already.
@@ -66,16 +67,18 @@ class ModelRunner:
             self._uncertain = None
         sent = staged.send()
         self._last = step
+        if step.copies:
+            copy_blocks(stage, *sent.arrays["copies"])
 
         hidden, waited = self._forward(step, sent) if size is None else self._replay(step, size, sent)
-        draw = None
+        drawn = None
         if stage.is_last:
-            assert draws is not None
-            draw = self._draw(step, hidden, draws, sent)
+            assert plan is not None
+            drawn = self._draw(hidden, plan, sent)
         else:
             waited += self._send(hidden)
-        running = RunningStep(step.step_id, draw, stage.device, self._redraw, lambda: self._count(started, waited))
-        if draw is not None and draw.complete is not None:
+        running = RunningStep(drawn, stage.device, self._redraw, lambda: self._count(started, waited))
+        if drawn is not None and drawn.draw.complete is not None:
             self._uncertain = running
         return running
 
@@ -133,20 +136,23 @@ class ModelRunner:
         self._sent = self.pp.isend(hidden, self.pp.rank + 1)
         return waited
 
-    def _draw(self, step: StepInput, hidden: Tensor, draws: Draws, sent: Sent) -> Draw:
-        if not step.samples:
-            return Draw(self.drawn[:0])
-        assert self.sampler is not None
-        draw = self.sampler(self.stage.logits(hidden.index_select(0, sent.arrays["rows"])), draws, sent.arrays)
-        self.drawn[: len(draw.token_ids)].copy_(draw.token_ids)
-        return draw
+    def _draw(self, hidden: Tensor, plan: DrawingPlan, sent: Sent) -> Drawn:
+        assert self.drawing is not None
+        self.drawing.begin(plan, sent.arrays, self.drawn)
+        drawn = self.drawing(hidden, self.stage.logits, plan, sent.arrays)
+        self._keep(drawn)
+        return drawn
 
     @torch.inference_mode()
-    def _redraw(self, draw: Draw, complete: list[bool]) -> Tensor:
-        assert self.sampler is not None
-        token_ids = self.sampler.redraw(draw, complete)
+    def _redraw(self, drawn: Drawn, complete: list[bool]) -> Drawn:
+        assert self.drawing is not None
+        drawn = self.drawing.redraw(drawn, complete)
+        self._keep(drawn)
+        return drawn
+
+    def _keep(self, drawn: Drawn) -> None:
+        token_ids = drawn.draw.token_ids
         self.drawn[: len(token_ids)].copy_(token_ids)
-        return token_ids
 
     def let_go(self) -> None:
         """Forgets what refers back to this runner; no step follows."""
@@ -164,26 +170,22 @@ class ModelRunner:
 class RunningStep:
     """A step that this rank has begun. On a GPU what it draws is on its way to the host, and nothing waits.
 
-    redraw: makes the token ids of a draw final, given which of its filtered rows are.
+    redraw: makes a draw final, given which of its filtered rows are.
     """
 
     def __init__(
         self,
-        step_id: int,
-        draw: Draw | None,
+        drawn: Drawn | None,
         device: torch.device,
-        redraw: Callable[[Draw, list[bool]], Tensor],
+        redraw: Callable[[Drawn, list[bool]], Drawn],
         on_end: Callable[[], None],
     ) -> None:
-        self._step_id, self._draw, self._redraw, self._on_end = step_id, draw, redraw, on_end
-        self._token_ids: tuple[int, ...] | None = None  # once they are settled
-        self._numbers = None if draw is None else draw.numbers
+        self._drawn, self._redraw, self._on_end = drawn, redraw, on_end
+        self._output: StepOutput | None = None  # once it is settled
+        self._numbers = [] if drawn is None else drawn.numbers
         self._copied: torch.cuda.Event | None = None
         if device.type == "cuda":
-            if self._numbers is not None:
-                numbers = self._numbers
-                self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
-                self._numbers.copy_(numbers, non_blocking=True)
+            self._numbers = [_on_its_way(numbers) for numbers in self._numbers]
             self._copied = torch.cuda.Event()
             self._copied.record()
 
@@ -194,17 +196,23 @@ class RunningStep:
         """Waits for what was drawn, and draws again what is not final."""
         if self._copied is not None:
             self._copied.synchronize()
-        if self._draw is None or self._numbers is None:
+        if self._drawn is None:
             return
-        numbers, num_rows = self._numbers.tolist(), len(self._draw.token_ids)
-        token_ids, complete = numbers[:num_rows], numbers[num_rows:]
+        drawn, numbers, self._drawn = self._drawn, self._numbers, None
+        complete = numbers[0].tolist()[len(drawn.draw.token_ids) :]
         if not all(complete):
-            token_ids = self._redraw(self._draw, complete).tolist()
-        self._token_ids = tuple(token_ids)
-        self._draw = None
+            drawn = self._redraw(drawn, complete)
+            numbers = [each.cpu() for each in drawn.numbers]
+        self._output = output_of(drawn, numbers)
 
     def wait(self) -> StepOutput | None:
         """Its output on the last stage, None on others; called once."""
         self.settle()
         self._on_end()
-        return None if self._token_ids is None else StepOutput(self._step_id, self._token_ids)
+        return self._output
+
+
+def _on_its_way(numbers: Tensor) -> Tensor:
+    """To the host, in memory that the copy fills while nobody waits."""
+    host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+    return host.copy_(numbers, non_blocking=True)

@@ -122,9 +122,7 @@ class Sampler:
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
         filtered = [
-            r
-            for r, s in enumerate(samples)
-            if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
+            r for r, s in enumerate(samples) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
         ]
         count = max(_CANDIDATES, *(samples[r].top_k + 1 for r in filtered)) if filtered else 0
         return Draws(samples, filtered, any(s.forced >= 0 for s in samples), min(count, self.largest_shard))

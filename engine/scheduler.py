@@ -162,7 +162,7 @@ class Scheduler:
 
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
         places = sum(1 + len(s.siblings) for s in (sequence, *self.running))
-        # A spare block for each other sequence that will grow: else the next one to do so would push this one out again.
+        # A spare block for each other sequence that will grow: else the next to do so would push this one out again.
         spare = len(self.running) + len(sequence.siblings) if self.running else 0
         return places <= self.max_num_seqs and self.blocks.can_admit(sequence, prefix, spare)
 

@@ -31,6 +31,7 @@ def step_shapes(step: StepInput, padding: int = 0) -> Shapes:
         "query_starts": (torch.int32, (num_seqs + 1,)),
         "block_tables": (torch.int32, (num_seqs, max(map(len, step.block_tables)))),
         "rows": (torch.int64, (len(step.samples),)),  # of the tokens after which one is drawn
+        **({"copies": (torch.int64, (2, len(step.copies)))} if step.copies else {}),
     }
 
 
@@ -63,7 +64,9 @@ def write_step(step: StepInput, block_size: int, host: Mapping[str, Any]) -> Non
         host[name][:num_tokens] = values
         host[name][num_tokens:] = padding
     if step.samples:
-        host["rows"][:] = starts[1:][[sample.sequence for sample in step.samples]] - 1
+        host["rows"][:] = [sample.row for sample in step.samples]
+    if step.copies:
+        host["copies"][:] = np.array(step.copies).T
 
 
 def known_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:

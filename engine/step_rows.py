@@ -8,7 +8,7 @@ from array import array
 from collections.abc import Mapping
 
 from .sequence import Sequence
-from .step import GivenRows, Masks, PooledRows, SampleRequest, HistoryUpdate, drawn_before
+from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, drawn_before
 
 _MASK64 = (1 << 64) - 1
 

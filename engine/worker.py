@@ -10,7 +10,7 @@ import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from ..shardformer.backends import AttentionBackend, Bound, describe_bound
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len, workload_of
 from .cuda_graphs import CudaCapture, DecodeGraphs, ladder, rerun
+from .drawing import Drawing
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner, RunningStep
-from .sampler import Sampler
 from .step import SampleRequest, StepInput
 
 
@@ -120,9 +120,12 @@ class Worker:
         shards = shardformer.shards(checkpoint.spec)
         vocabulary = [shards.range(Dim.VOCABULARY, checkpoint.spec.vocab_size, rank) for rank in range(tp.size)]
         ops = select_ops(self.device, stage.dtype)
-        sampler = Sampler(tp, vocabulary, ops, self.device) if stage.is_last else None
-        self.runner = ModelRunner(stage, block_size, pp, sampler, self.config.max_num_seqs)
-        self._longest = max_model_len(self.config, checkpoint.spec)
+        self._longest, num_seqs = max_model_len(self.config, checkpoint.spec), self.config.max_num_seqs
+        drawing = None
+        if stage.is_last:
+            drawing = Drawing(tp, vocabulary, ops, self.device, num_slots=num_seqs, longest=self._longest)
+        most = num_seqs + self.config.max_num_batched_tokens  # samples: of every token, and of siblings
+        self.runner = ModelRunner(stage, block_size, pp, drawing, most)
         self._check_graphs()
         beside_cache = self._activation_bytes()
         graph_sizes = self.graph_sizes()
@@ -172,9 +175,9 @@ class Worker:
         self.allocate(-(-query_lens[0] // self.block_size))  # for all, since it is only the memory that matters
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
+        ends = [stop - 1 for stop in accumulate(query_lens)]
         samples = tuple(
-            SampleRequest(sequence, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=(0, 0), banned=())
-            for sequence in range(num_seqs)
+            SampleRequest(row, position=1, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=(0, 0)) for row in ends
         )
         tables = tuple(array("i", range(-(-count // self.block_size))) for count in query_lens)
         token_ids = array("q", bytes(8 * sum(query_lens)))

@@ -16,9 +16,9 @@ from transformers.generation.logits_process import (
 )
 
 from meshlm.engine.sampler import Sampler
-from meshlm.engine.scheduler import noise_key
 from meshlm.engine.staging import Staging
 from meshlm.engine.step import SampleRequest
+from meshlm.engine.step_rows import noise_key
 from meshlm.kernels import select_ops
 from meshlm.shardformer.shard import Range, even_split
 from shards import on_ranks, splits
@@ -62,8 +62,8 @@ def sample_shard(noise: Any, logits: Tensor, temperatures: Tensor, keys: Tensor,
 
 
 def request(row: int = 0, temperature: float = 0.0, **values: Any) -> SampleRequest:
-    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "key": noise_key(0, row), "banned": ()}
-    return SampleRequest(sequence=row, temperature=temperature, **{**defaults, **values})
+    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "key": noise_key(0, row)}
+    return SampleRequest(row=row, position=0, temperature=temperature, **{**defaults, **values})
 
 
 # ---- greedy ---------------------------------------------------------------------------------------------------------
@@ -94,17 +94,12 @@ def test_large_ids_are_exact() -> None:
 
 
 @pytest.mark.parametrize("values", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 3, "top_p": 0.9}], ids=str)
-def test_banned_ids_are_not_drawn(values: dict[str, Any]) -> None:
-    logits = torch.zeros(200, 8)
-    logits[:, [1, 6]] = 9
+def test_forced_ids_are_drawn_in_their_rows_alone(values: dict[str, Any]) -> None:
+    logits = torch.randn(200, 8)
     for shards in splits(8):
         free = draw(logits, [request(r, **values) for r in range(200)], shards)
-        assert set(free) <= ({1, 6} if values.get("top_k") or not values else set(range(8)))
-        banned = draw(logits, [request(r, banned=(1, 6), **values) for r in range(200)], shards)
-        assert not set(banned) & {1, 6}
-        one = draw(logits, [request(r, banned=(1,) if r % 2 else (), **values) for r in range(200)], shards)
-        assert one[::2] == free[::2], "a ban is of its own row"
-        assert 1 not in one[1::2]
+        forced = draw(logits, [request(r, forced=r % 8 if r % 2 else -1, **values) for r in range(200)], shards)
+        assert forced == [r % 8 if r % 2 else free[r] for r in range(200)]
 
 
 # ---- which tokens remain --------------------------------------------------------------------------------------------

@@ -86,8 +86,8 @@ def test_a_ring_of_one_while_nothing_is_under_way() -> None:
     assert all(ring.take(size) is first for size in (10, 1, 500))
 
 
-def sample(sequence: int) -> SampleRequest:
-    return SampleRequest(sequence, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, key=(0, 0), banned=())
+def sample(row: int) -> SampleRequest:
+    return SampleRequest(row, position=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, key=(0, 0))
 
 
 def step_of(query_lens: Any, contexts: Any, tables: Any, samples: Any) -> StepInput:

@@ -1,0 +1,222 @@
+"""What the last stage makes of its hidden states: tokens, and what else was asked for beside them.
+
+logits --- copy of rows that are told of
+   |       specs of the requests (`logits_rules.py`), grammars' masks, users' processors
+token ids (`sampler.py`)
+   |       log-probabilities of these and of the likeliest, in the copy (`logprobs.py`)
+numbers    on their way to the host
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..kernels import Ops
+from ..kernels.eager import apply_bitmask, bitmask_limits
+from ..mesh.collectives import Communicator
+from ..shardformer.shard import Range
+from .histories import Histories, HistoryWrites
+from .logits_rules import LogitsPlan, LogitsRules
+from .logprobs import Logprobs
+from .sampler import Draw, Draws, Sampler
+from .staging import Shapes
+from .step import GivenRows, SampleRequest, StepInput, StepOutput, TokenLogprobs
+
+Head = Callable[[Tensor], Tensor]
+"""Hidden states [num_rows, hidden] to this rank's logits, float32 [num_rows, local_vocab]."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """Samples whose log-probabilities are asked for, so many of the likeliest of each."""
+
+    samples: list[int]
+    top: int
+
+
+@dataclass(frozen=True)
+class DrawingPlan:
+    """What a step draws, still on the host; made by `Drawing.plan`."""
+
+    step: StepInput
+    draws: Draws
+    histories: HistoryWrites
+    rules: LogitsPlan
+    told: tuple[Told, ...]
+    beams: list[int]  # samples that tell of continuations and draw nothing
+
+    @property
+    def _given(self) -> Sequence[GivenRows]:
+        return self.step.given
+
+    @property
+    def shapes(self) -> Shapes:
+        shapes = {**self.draws.shapes, **self.histories.shapes, **self.rules.shapes}
+        for number, told in enumerate(self.told):
+            shapes[f"told_{number}"] = (torch.int64, (len(told.samples),))
+        if self.beams:
+            shapes["beams"] = (torch.int64, (len(self.beams),))
+        if self.step.masks is not None:
+            num_masked = len(self.step.masks.samples)
+            shapes["masked"] = (torch.int64, (num_masked,))
+            shapes["masks"] = (torch.int32, (num_masked, len(self.step.masks.words) // 4 // num_masked))
+        if self._given:
+            shapes["given_targets"] = (torch.int64, (sum(len(given.targets) for given in self._given),))
+        return shapes
+
+    def write(self, host: Mapping[str, Any]) -> None:
+        """Fills what `shapes` has made room for."""
+        self.draws.write(host)
+        self.histories.write(host)
+        self.rules.write(host)
+        for number, told in enumerate(self.told):
+            host[f"told_{number}"][:] = told.samples
+        if self.beams:
+            host["beams"][:] = self.beams
+        if self.step.masks is not None:
+            host["masked"][:] = self.step.masks.samples
+            host["masks"].reshape(-1)[:] = np.frombuffer(self.step.masks.words, np.int32)
+        if self._given:
+            host["given_targets"][:] = np.concatenate([np.frombuffer(g.targets, np.int64) for g in self._given])
+
+
+@dataclass
+class Drawn:
+    """What a step drew, on the device."""
+
+    draw: Draw
+    plan: DrawingPlan
+    raw: list[Tensor] = field(default_factory=list)  # logits of each `Told`, float32 [n, local_vocab]
+    rows: list[Tensor] = field(default_factory=list)  # its samples, int64 [n]
+    beams: Tensor | None = None  # ids of the likeliest tokens, then their scores: float64 [num_beams, 2 * top]
+    given: list[Tensor] = field(default_factory=list)
+    errors: list[tuple[int, str]] = field(default_factory=list)  # samples whose processors failed, and why
+    told: list[Tensor] = field(default_factory=list)  # of each `Told`, as `Logprobs` gives it
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """What is to come to the host: token ids first."""
+        return [self.draw.numbers, *self.told, *([] if self.beams is None else [self.beams]), *self.given]
+
+
+class Drawing:
+    """The last stage's end of every step, over one vocabulary shard, with the other ranks of `tp`.
+
+    vocabulary: each rank's (start, stop); num_slots, longest: of histories, and tokens of one.
+    """
+
+    def __init__(
+        self,
+        tp: Communicator,
+        vocabulary: Sequence[Range],
+        ops: Ops,
+        device: torch.device,
+        num_slots: int,
+        longest: int,
+    ) -> None:
+        self.sampler = Sampler(tp, vocabulary, ops, device)
+        self.histories = Histories(num_slots, longest, device)
+        self.rules = LogitsRules(tp, vocabulary, self.histories)
+        self.logprobs = Logprobs(tp, vocabulary)
+        self.vocab_size, self._start = vocabulary[-1][1], vocabulary[tp.rank][0]
+        self._limits = bitmask_limits(device)
+
+    def plan(self, step: StepInput) -> DrawingPlan:
+        """Called step by step, in their order."""
+        histories = self.histories.plan(step.histories)
+        rules = self.rules.plan([(sample.slot, sample.position) for sample in step.samples])
+        beams = [number for number, sample in enumerate(step.samples) if sample.num_candidates]
+        return DrawingPlan(step, self.sampler.plan(step.samples), histories, rules, self._told(step.samples), beams)
+
+    def _told(self, samples: Sequence[SampleRequest]) -> tuple[Told, ...]:
+        """Those with any number together, for the largest; but those with all tokens, which are sorted, apart."""
+        some = [n for n, s in enumerate(samples) if s.logprobs is not None and s.logprobs >= 0]
+        all_of = [n for n, s in enumerate(samples) if s.logprobs == -1]
+        groups = [Told(some, max(samples[n].logprobs or 0 for n in some))] if some else []
+        return (*groups, *([Told(all_of, self.vocab_size)] if all_of else []))
+
+    def begin(self, plan: DrawingPlan, arrays: Mapping[str, Tensor], drawn: Tensor) -> None:
+        """Brings histories up to date. drawn: what the last step drew."""
+        self.histories.apply(plan.histories, arrays, drawn)
+
+    def __call__(self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor]) -> Drawn:
+        """hidden: [num_tokens, hidden] of the step; arrays: those of `plan`, and "rows", on the device."""
+        given = self._given(hidden, head, plan, arrays)
+        samples = plan.step.samples
+        if not samples:
+            return Drawn(Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given)
+        logits = head(hidden.index_select(0, arrays["rows"]))
+        raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
+        if plan.beams:
+            logits.index_copy_(0, arrays["beams"], self.logprobs.normalised(logits.index_select(0, arrays["beams"])))
+        self.rules.apply(logits, plan.rules, arrays)
+        if plan.step.masks is not None:
+            apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start, self._limits)
+        errors = self.rules.process(logits, plan.rules)
+        beams = None
+        if plan.beams:
+            most = max(sample.num_candidates for sample in samples)
+            beams = self.logprobs.likeliest(logits.index_select(0, arrays["beams"]), most)
+        draw = self.sampler(logits, plan.draws, arrays)
+        rows = [arrays[f"told_{number}"] for number in range(len(plan.told))]
+        drawn = Drawn(draw, plan, raw, rows, beams, given, errors)
+        drawn.told = self._tell(drawn)
+        if draw.complete is not None:
+            drawn.rows = [row.clone() for row in rows]  # of the step's arrays, which the next step's replace
+        return drawn
+
+    def redraw(self, drawn: Drawn, complete: Sequence[bool]) -> Drawn:
+        """The same with a draw that is final. complete: as for `Sampler.redraw`."""
+        drawn = replace(drawn, draw=Draw(self.sampler.redraw(drawn.draw, complete)))
+        drawn.told = self._tell(drawn)
+        return drawn
+
+    def _tell(self, drawn: Drawn) -> list[Tensor]:
+        parts = zip(drawn.raw, drawn.rows, drawn.plan.told, strict=True)
+        return [self.logprobs(raw, drawn.draw.token_ids.index_select(0, rows), told.top) for raw, rows, told in parts]
+
+    def _given(self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor]) -> list[Tensor]:
+        found, first = [], 0
+        for given in plan.step.given:
+            count = len(given.targets)
+            rows, targets = hidden[given.row : given.row + count], arrays["given_targets"][first : first + count]
+            top = self.vocab_size if given.logprobs < 0 else given.logprobs
+            found.append(self.logprobs.of_hidden(rows, head, targets, top))
+            first += count
+        return found
+
+
+def output_of(drawn: Drawn, numbers: Sequence[Tensor]) -> StepOutput:
+    """numbers: those of `drawn`, on the host, of a draw that is final."""
+    plan, rest = drawn.plan, iter(numbers[1:])
+    samples, given = plan.step.samples, plan.step.given
+    token_ids = tuple(numbers[0].tolist()[: len(samples)])
+    logprobs: list[TokenLogprobs | None] = [None] * len(samples)
+    for told in plan.told:
+        for number, row in zip(told.samples, next(rest).tolist(), strict=True):
+            logprobs[number] = _token_logprobs(row, samples[number].logprobs)
+    if plan.beams:
+        for number, row in zip(plan.beams, next(rest).tolist(), strict=True):
+            logprobs[number] = _token_logprobs([0.0, 0.0, *row], samples[number].num_candidates)
+    scores = [tuple(_token_logprobs(row, g.logprobs) for row in next(rest).tolist()) for g in given]
+    return StepOutput(
+        step_id=plan.step.step_id,
+        token_ids=token_ids,
+        logprobs=tuple(logprobs) if plan.told or plan.beams else None,
+        given=tuple(scores),
+        errors=tuple(drawn.errors),
+    )
+
+
+def _token_logprobs(row: Sequence[float], asked: int | None) -> TokenLogprobs:
+    """row: of `Logprobs`, with as many of the likeliest tokens as were asked for or more; -1: all."""
+    assert asked is not None
+    top = (len(row) - 2) // 2
+    count = top if asked < 0 else min(asked, top)
+    return TokenLogprobs(
+        row[0], int(row[1]), tuple(map(int, row[2 : 2 + count])), tuple(row[2 + top : 2 + top + count])
+    )
