@@ -246,7 +246,7 @@ def test_a_draw_that_is_mended_reaches_the_next_step() -> None:
             engine._world.executor._launches = True  # type: ignore[attr-defined]  # as on a GPU: a step, then the next
             redrawn = Counter[bool]()
             runner = engine._world.executor.worker.runner  # type: ignore[attr-defined]
-            redraw = runner.sampler.redraw
+            redraw = runner.drawing.sampler.redraw
 
             def spy(
                 draw: Any, complete: list[bool], redraw: Any = redraw, redrawn: Counter[bool] = redrawn
@@ -255,7 +255,7 @@ def test_a_draw_that_is_mended_reaches_the_next_step() -> None:
                 redrawn[torch.equal(drawn, draw.token_ids)] += 1
                 return drawn
 
-            runner.sampler.redraw = spy
+            runner.drawing.sampler.redraw = spy
             made = engine.generate(PROMPTS[:4], params, progress=False)
             outputs.append([o.token_ids for o in made])
             assert redrawn[False] > 3, "draws were mended"

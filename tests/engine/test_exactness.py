@@ -389,7 +389,7 @@ def first_logits(model: Path, prompts: list[list[int]], **fields: Any) -> torch.
     """[num_prompts, vocab_size], after each prompt; in a step each."""
     with running(model, enable_prefix_caching=False, **fields) as engine:
         runner = engine._world.executor.worker.runner
-        runner.sampler = recorder = Recorder(runner.sampler)
+        runner.drawing.sampler = recorder = Recorder(runner.drawing.sampler)
         for prompt in prompts:
             engine.generate([prompt], {"max_tokens": 1, "temperature": 0}, progress=False)
         return torch.cat(recorder.logits)

@@ -255,7 +255,7 @@ def mixed(count: int) -> list[SampleRequest]:
         {"temperature": 0.8, "top_p": 0.95},
         {"temperature": 1.0, "top_k": 50},
         {"temperature": 1.2, "min_p": 0.01, "top_k": 400},
-        {"temperature": 3.0, "banned": (1, 500)},
+        {"temperature": 3.0, "forced": 3},
     ]
     return [request(r, key=noise_key(r % 7, r), **kinds[r % len(kinds)]) for r in range(count)]
 
