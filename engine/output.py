@@ -51,6 +51,8 @@ class RequestOutput:
     finished: bool
     timings: RequestTimings
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of each prompt token; None for the first
+    num_drafted: int = 0  # tokens that were guessed ahead, by speculative decoding
+    num_accepted: int = 0  # of these, those that were right
 
     @property
     def delta(self) -> str:

@@ -83,8 +83,12 @@ class Sequence:
     slot: int | None = field(init=False, default=None)  # on the last stage's ranks, while it runs
     num_told_tokens: int = field(init=False, default=0)  # of its tokens, in that slot
     drafts: tuple[int, ...] = field(init=False, default=())  # guessed tokens in the step in flight
-    num_drafts: int = field(init=False, default=0)
-    num_drafts_accepted: int = field(init=False, default=0)
+    num_drafted: int = field(init=False, default=0)  # guesses so far, and how many were right; forced tokens are none
+    num_accepted: int = field(init=False, default=0)
+    num_to_draft: int | None = field(init=False, default=None)  # by the draft model, for its next step; None: not known
+    drafted: list[int] = field(init=False, default_factory=list)  # of these, the tokens that are there
+    num_draft_computed: int = field(init=False, default=0)  # of its tokens, then of `drafted`, in the draft's cache
+    num_drafting: int = field(init=False, default=0)  # tokens in a step of the draft model that has not come back
     num_asked: int = field(init=False, default=0)  # tokens of its prompt of which what was asked is in a step
     scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its output, if asked for
     prompt_scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its prompt from the second on
@@ -124,6 +128,11 @@ class Sequence:
         return self.num_computed_tokens + self.num_in_flight
 
     @property
+    def is_in_flight(self) -> bool:
+        """Whether a step has it, so that its blocks are read or written."""
+        return self.num_in_flight > 0 or self.num_drafting > 0
+
+    @property
     def needs_whole_prompt(self) -> bool:
         """Whether it must compute what others have in the cache, since more is asked of it."""
         return (self.prompt_logprobs is not None or self.is_pooled) and self.num_asked < self.num_prompt_tokens - 1
@@ -137,6 +146,11 @@ class Sequence:
     def num_expected_tokens(self) -> int:
         """Tokens that it is expected to draw and compute after those pending; the last one drawn is never computed."""
         return max(0, min(self.max_tokens, EXPECTED_TOKENS) - self.num_output_tokens - 1)
+
+    def forget_drafted(self) -> None:
+        """What comes next is drafted anew."""
+        self.num_to_draft = None
+        self.drafted.clear()
 
     def end(self, reason: str, error: str | None = None) -> None:
         """Ends it before it is queued."""
