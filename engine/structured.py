@@ -32,7 +32,6 @@ _CACHED = 256  # grammars; one takes from kilobytes to a few megabytes
 _COMPILE_SECONDS = 20.0
 _COMPILE_STACK = 2**29  # bytes, of address space only: the library recurses, and a stack that ends ends the process
 _LONGEST_REASON = 300  # characters
-_FILLED_BY_ONE = 1  # matchers; more are filled by several threads
 _FILLING_THREADS = 8
 
 
@@ -51,6 +50,7 @@ class _Vocabulary:
 
     @property
     def num_library_words(self) -> int:
+        """In a row of the library's, which has room for all of the tokenizer's tokens too."""
         return (self.tokenizer.vocab_size + 31) // 32
 
 
@@ -78,9 +78,10 @@ class GrammarCompiler:
         with self._lock:
             future = self._grammars.get(params)
             if future is None:
-                future = self._grammars[params] = Future()
+                future = Future()
                 future.set_running_or_notify_cancel()  # others may wait for it too
                 _submit_with_stack(self._pool, self._run, params, future)
+                self._grammars[params] = future
                 while len(self._grammars) > _CACHED:
                     self._grammars.popitem(last=False)
             self._grammars.move_to_end(params)
@@ -88,7 +89,7 @@ class GrammarCompiler:
 
     def fill(self, matchers: Sequence["Matcher"], masks: Mask) -> list[bool]:
         """`Matcher.fill` of masks[i] for each matcher, in parallel; all of them of this compiler, each once."""
-        if len(matchers) <= _FILLED_BY_ONE:
+        if len(matchers) < 2:
             return [matcher.fill(row) for matcher, row in zip(matchers, masks, strict=True)]
         if self._executor is None:
             from llguidance import LLExecutor
@@ -152,7 +153,7 @@ class Grammar:
     vocabulary: _Vocabulary
 
     def matcher(self, end_token_ids: Iterable[int]) -> "Matcher":
-        """For one sequence. end_token_ids: those that end it, stop token ids too; none if it ignores end tokens."""
+        """For one sequence. end_token_ids: all that end it, stop token ids too; none if there are none it heeds."""
         return Matcher(self.start.deep_copy(), self.vocabulary, end_token_ids)
 
 
@@ -194,14 +195,16 @@ class Matcher:
         none, everything: whatever a step that is under way draws there is thrown away.
         """
         allowed = mask.view(np.uint32)
-        allowed[:] = row[: len(allowed)] if len(row) >= len(allowed) else np.pad(row, (0, len(allowed) - len(row)))
+        allowed[:] = row[: len(allowed)]
         eos = self.vocabulary.eos
         may_end = self._ended or bool(row[eos // 32] >> np.uint32(eos % 32) & np.uint32(1))
-        _clear(allowed, self.end_token_ids | {eos} if eos < self.vocabulary.size else self.end_token_ids)
-        if self.vocabulary.size % 32:
-            allowed[-1] &= np.uint32(2 ** (self.vocabulary.size % 32) - 1)
         if self._ended:
             allowed[:] = 0
+        if self.vocabulary.size % 32:
+            allowed[-1] &= np.uint32(2 ** (self.vocabulary.size % 32) - 1)
+        _clear(allowed, self.end_token_ids)
+        if eos < self.vocabulary.size:
+            _clear(allowed, (eos,))
         text_may_follow = bool(allowed.any())
         if self.inner.is_error():
             self._fail(_one_line(self.inner.get_error()))
