@@ -227,6 +227,9 @@ class Scheduler:
         drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][:most]
         if not drafts and self.propose is not None:
             drafts = self.propose(sequence, most)
+        if drafts and sequence.constraint is not None:
+            _, num_valid = sequence.constraint.masks(drafts)
+            drafts = drafts[:num_valid]
         while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts)):
             drafts = drafts[:-1]
         return tuple(drafts)
