@@ -272,7 +272,7 @@ class InferenceEngine:
                 request,
                 seed=own_seed if params.seed is None else params.seed,
                 new_detokenizer=partial(self._new_detokenizer, params),
-                grammar=None if params.structured_outputs is None else self._grammars.submit(params.structured_outputs),
+                grammar=self._grammar(params),
             )
             self._num_requests += 1
         return ids
