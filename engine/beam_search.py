@@ -169,8 +169,9 @@ class BeamSearch:
         sequence, detokenizer = hypothesis.sequence, hypothesis.detokenizer
         if detokenizer is None:
             detokenizer = self._new_detokenizer()
-            for token_id in sequence.output_token_ids if detokenizer is not None else ():
-                detokenizer.append(token_id, look_for_stop=False)
+            if detokenizer is not None:
+                for token_id in sequence.output_token_ids:
+                    detokenizer.append(token_id, look_for_stop=False)
         if detokenizer is not None and detokenizer.stopped_by is None:
             detokenizer.finish()
         return Hypothesis(sequence, hypothesis.logprob, hypothesis.score, detokenizer)

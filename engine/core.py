@@ -11,17 +11,18 @@ from collections.abc import Sequence as Seq
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
 from ..config import InferenceConfig, SamplingParams
 from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
+from .constraint import Constraint
 from .detokenizer import Detokenizer
 from .executor import Executor
 from .output import CompletionOutput, RequestOutput, RequestTimings
 from .prompts import PreparedRequest
 from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
+from .structured import Grammar
 
 
 @dataclass(eq=False)
@@ -175,7 +176,7 @@ class EngineCore:
         self.replicas = [Replica(config, num_blocks, block_size, look_ahead) for _ in range(config.dp_size)]
         self._requests: dict[str, Request] = {}
         self._by_sequence: dict[Sequence, tuple[Request, Completion]] = {}
-        self._compiling: dict[Request, Future[Any]] = {}
+        self._compiling: dict[Request, Future[Grammar]] = {}
         self._aborted: list[Request] = []
 
     @property
@@ -193,7 +194,7 @@ class EngineCore:
         *,
         seed: int,
         new_detokenizer: Callable[[], Detokenizer | None],
-        grammar: Future[Any] | None = None,
+        grammar: Future[Grammar] | None = None,
     ) -> None:
         """Queues a request with the replica that has the least work, a prefix that it has cached counting for it.
 
@@ -275,7 +276,7 @@ class EngineCore:
                 continue
             del self._compiling[request]
             for completion in request.completions:
-                completion.sequence.constraint = compiled.matcher(completion.sequence.eos_token_ids)
+                completion.sequence.constraint = Constraint(compiled, completion.sequence.stop_token_ids)
             self._queue(request)
         return failed
 
@@ -324,17 +325,19 @@ class EngineCore:
         return list(requests)
 
     def _heed(self, replica: Replica, sequence: Sequence, now: float) -> str | None:
-        """Takes note of a sequence's new token; "stop" if the text or the grammar ends with it."""
+        """Takes note of a sequence's new token; why the sequence ends with it by its text or its grammar, or None."""
         replica.num_output_tokens += 1
         request, completion = self._by_sequence[sequence]
         if sequence is request.first:
             request.token_times.append(now)
-        token_id, detokenizer, stops = sequence.token_ids[-1], completion.detokenizer, False
-        if detokenizer is not None:
-            stops = detokenizer.append(token_id, look_for_stop=sequence.num_output_tokens >= sequence.min_tokens)
+        token_id, detokenizer, reason = sequence.token_ids[-1], completion.detokenizer, None
         if sequence.constraint is not None:
-            stops |= sequence.constraint.accept(token_id)
-        return "stop" if stops else None
+            reason, sequence.error = sequence.constraint.accept(token_id), sequence.constraint.error
+        if detokenizer is not None:
+            may_stop = sequence.num_output_tokens >= sequence.min_tokens
+            if detokenizer.append(token_id, look_for_stop=may_stop):
+                reason = reason or "stop"
+        return reason
 
     def _on_moved(self, sequence: Sequence) -> None:
         _, completion = self._by_sequence[sequence]
@@ -358,7 +361,7 @@ class EngineCore:
             heirs = [(continuation.beam, continuation.token_id) for continuation in chosen]
             sequences = replica.scheduler.advance_beams(search.sequences, heirs)
             self._forget(search.sequences)
-            self._by_sequence |= {sequence: (request, completion) for sequence in sequences}
+            self._by_sequence |= dict.fromkeys(sequences, (request, completion))
             search.follow(chosen, sequences)
 
     def _conclude(self, request: Request, search: BeamSearch) -> None:
@@ -403,7 +406,7 @@ def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Se
     def sequence(number: int, siblings: list[Sequence]) -> Sequence:
         assert params.temperature is not None and params.top_k is not None
         assert params.top_p is not None and params.min_p is not None
-        own_seed = (seed + number * _SIBLING_SEED) % 2**64
+        own_seed = (seed + number * _SIBLING_SEED) % 2**63  # one that a request may have
         is_ranked = count > params.n
         return Sequence(
             request_id,

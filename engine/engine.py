@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,6 +23,7 @@ from .executor import rank_name, warn_if_tp_spans_hosts
 from .output import RequestOutput
 from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, look_ahead, why_cpu
 from .prompts import PreparedRequest, Preparer, Prompt, default_params, find_tokenizer, pair
+from .structured import Grammar, GrammarCompiler
 from .worker import RankInfo
 from .world import World
 
@@ -83,6 +85,7 @@ class InferenceEngine:
         devices, self._why_cpu = choose_devices(config, num_local), why_cpu(config, num_local)
         first_rank = 0 if place is None else place.rank - place.local_rank
         check_fit(config, checkpoint.spec, devices, first_rank)
+        self._grammars: GrammarCompiler | None = None
         self._world = World(config, devices, place, checkpoint)
         try:
             with ExitStack() as files:
@@ -123,6 +126,7 @@ class InferenceEngine:
             if self.max_model_len == self.num_blocks * self.block_size
             else "",
         )
+        self._grammars = GrammarCompiler(self.tokenizer, checkpoint.spec.vocab_size, defaults.eos_token_ids or ())
         self._num_requests = 0
         self._fresh_ids = (f"request-{number}" for number in count())
         self._claimed: set[str] = set()  # ids of the requests that a running `generate` or `stream` waits for
@@ -269,6 +273,7 @@ class InferenceEngine:
                 request,
                 seed=own_seed if params.seed is None else params.seed,
                 new_detokenizer=partial(self._new_detokenizer, params),
+                grammar=self._grammar(params),
             )
             self._num_requests += 1
         return ids
@@ -291,6 +296,10 @@ class InferenceEngine:
                     f"{self.num_blocks} of {self.block_size} tokens; give fewer beams, a smaller max_tokens, or more "
                     "num_kv_blocks"
                 )
+
+    def _grammar(self, params: SamplingParams) -> Future[Grammar] | None:
+        assert self._grammars is not None
+        return None if params.structured_outputs is None else self._grammars.submit(params.structured_outputs)
 
     def _new_detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
@@ -373,6 +382,8 @@ class InferenceEngine:
 
     def close(self) -> None:
         """Ends the ranks and frees their memory; can be called twice. Under torchrun every rank calls it."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._world.close()
 
     def __enter__(self) -> "InferenceEngine":

@@ -139,9 +139,10 @@ class Scheduler:
             budget -= self._take(sequence, count, budget, chosen, copies)
 
         while not short_of_blocks:
-            sequence = next((waiting for waiting in self.waiting if not waiting.is_held), None)
-            if sequence is None or not budget or self.max_num_batched_tokens - budget >= share:
+            first = next((waiting for waiting in self.waiting if not waiting.is_held), None)
+            if first is None or not budget or self.max_num_batched_tokens - budget >= share:
                 break
+            sequence = first
             prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
@@ -234,6 +235,9 @@ class Scheduler:
         drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][:most]
         if not drafts and self.propose is not None:
             drafts = self.propose(sequence, most)
+        if drafts and sequence.constraint is not None:
+            _, num_valid = sequence.constraint.masks(drafts)
+            drafts = drafts[:num_valid]
         while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts)):
             drafts = drafts[:-1]
         return tuple(drafts)
@@ -463,8 +467,8 @@ def _num_places(sequence: Sequence) -> int:
 
 
 def _gives_way(running: Sequence, waiting: Sequence) -> bool:
-    """Whether a sequence is preempted so that another one is admitted: one of a lower priority; and a beam that is held,
-    if it came no sooner, as its group might be what waits, and the other ones that run be held too."""
+    """Whether a sequence is preempted so that another one is admitted: if its priority is lower; a beam that is held
+    also if it came no sooner, since it may be the others of its group that wait, and all that runs be held."""
     if running.is_held:
         return (running.priority, running.order) >= (waiting.priority, waiting.order)
     return running.priority > waiting.priority

@@ -1,5 +1,6 @@
 """A request's tokens and where they are on their way: plain Python, no torch."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
@@ -35,15 +36,14 @@ class SampleSpec:
     seed: int = 0  # of this request: with the position it gives the noise
 
 
-class Constraint(Protocol):
-    """What a grammar allows next; follows the sequence's output token by token."""
+class Constrains(Protocol):
+    """What a grammar allows next; see `constraint.py`."""
 
-    def fill_for_drafts(self, drafts: list[int]) -> tuple[Any, int]:
-        """Masks int32 [n + 1, ceil(vocab / 32)] for the next token and after each of the first n drafts, of which it
-        allows no more; and n."""
+    error: str | None
 
-    def accept(self, token_id: int) -> bool:
-        """Takes the next token; whether the output ends with it."""
+    def accept(self, token_id: int) -> str | None: ...
+
+    def masks(self, drafts: Seq[int]) -> tuple[Any, int]: ...
 
 
 @dataclass(eq=False)
@@ -64,7 +64,7 @@ class Sequence:
     logprobs: int | None = None  # how many of the likeliest tokens are told in each place; -1: all
     prompt_logprobs: int | None = None
     forced: tuple[int, ...] = ()  # the first output tokens
-    constraint: Constraint | None = None
+    constraint: Constrains | None = None
     priority: int = 0  # lower goes first
     num_candidates: int = 0  # of a beam: continuations that are told, of which its group chooses
     num_beams_to_come: int = 0  # the group's, that begin with its first token

@@ -47,7 +47,7 @@ class StepRows:
 
     def _mask(self, sequence: Sequence) -> None:
         assert sequence.constraint is not None
-        masks, num_valid = sequence.constraint.fill_for_drafts(list(sequence.drafts))
+        masks, num_valid = sequence.constraint.masks(sequence.drafts)
         assert num_valid == len(sequence.drafts)
         self._masked += range(len(self.samples), len(self.samples) + 1 + num_valid)
         self._masks.append(masks.tobytes())
