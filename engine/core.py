@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ..config import InferenceConfig, SamplingParams
+from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
 from .constraint import Constraint
 from .detokenizer import Detokenizer
@@ -30,6 +31,7 @@ class Completion:
 
     sequence: Sequence
     detokenizer: Detokenizer | None
+    beam_logprob: float | None = None  # of a beam: the sum of its tokens', after penalties and bans
     num_emitted: int = 0  # characters of text that went out
 
     def output(self, index: int, is_final: bool, tells: bool) -> CompletionOutput:
@@ -45,7 +47,7 @@ class Completion:
             stop_reason=self.stop_reason,
             delta=delta,
             logprobs=tuple(scores) if tells else None,
-            cumulative_logprob=self.cumulative_logprob if tells else None,
+            cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
             error=sequence.error,
         )
 
@@ -72,19 +74,17 @@ class Request:
     index: int  # its place among the prompts that it came with
     prompt: str | None  # its text, if it was given as text
     params: SamplingParams
+    first: Sequence
     completions: list[Completion]
     arrival_s: float
+    search: BeamSearch | None = None  # until its completions are found
     replica: int = 0
     scheduled_s: float | None = None
     token_times: list[float] = field(default_factory=list)  # of the first completion
 
     @property
-    def first(self) -> Sequence:
-        return self.completions[0].sequence
-
-    @property
     def ended(self) -> bool:
-        return all(completion.sequence.finish_reason is not None for completion in self.completions)
+        return self.search is None and all(c.sequence.finish_reason is not None for c in self.completions)
 
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
@@ -110,9 +110,9 @@ class Request:
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
         params, chosen = self.params, self.completions
-        if len(chosen) > params.n:  # best_of: which are the best is known in the end
-            if not self.ended:
-                return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))
+        if self.search is not None or (len(chosen) > params.n and not self.ended):
+            return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))  # the best are known in the end
+        if len(chosen) > params.n:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
         return tuple(completion.output(i, self.ended, tells) for i, completion in enumerate(chosen))
@@ -204,7 +204,9 @@ class EngineCore:
         params = prepared.params
         sequences = _sequences(request_id, prepared, seed)
         completions = [Completion(sequence, new_detokenizer()) for sequence in sequences]
-        request = Request(request_id, index, prepared.text, params, completions, time.monotonic())
+        request = Request(request_id, index, prepared.text, params, sequences[0], completions, time.monotonic())
+        if params.num_beams > 1:
+            request.search = BeamSearch(request.first, params, new_detokenizer)
         self._requests[request_id] = request
         self._by_sequence |= {completion.sequence: (request, completion) for completion in completions}
         if grammar is not None:
@@ -230,6 +232,9 @@ class EngineCore:
     def _end(self, request: Request, reason: str) -> None:
         """Ends what is unfinished of a request, from outside."""
         is_queued = self._compiling.pop(request, None) is None
+        if request.search is not None:
+            request.search.give_up(reason)
+            self._conclude(request, request.search)
         for completion in request.completions:
             if completion.sequence.finish_reason is None:
                 if is_queued:
@@ -313,6 +318,8 @@ class EngineCore:
         for sequence in moved:
             self._on_moved(sequence)
         for request in requests:
+            if request.search is not None:
+                self._search_on(replica, request, request.search, now)
             if request.ended:
                 self._retire(request)
         return list(requests)
@@ -338,10 +345,41 @@ class EngineCore:
         if sequence.finish_reason is not None and detokenizer is not None and detokenizer.stopped_by is None:
             detokenizer.finish()
 
+    def _search_on(self, replica: Replica, request: Request, search: BeamSearch, now: float) -> None:
+        """Lets the beams of a request go on, or end, once it is known with what all of them may."""
+        if error := next((sequence.error for sequence in search.sequences if sequence.error), None):
+            search.give_up("error", error)
+            self._conclude(request, search)
+        elif search.is_ready:
+            request.token_times.append(now)
+            replica.num_output_tokens += len(search.beams)
+            chosen = search.choose()
+            if not chosen:
+                self._conclude(request, search)
+                return
+            completion = self._by_sequence[search.sequences[0]][1]
+            heirs = [(continuation.beam, continuation.token_id) for continuation in chosen]
+            sequences = replica.scheduler.advance_beams(search.sequences, heirs)
+            self._forget(search.sequences)
+            self._by_sequence |= dict.fromkeys(sequences, (request, completion))
+            search.follow(chosen, sequences)
+
+    def _conclude(self, request: Request, search: BeamSearch) -> None:
+        """A request's completions are what its search has found."""
+        for sequence in search.sequences:
+            self.replicas[request.replica].scheduler.finish(sequence, "abort")
+        self._forget(search.sequences)
+        request.completions = [Completion(h.sequence, h.detokenizer, h.logprob) for h in search.outputs()]
+        request.search = None
+        self._by_sequence |= {completion.sequence: (request, completion) for completion in request.completions}
+
+    def _forget(self, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            del self._by_sequence[sequence]
+
     def _retire(self, request: Request) -> None:
         del self._requests[request.request_id]
-        for completion in request.completions:
-            del self._by_sequence[completion.sequence]
+        self._forget([completion.sequence for completion in request.completions])
 
     def stats(self) -> list[ReplicaStats]:
         return [replica.stats() for replica in self.replicas]
@@ -356,28 +394,34 @@ _SIBLING_SEED = 0x9FB21C651E98DF25  # odd: n samples have n seeds
 
 
 def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Sequence]:
-    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1."""
+    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1.
+
+    One for a beam search, with which its beams begin.
+    """
     params = prepared.params
     eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
-    count = max(params.n, params.best_of or 1)
+    stops = eos | frozenset(params.stop_token_ids)
+    count = 1 if params.num_beams > 1 else max(params.n, params.best_of or 1)
 
     def sequence(number: int, siblings: list[Sequence]) -> Sequence:
         assert params.temperature is not None and params.top_k is not None
         assert params.top_p is not None and params.min_p is not None
-        own_seed = (seed + number * _SIBLING_SEED) % 2**64
+        own_seed = (seed + number * _SIBLING_SEED) % 2**63  # one that a request may have
         is_ranked = count > params.n
         return Sequence(
             request_id,
             list(prepared.token_ids),
             max_tokens=prepared.max_tokens,
             min_tokens=params.min_tokens,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            stop_token_ids=stops,
             eos_token_ids=eos,
             sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
             logits=None if prepared.logits.is_neutral else prepared.logits,
             logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
             prompt_logprobs=None if number else params.prompt_logprobs,
             forced=tuple(params.forced_token_ids or ()),
+            num_candidates=num_candidates(params.num_beams, len(stops)) if params.num_beams > 1 else 0,
+            num_beams_to_come=params.num_beams - 1,
             priority=params.priority,
             siblings=siblings,
         )

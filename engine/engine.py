@@ -22,7 +22,7 @@ from .detokenizer import Detokenizer
 from .executor import rank_name, warn_if_tp_spans_hosts
 from .output import RequestOutput
 from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, look_ahead, why_cpu
-from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
+from .prompts import PreparedRequest, Preparer, Prompt, default_params, find_tokenizer, pair
 from .structured import Grammar, GrammarCompiler
 from .worker import RankInfo
 from .world import World
@@ -253,6 +253,7 @@ class InferenceEngine:
         for index, (prompt, params) in enumerate(requests):
             try:
                 prepared.append(self._preparer.prepare(prompt, params))
+                self._check_room(prepared[-1])
             except (ValueError, TypeError) as error:
                 if len(requests) == 1:
                     raise
@@ -276,6 +277,25 @@ class InferenceEngine:
             )
             self._num_requests += 1
         return ids
+
+    def _check_room(self, request: PreparedRequest) -> None:
+        """Raises ConfigError if all outputs of a request, or all of its beams, cannot be worked on together."""
+        params, limit = request.params, self.config.max_num_seqs
+        for name, number in (("n", params.n), ("best_of", params.best_of or 1), ("num_beams", params.num_beams)):
+            if number > limit:
+                raise ConfigError(f"{name}={number} is more than max_num_seqs={limit}, which are worked on at a time")
+        if params.num_beams > 1:
+            num_shared = len(request.token_ids) // self.block_size
+            num_tokens = len(request.token_ids) + request.max_tokens - 1
+            num_own = -(-num_tokens // self.block_size) - num_shared
+            needed = num_shared + params.num_beams * num_own
+            if needed > self.num_blocks:
+                raise ConfigError(
+                    f"num_beams={params.num_beams} with {len(request.token_ids)} prompt tokens and "
+                    f"max_tokens={request.max_tokens} may need {needed} blocks of KV cache, and there are "
+                    f"{self.num_blocks} of {self.block_size} tokens; give fewer beams, a smaller max_tokens, or more "
+                    "num_kv_blocks"
+                )
 
     def _grammar(self, params: SamplingParams) -> Future[Grammar] | None:
         assert self._grammars is not None

@@ -134,18 +134,19 @@ class Scheduler:
             if not count:
                 continue
             if not self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
-                short_of_blocks = True
+                short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
                 continue
             budget -= self._take(sequence, count, budget, chosen, copies)
 
-        while self.waiting and not short_of_blocks:
-            if not budget or self.max_num_batched_tokens - budget >= share:
+        while not short_of_blocks:
+            first = next((waiting for waiting in self.waiting if not waiting.is_held), None)
+            if first is None or not budget or self.max_num_batched_tokens - budget >= share:
                 break
-            sequence = self.waiting[0]
+            sequence = first
             prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
-                if worst is None or worst.priority <= sequence.priority:
+                if worst is None or not _gives_way(worst, sequence):
                     break
                 self._preempt(worst)
                 continue
@@ -161,10 +162,17 @@ class Scheduler:
         return self._step(chosen, copies) if chosen else None
 
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
-        places = sum(1 + len(s.siblings) for s in (sequence, *self.running))
         # A spare block for each other sequence that will grow: else the next to do so would push this one out again.
-        spare = len(self.running) + len(sequence.siblings) if self.running else 0
+        # But beams do not grow before those of their group that come back.
+        is_back = sequence.num_candidates and sequence.num_output_tokens
+        spare = len(self.running) + _num_places(sequence) - 1 if self.running and not is_back else 0
+        places = self._num_places + _num_places(sequence)
         return places <= self.max_num_seqs and self.blocks.can_admit(sequence, prefix, spare)
+
+    @property
+    def _num_places(self) -> int:
+        """Of `max_num_seqs`, those that are taken, or kept for who begins with another's first token."""
+        return sum(_num_places(sequence) for sequence in self.running)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.move_to(SequenceStatus.RUNNING)
@@ -235,9 +243,9 @@ class Scheduler:
         return tuple(drafts)
 
     def _victim(self, chosen: dict[Sequence, int]) -> Sequence | None:
-        """Who gives way first: of the lowest priority, the latest admitted."""
+        """Who gives way first: of the lowest priority, the latest to come; of its beams, one that is held."""
         free = [s for s in reversed(self.running) if not s.num_in_flight and s not in chosen]
-        return max(free, key=lambda running: running.priority, default=None)
+        return max(free, key=lambda running: (running.priority, running.order, running.is_held), default=None)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[Sequence, int]) -> bool:
         """Preempts others until the sequence's tokens fit; False if it must give way itself, or wait."""
@@ -383,6 +391,33 @@ class Scheduler:
         self._run(sequence)
         self._count(sequence, 1)
 
+    def advance_beams(self, beams: Seq[Sequence], heirs: Seq[tuple[int, int]]) -> list[Sequence]:
+        """Lets beams go on that are held. heirs: (one of the beams, its next token) for each of those that there are to
+        be; a beam without any ends. Gives the heirs, of which a beam's first is itself, others share its blocks."""
+        inherited = {beam for beam, _ in heirs}
+        for number, beam in enumerate(beams):
+            assert beam.is_held
+            beam.is_held, beam.candidates, beam.num_beams_to_come = False, None, 0
+            if number not in inherited:
+                self.finish(beam, "abort")
+        sequences = []
+        for number, _ in heirs:
+            sequences.append(beams[number] if number in inherited else self._fork(beams[number]))
+            inherited.discard(number)
+        for sequence, (_, token_id) in zip(sequences, heirs, strict=True):
+            self._append(sequence, token_id, None)
+        return sequences
+
+    def _fork(self, sequence: Sequence) -> Sequence:
+        other = sequence.fork()
+        if sequence.status is SequenceStatus.RUNNING and self._num_places < self.max_num_seqs:
+            self.blocks.fork(sequence, other)
+            self._run(other)
+        else:
+            self._wait(other)
+        self._count(other, 1)
+        return other
+
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence, whatever it is doing, and its siblings that are not begun; nothing if it has ended.
 
@@ -425,3 +460,15 @@ class Scheduler:
         slots = [s.slot for s in (*self.running, *attached) if s.slot is not None]
         assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot is lost or held twice"
         self.blocks.check([*self.waiting, *self.running, *self.ended_in_flight])
+
+
+def _num_places(sequence: Sequence) -> int:
+    return 1 + len(sequence.siblings) + sequence.num_beams_to_come
+
+
+def _gives_way(running: Sequence, waiting: Sequence) -> bool:
+    """Whether a sequence is preempted so that another one is admitted: if its priority is lower; a beam that is held
+    also if it came no sooner, since it may be the others of its group that wait, and all that runs be held."""
+    if running.is_held:
+        return (running.priority, running.order) >= (waiting.priority, waiting.order)
+    return running.priority > waiting.priority

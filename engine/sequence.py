@@ -1,7 +1,7 @@
 """A request's tokens and where they are on their way: plain Python, no torch."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -67,6 +67,7 @@ class Sequence:
     constraint: Constrains | None = None
     priority: int = 0  # lower goes first
     num_candidates: int = 0  # of a beam: continuations that are told, of which its group chooses
+    num_beams_to_come: int = 0  # the group's, that begin with its first token
     is_pooled: bool = False  # its last hidden states are asked for
     siblings: list["Sequence"] = field(default_factory=list)  # same prompt, other noise: begun with its first token
 
@@ -137,6 +138,15 @@ class Sequence:
     def num_expected_tokens(self) -> int:
         """Tokens that it is expected to draw and compute after those pending; the last one drawn is never computed."""
         return max(0, min(self.max_tokens, EXPECTED_TOKENS) - self.num_output_tokens - 1)
+
+    def fork(self) -> "Sequence":
+        """Another with the same tokens so far, that holds nothing yet. Of its prompt nothing is asked any more."""
+        other = replace(
+            self, token_ids=self.token_ids[:], siblings=[], prompt_logprobs=None, is_pooled=False, num_beams_to_come=0
+        )
+        other.num_prompt_tokens, other.order = self.num_prompt_tokens, self.order
+        other.num_cached_tokens = self.num_cached_tokens
+        return other
 
     def end(self, reason: str, error: str | None = None) -> None:
         """Ends it before it is queued."""

@@ -10,11 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from meshlm import SamplingParams
+from meshlm.engine.beam_search import BeamSearch, num_candidates
 from meshlm.engine.block_manager import BlockManager
 from meshlm.engine.logits_spec import LogitsSpec
 from meshlm.engine.scheduler import ScheduledStep, Scheduler
 from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
-from meshlm.engine.step import StepOutput, drawn_before
+from meshlm.engine.step import StepOutput, TokenLogprobs, drawn_before
 from meshlm.engine.step_rows import noise_key
 
 
@@ -450,6 +452,47 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
             return output, "length"
 
 
+def likeliest(tokens: tuple[int, ...]) -> TokenLogprobs:
+    """What the model tells of the tokens that may come after these; they are not equally likely."""
+    logprobs = {token: -float(1 + hash((tokens, token)) % 1009) for token in range(VOCABULARY)}
+    top = sorted(logprobs, key=lambda token: -logprobs[token])
+    return TokenLogprobs(0.0, 0, tuple(top), tuple(logprobs[token] for token in top))
+
+
+def begin_search(prompt: list[int], num_beams: int, max_tokens: int, priority: int = 0) -> BeamSearch:
+    root = Sequence(
+        "beams",
+        list(prompt),
+        max_tokens,
+        stop_token_ids=frozenset({0}),
+        logits=LogitsSpec(presence_penalty=1.0),
+        num_candidates=num_candidates(num_beams, 1),
+        num_beams_to_come=num_beams - 1,
+        priority=priority,
+    )
+    params = SamplingParams(num_beams=num_beams, n=num_beams).resolve(SamplingParams())
+    return BeamSearch(root, params, lambda: None)
+
+
+def search_alone(prompt: list[int], num_beams: int, max_tokens: int, priority: int = 0) -> list[list[int]]:
+    """What such a search gives with nobody else about."""
+    search = begin_search(prompt, num_beams, max_tokens)
+    while True:
+        for sequence in search.sequences:
+            sequence.candidates = likeliest(tuple(sequence.token_ids))
+        chosen = search.choose()
+        if not chosen:
+            return found_by(search)
+        heirs = [search.sequences[continuation.beam].fork() for continuation in chosen]
+        for heir, continuation in zip(heirs, chosen, strict=True):
+            heir.token_ids.append(continuation.token_id)
+        search.follow(chosen, heirs)
+
+
+def found_by(search: BeamSearch) -> list[list[int]]:
+    return [hypothesis.sequence.output_token_ids for hypothesis in search.outputs()]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Any order of events; the KV cache is a dict from slot to (token, position), written as a rank would."""
 
@@ -488,13 +531,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         if guesses:
             self.scheduler.propose = self.propose
         self.slots: dict[int, tuple[LogitsSpec, list[int]]] = {}
-        self.num_accepted = self.num_copied = 0
+        self.num_accepted = self.num_copied = self.num_held_preempted = 0
+        self.searches: list[tuple[BeamSearch, tuple[Any, ...]]] = []  # and how it began
+        self.searching: list[BeamSearch] = []
         self.drawn: tuple[int, ...] = ()  # by the last step
         self.looked_ahead = False
         self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
         self.sequences: list[Sequence] = []
         self.cut: dict[Sequence, int] = {}  # ended from outside -> its output then
-        self.flight: deque[tuple[ScheduledStep, tuple[int, ...]]] = deque()
+        self.flight: deque[tuple[ScheduledStep, StepOutput]] = deque()
         self.cache: dict[int, tuple[int, int]] = {}
 
     @rule(
@@ -540,6 +585,45 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.known[sequence] = list(prompt)
         self.scheduler.add(sequence)
 
+    @rule(
+        prefix=st.integers(1, 8),
+        num_beams=st.integers(2, 4),
+        max_tokens=st.integers(1, 6),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def add_search(self, prefix: int, num_beams: int, max_tokens: int, priority: int = 0) -> None:
+        if num_beams > self.max_num_seqs:
+            return
+        began = ([1, 2, 0, 1, 1, 2, 0, 0][:prefix], num_beams, max_tokens, priority)
+        search = begin_search(*began)
+        self.searches.append((search, began))
+        self.searching.append(search)
+        (root,) = search.sequences
+        self.known[root] = list(root.token_ids)
+        self.scheduler.add(root)
+
+    def search_on(self, search: BeamSearch) -> None:
+        beams, chosen = search.sequences, search.choose()
+        if not chosen:
+            self.end_search(search)
+            return
+        self.num_held_preempted += sum(beam.status is SequenceStatus.WAITING for beam in beams)
+        heirs = self.scheduler.advance_beams(beams, [(c.beam, c.token_id) for c in chosen])
+        search.follow(chosen, heirs)
+        self.known |= {heir: list(heir.token_ids) for heir in heirs}
+
+    def end_search(self, search: BeamSearch) -> None:
+        self.searching.remove(search)
+        for sequence in search.sequences:
+            self.scheduler.finish(sequence, "abort")
+
+    @precondition(lambda self: self.searching)
+    @rule(data=st.data())
+    def abort_search(self, data: st.DataObject) -> None:
+        search = data.draw(st.sampled_from(self.searching))
+        self.searches = [(other, began) for other, began in self.searches if other is not search]
+        self.end_search(search)
+
     def propose(self, sequence: Sequence, most: int) -> list[int]:
         """Guesses of which some are right: one that comes of the tokens before is not."""
         tokens, guesses = list(sequence.token_ids), list[int]()
@@ -558,7 +642,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.flight.append((step, self.execute(step)))
 
-    def execute(self, step: ScheduledStep) -> tuple[int, ...]:
+    def execute(self, step: ScheduledStep) -> StepOutput:
         """What the ranks do: copy blocks, write the new tokens to their slots, read each context by its table, draw."""
         given, start = step.input, 0
         before: list[tuple[int, ...]] = []  # of each token: those that it sees
@@ -588,11 +672,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert start == given.num_tokens
         for update in given.histories:
             spec, tokens = self.slots.get(update.slot, (LogitsSpec(), []))
-            told = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
+            more = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
             assert update.spec is None or not update.keep
-            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + told)
+            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + more)
         drawers = [sequence for sequence, drafts in step.draws for _ in range(1 + len(drafts))]
-        drawn = []
+        drawn: list[int] = []
+        told: list[TokenLogprobs | None] = []
         for sample, sequence in zip(given.samples, drawers, strict=True):
             tokens_before = before[sample.row]
             assert len(tokens_before) == sample.position
@@ -601,21 +686,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert spec is sequence.logits
                 assert not spec.needs_history or tuple(tokens[: sample.position]) == tokens_before
             drawn.append(draw(sequence, tokens_before))
+            told.append(likeliest(tokens_before) if sample.num_candidates else None)
             assert sample.forced in (-1, drawn[-1])
         first = 0
         for sequence, drafts in step.draws:
             for i in range(1 + len(drafts)):
                 if i and drafts[i - 1] != drawn[first + i - 1]:
                     break
-                self.known[sequence].append(drawn[first + i])
+                if not sequence.num_candidates:
+                    self.known[sequence].append(drawn[first + i])
             first += 1 + len(drafts)
         self.drawn = tuple(drawn)
-        return self.drawn
+        return StepOutput(given.step_id, self.drawn, tuple(told))
 
     @precondition(lambda self: self.flight)
     @rule()
     def complete(self) -> None:
-        step, drawn = self.flight.popleft()
+        step, output = self.flight.popleft()
         # Blocks of a step in flight belong to it until now, whatever happened to its sequences.
         given = step.input
         for sequence, context, count, table, drafts in zip(
@@ -626,12 +713,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 slot = table[p // self.size] * self.size + p % self.size
                 assert self.cache[slot] == (tokens[p], p), "overwritten while in flight"
         before = {s: s.num_output_tokens for s in self.sequences}
-        grown = back(self.scheduler, step, drawn)
+        grown = self.scheduler.update(step, output)
         most = {s: 1 + len(drafts) for s, drafts in step.draws}
         for s in self.sequences:
             gained = s.num_output_tokens - before[s]
             assert 1 <= gained <= most[s] if s in grown else gained == 0
             self.num_accepted += max(0, gained - 1)
+        for search in [search for search in self.searching if search.is_ready]:
+            self.search_on(search)
 
     @precondition(lambda self: self.unended())
     @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
@@ -673,6 +762,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.complete()
             self.whole()
         assert self.scheduler.blocks.num_free_blocks == self.num_blocks
+        assert not self.searching
+        for search, began in self.searches:
+            assert found_by(search) == search_alone(*began)
         for s in self.sequences:
             output, reason = alone(s)
             if s in self.cut:
@@ -707,6 +799,25 @@ def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahea
     assert machine.scheduler.num_preemptions > 0
     assert machine.looked_ahead == look_ahead
     assert any(s.num_cached_tokens for s in sequences)
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_simulation_does_share_blocks_and_preempt_beams(num_stages: int) -> None:
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=2,
+        num_tokens=26,
+        num_stages=num_stages,
+        look_ahead=False,
+        budget=16,
+        max_num_seqs=8,
+        caching=False,
+    )
+    for prefix in range(3, 9):
+        machine.add_search(prefix=prefix, num_beams=4, max_tokens=6)
+        machine.add(prefix=prefix, tail=[1], max_tokens=6, min_tokens=6, stops=frozenset())
+    machine.teardown()
+    assert machine.num_copied > 0 and machine.num_held_preempted > 0
 
 
 @pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
