@@ -51,6 +51,7 @@ class RequestOutput:
     finished: bool
     timings: RequestTimings
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of each prompt token; None for the first
+    pooled: tuple[bytes, ...] = ()  # of `embed`: float32 [hidden], whose sum is that of the last hidden states
 
     @property
     def delta(self) -> str:

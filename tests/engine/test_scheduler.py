@@ -334,7 +334,7 @@ def test_work_is_what_will_be_computed(
     for i, (which, num_known, num_own, max_tokens) in enumerate(queued):
         prefix = prompts[which][:num_known] if which < len(prompts) else []
         prompt = [*prefix, *(next(fresh) for _ in range(num_own))]
-        before, cached = scheduler.work, scheduler.num_cached(prompt)
+        before, cached = scheduler.work, scheduler.num_cached(Sequence("", prompt, 1))
         assert cached == (len(prefix) // 4 * 4 if caching else 0)
         add(scheduler, f"queued {i}", prompt, max_tokens=max_tokens)
         assert scheduler.work - before == len(prompt) - cached + max_tokens - 1
