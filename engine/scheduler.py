@@ -345,6 +345,7 @@ class Scheduler:
         heed: Heed,
     ) -> None:
         """Appends what was drawn: the first token, and one more for each draft that was drawn before it."""
+        sequence.num_drafts += len(drafts)
         for place, sample in enumerate(samples):
             if place:
                 if drafts[place - 1] != sequence.token_ids[-1]:
@@ -364,7 +365,6 @@ class Scheduler:
             if reason is not None:
                 self.finish(sequence, reason)
                 return
-        sequence.num_drafts += len(drafts)
         sequence.num_told_tokens = min(sequence.num_told_tokens, sequence.num_tokens - 1)
 
     def _append(self, sequence: Sequence, token_id: int, told: TokenLogprobs | None) -> None:

@@ -101,7 +101,17 @@ def check_checkpoint(
         raise CheckpointError(f"{where}: {'; '.join(found)}")
 
 
-def same(source: WeightSource, first: str, second: str) -> bool:
+def check_tied(source: WeightSource, tied: Mapping[str, str]) -> None:
+    """Proves that tensors which a model ties are the same wherever a source has both. tied: another name -> its own."""
+    for copy, own in tied.items():
+        if copy in source.shapes and own in source.shapes and not _same(source, copy, own):
+            raise CheckpointError(
+                f"tensors {copy} and {own} differ, though the config ties them (tie_word_embeddings); if both are "
+                f"meant, set it to false in config.json"
+            )
+
+
+def _same(source: WeightSource, first: str, second: str) -> bool:
     """Whether two tensors hold the same numbers; read a few rows at a time."""
     shape = source.shapes[first]
     if shape != source.shapes[second]:

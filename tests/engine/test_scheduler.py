@@ -707,3 +707,24 @@ def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahea
     assert machine.scheduler.num_preemptions > 0
     assert machine.looked_ahead == look_ahead
     assert any(s.num_cached_tokens for s in sequences)
+
+
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
+def test_the_simulation_does_accept_drafts_and_share_blocks(num_stages: int, look_ahead: bool) -> None:
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=4,
+        num_tokens=60,
+        num_stages=num_stages,
+        look_ahead=look_ahead,
+        budget=64,
+        max_num_seqs=6,
+        caching=True,
+        guesses=3,
+    )
+    for priority in (1, 1, 0):
+        spec = LogitsSpec(presence_penalty=1.0)
+        machine.add(5, [1], 6, 0, frozenset(), num_forced=2, num_siblings=2, priority=priority, spec=spec)
+    machine.teardown()
+    assert machine.num_accepted > 0 and machine.num_copied > 0
+    assert sum(s.num_drafts_accepted for s in machine.sequences) <= sum(s.num_drafts for s in machine.sequences)
