@@ -156,7 +156,9 @@ class Drawing:
         pooled = [norm(hidden[rows.row : rows.stop]).float().sum(dim=0) for rows in plan.step.pooled]
         samples = plan.step.samples
         if not samples:
-            return Drawn(Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given, pooled=pooled)
+            return Drawn(
+                Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given, pooled=pooled
+            )
         logits = head(hidden.index_select(0, arrays["rows"]))
         raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
         if plan.beams:

@@ -1,11 +1,12 @@
 """From what a user gives, a prompt and parameters in one of several forms, to token ids and settled parameters."""
 
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import SamplingParams, as_sampling_params
+from ..config import ConfigError, SamplingParams, as_sampling_params
 from ..shardformer import Model
 from .logits_spec import LogitsSpec
 from .vocabulary import Vocabulary, error_line, out_of_range
@@ -23,7 +24,7 @@ class PreparedRequest:
     token_ids: list[int]
     params: SamplingParams  # every field settled
     max_tokens: int  # output tokens at most, also by what the context leaves; 0: only the prompt is computed
-    logits: LogitsSpec = LogitsSpec()
+    logits: LogitsSpec
     num_unasked: int = 0  # its first tokens, of which neither log-probabilities nor hidden states are asked
     is_pooled: bool = False  # the last hidden states of the others are asked for
 
@@ -55,8 +56,7 @@ class Preparer:
         limit = self._output_limit(len(token_ids), resolved)
         logits = self._vocabulary.logits_spec(resolved, len(token_ids))
         if self.ranks_are_apart:
-            for processor in logits.processors:
-                processor.pickled  # noqa: B018  refuses what cannot be
+            pickle.dumps(logits.processors)  # refuses what cannot be
         return PreparedRequest(text, token_ids, resolved, limit, logits)
 
     def prepare_scored(self, text: Prompt, continuation: Prompt | None, logprobs: int) -> PreparedRequest:
@@ -68,8 +68,8 @@ class Preparer:
             num_unasked = len(token_ids) - 1  # the last one is asked what comes after it
             _, more = self._tokenize(continuation, "continuation", add_special_tokens=False)
             token_ids = token_ids + more
-        params = SamplingParams(temperature=0, prompt_logprobs=logprobs, detokenize=False)
-        return PreparedRequest(None, self._fitting(token_ids), params, max_tokens=0, num_unasked=num_unasked)
+        params = SamplingParams(prompt_logprobs=logprobs, detokenize=False).resolve(SamplingParams())
+        return PreparedRequest(None, self._fitting(token_ids), params, 0, LogitsSpec(), num_unasked)
 
     def prepare_pooled(self, text: Prompt, pooling: str) -> PreparedRequest:
         """A text whose last hidden states are asked for: of all tokens or of one. Raises as `prepare`."""
@@ -78,8 +78,8 @@ class Preparer:
         if pooling == "first":
             token_ids = token_ids[:1]  # it sees no others
         num_unasked = len(token_ids) - 1 if pooling == "last" else 0
-        params = SamplingParams(temperature=0, detokenize=False)
-        return PreparedRequest(None, token_ids, params, max_tokens=0, num_unasked=num_unasked, is_pooled=True)
+        params = SamplingParams(detokenize=False).resolve(SamplingParams())
+        return PreparedRequest(None, token_ids, params, 0, LogitsSpec(), num_unasked, is_pooled=True)
 
     @property
     def _vocabulary(self) -> Vocabulary:
@@ -173,21 +173,41 @@ class Preparer:
         return limit
 
 
+def as_list(prompts: Any) -> list[Any]:
+    """The prompts of whatever `generate` was given. Raises TypeError."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+        raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
+    if prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
+        return [prompts]  # one chat, or one list of token ids
+    return list(prompts)
+
+
 def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
     """One (prompt, parameters) for each prompt of whatever `generate` was given. Raises ValueError."""
-    if isinstance(prompts, str):
-        each: list[Prompt] = [prompts]
-    elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
-        raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
-    elif prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
-        each = [prompts]  # one chat, or one list of token ids
-    else:
-        each = list(prompts)
+    each = as_list(prompts)
     if not isinstance(params, Sequence) or isinstance(params, str):
         return [(prompt, params) for prompt in each]
     if len(params) != len(each):
         raise ValueError(f"sampling_params: {len(params)} given for {len(each)} prompts; give one, or one for each")
     return list(zip(each, params, strict=True))
+
+
+def in_batch(
+    name: str, items: Sequence[tuple[Any, ...]], prepare: Callable[..., PreparedRequest]
+) -> list[PreparedRequest]:
+    """All of them prepared; an error says which of several it is about."""
+    prepared = []
+    for index, item in enumerate(items):
+        try:
+            prepared.append(prepare(*item))
+        except (ValueError, TypeError) as error:
+            if len(items) == 1:
+                raise
+            kind = next(kind for kind in (ConfigError, TypeError, ValueError) if isinstance(error, kind))
+            raise kind(f"{name}[{index}]: {error}") from None
+    return prepared
 
 
 def find_tokenizer(model: Model, trust_remote_code: bool) -> Any:
