@@ -97,6 +97,7 @@ class Sequence:
     error: str | None = field(init=False, default=None)  # why, if that is "error"
 
     def __post_init__(self) -> None:
+        assert self.prompt_logprobs is None or not self.is_pooled
         self.num_prompt_tokens = len(self.token_ids)
         for sibling in self.siblings:
             sibling.parent = self
