@@ -106,6 +106,7 @@ class Request:
                 token_s=tuple(moment - self.arrival_s for moment in self.token_times),
             ),
             prompt_logprobs=prompt_logprobs,
+            pooled=tuple(first.pooled_parts),
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
@@ -147,9 +148,9 @@ class Replica:
         self.in_flight: deque[ScheduledStep] = deque()
         self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
 
-    def work_with(self, token_ids: Seq[int]) -> int:
-        """Tokens that this replica would have to compute if it took such a prompt, but for those of its output."""
-        return self.scheduler.work + len(token_ids) - self.scheduler.num_cached(token_ids)
+    def work_with(self, sequence: Sequence) -> int:
+        """Tokens that this replica would have to compute if it took a prompt too, but for those of its output."""
+        return self.scheduler.work + sequence.num_tokens - self.scheduler.num_cached(sequence)
 
     def stats(self) -> ReplicaStats:
         scheduler = self.scheduler
@@ -215,9 +216,9 @@ class EngineCore:
             self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        token_ids = request.first.token_ids
-        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
-        self.replicas[request.replica].scheduler.add(request.first)
+        first = request.first
+        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(first))
+        self.replicas[request.replica].scheduler.add(first)
 
     def abort(self, request_id: str, silently: bool = False) -> bool:
         """Ends a request; unless silently, the next `step` gives it for the last time. False if it is unknown."""
@@ -400,7 +401,7 @@ def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Se
     """
     params = prepared.params
     eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
-    stops = eos | frozenset(params.stop_token_ids)
+    stops, forced = eos | frozenset(params.stop_token_ids), tuple(params.forced_token_ids or ())
     count = 1 if params.num_beams > 1 else max(params.n, params.best_of or 1)
 
     def sequence(number: int, siblings: list[Sequence]) -> Sequence:
@@ -412,17 +413,19 @@ def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Se
             request_id,
             list(prepared.token_ids),
             max_tokens=prepared.max_tokens,
-            min_tokens=params.min_tokens,
+            min_tokens=max(params.min_tokens, len(forced)),  # what is forced is followed, whatever it is
             stop_token_ids=stops,
             eos_token_ids=eos,
             sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
             logits=None if prepared.logits.is_neutral else prepared.logits,
             logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
             prompt_logprobs=None if number else params.prompt_logprobs,
-            forced=tuple(params.forced_token_ids or ()),
+            forced=forced,
             num_candidates=num_candidates(params.num_beams, len(stops)) if params.num_beams > 1 else 0,
             num_beams_to_come=params.num_beams - 1,
             priority=params.priority,
+            is_pooled=prepared.is_pooled,
+            num_asked=prepared.num_unasked,
             siblings=siblings,
         )
 

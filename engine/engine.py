@@ -20,9 +20,10 @@ from .core import EngineCore, ReplicaStats
 from .description import describe_bound
 from .detokenizer import Detokenizer
 from .executor import rank_name, warn_if_tp_spans_hosts
-from .output import RequestOutput
+from .output import EmbeddingOutput, RequestOutput, ScoreOutput
 from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, look_ahead, why_cpu
-from .prompts import PreparedRequest, Preparer, Prompt, default_params, find_tokenizer, pair
+from .prompts import PreparedRequest, Preparer, Prompt, default_params, find_tokenizer, in_batch, pair
+from .scoring import embedding_of, prepare_embeddings, prepare_scores, score_of
 from .structured import Grammar, GrammarCompiler
 from .worker import RankInfo
 from .world import World
@@ -125,6 +126,7 @@ class InferenceEngine:
             length_reason=f" (the KV cache has {self.num_blocks} blocks of {self.block_size})"
             if self.max_model_len == self.num_blocks * self.block_size
             else "",
+            ranks_are_apart=self.config.world_size > 1,
         )
         self._grammars = GrammarCompiler(self.tokenizer, checkpoint.spec.vocab_size, defaults.eos_token_ids or ())
         self._num_requests = 0
@@ -175,7 +177,7 @@ class InferenceEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: Any = None, request_id: str | None = None) -> str:
         """Queues one prompt for `step` to work on; gives the request's id. Raises as `generate` does."""
-        return self._world.everywhere(lambda: self._add([(prompt, sampling_params)], [request_id])[0])
+        return self._world.everywhere(lambda: self._add([self._prepare_one(prompt, sampling_params)], [request_id])[0])
 
     def step(self) -> list[RequestOutput]:
         """Does one step of work; gives the outputs of the requests that it moved on."""
@@ -191,22 +193,70 @@ class InferenceEngine:
             lambda: self._core.has_unfinished or any(o.request_id not in self._claimed for o in self._unclaimed)
         )
 
+    def score(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt] | None = None,
+        *,
+        logprobs: int = 0,
+        progress: bool = True,
+    ) -> list[ScoreOutput]:
+        """How probable texts are: of each token, given those before it. The first is given.
+
+        texts: as the prompts of `generate`, up to `max_model_len` tokens each.
+        continuations: one for each text, of which only these tokens are scored; appended token by token, without
+            special tokens.
+        logprobs: so many of the likeliest tokens are told in each place; -1: all.
+        """
+        return self._world.everywhere(lambda: self._score(texts, continuations, logprobs, progress))
+
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = False, *, progress: bool = True
+    ) -> list[EmbeddingOutput]:
+        """Texts as vectors: the last hidden states (after the final norm) of all tokens, "mean", or of one of them,
+        "last" or "first".
+
+        texts: as the prompts of `generate`, up to `max_model_len` tokens each; normalize: to length 1.
+        """
+        return self._world.everywhere(lambda: self._embed(texts, pooling, normalize, progress))
+
     def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
+        return self._finish(self._prepare(prompts, sampling_params), "Generating", progress)
+
+    def _score(self, texts: Any, continuations: Any, logprobs: int, progress: bool) -> list[ScoreOutput]:
+        requests = prepare_scores(self._preparer, texts, continuations, logprobs)
+        outputs = self._finish(requests, "Scoring", progress)
+        return [score_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _embed(self, texts: Any, pooling: str, normalize: bool, progress: bool) -> list[EmbeddingOutput]:
+        requests = prepare_embeddings(self._preparer, texts, pooling)
+        outputs = self._finish(requests, "Embedding", progress)
+        return [embedding_of(request, output, normalize) for request, output in zip(requests, outputs, strict=True)]
+
+    def _prepare(self, prompts: Any, sampling_params: Any) -> list[PreparedRequest]:
+        return in_batch("prompts", pair(prompts, sampling_params), self._prepare_one)
+
+    def _prepare_one(self, prompt: Prompt, sampling_params: Any) -> PreparedRequest:
+        request = self._preparer.prepare(prompt, sampling_params)
+        self._check_room(request)
+        return request
+
+    def _finish(self, requests: Sequence[PreparedRequest], doing: str, progress: bool) -> list[RequestOutput]:
+        """Runs requests to their ends, under a progress bar; their outputs in the same order."""
         from tqdm import tqdm
 
-        requests = pair(prompts, sampling_params)
         finished: dict[int, RequestOutput] = {}
         started, num_tokens = time.monotonic(), 0
-        with tqdm(total=len(requests), desc="Generating", unit="request", disable=not progress) as bar:
+        with tqdm(total=len(requests), desc=doing, unit="request", disable=not progress) as bar:
             for output in self._run(requests, every_step=False):
                 finished[output.index] = output
-                num_tokens += len(output.token_ids)
+                num_tokens += len(output.token_ids) or output.num_prompt_tokens
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.1f} tokens/s", refresh=False)
                 bar.update()
         return [finished[index] for index in range(len(requests))]
 
     def _stream(self, prompts: Any, sampling_params: Any) -> Iterator[RequestOutput]:
-        yield from self._run(pair(prompts, sampling_params), every_step=True)
+        yield from self._run(self._prepare(prompts, sampling_params), every_step=True)
 
     def _step(self) -> list[RequestOutput]:
         if self._core.has_unfinished:
@@ -221,7 +271,7 @@ class InferenceEngine:
             self._unclaimed = [output for output in self._unclaimed if not wanted(output.request_id)]
         return taken
 
-    def _run(self, requests: Sequence[tuple[Prompt, Any]], every_step: bool) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[PreparedRequest], every_step: bool) -> Iterator[RequestOutput]:
         """Queues requests, steps until they have ended, gives their outputs; keeps others' for who waits for them."""
         unfinished: set[str] = set()
         try:
@@ -247,24 +297,14 @@ class InferenceEngine:
             self._take(unfinished.__contains__)
             self._claimed -= unfinished
 
-    def _add(self, requests: Sequence[tuple[Prompt, Any]], request_ids: Sequence[str | None] = ()) -> list[str]:
-        """Checks all of the requests, then queues all of them; their ids."""
-        prepared = []
-        for index, (prompt, params) in enumerate(requests):
-            try:
-                prepared.append(self._preparer.prepare(prompt, params))
-                self._check_room(prepared[-1])
-            except (ValueError, TypeError) as error:
-                if len(requests) == 1:
-                    raise
-                kind = next(kind for kind in (ConfigError, TypeError, ValueError) if isinstance(error, kind))
-                raise kind(f"prompts[{index}]: {error}") from None
-        given = request_ids or [None] * len(prepared)
+    def _add(self, requests: Sequence[PreparedRequest], request_ids: Sequence[str | None] = ()) -> list[str]:
+        """Queues all of the requests; their ids."""
+        given = request_ids or [None] * len(requests)
         ids = [request_id or next(i for i in self._fresh_ids if i not in self._core) for request_id in given]
         for request_id in ids:
             if request_id in self._core:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
-        for index, (request_id, request) in enumerate(zip(ids, prepared, strict=True)):
+        for index, (request_id, request) in enumerate(zip(ids, requests, strict=True)):
             params = request.params
             own_seed = self.config.seed + (self._num_requests + 1) * 0x5851F42D4C957F2D  # differs by request
             self._core.add(

@@ -36,6 +36,8 @@ from .sequence import Sequence, SequenceStatus
 from .step import StepInput, StepOutput, TokenLogprobs, drawn_before
 from .step_rows import StepRows
 
+_FORCED_AT_ONCE = 32  # tokens of a sequence in one step: each has a row of logits
+
 Propose = Callable[[Sequence, int], Seq[int]]
 """Guesses the tokens that come after those of a sequence, so many at most."""
 
@@ -93,16 +95,16 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def num_cached(self, token_ids: Seq[int]) -> int:
-        """How many of a prompt's first tokens are in the cache now."""
-        return len(self.blocks.match(token_ids)) * self.blocks.block_size
+    def num_cached(self, sequence: Sequence) -> int:
+        """How many of a sequence's first tokens it can take from the cache now."""
+        return len(self._match(sequence)) * self.blocks.block_size
 
     def add(self, sequence: Sequence) -> None:
         self._next_order += 1
         for member in (sequence, *sequence.siblings):
             member.order = self._next_order
         self._wait(sequence)
-        sequence.num_matched_tokens = 0 if sequence.needs_whole_prompt else self.num_cached(sequence.token_ids)
+        sequence.num_matched_tokens = self.num_cached(sequence)
         self.num_matched_tokens += sequence.num_matched_tokens
         self._count(sequence, 1)
 
@@ -143,7 +145,7 @@ class Scheduler:
             if first is None or not budget or self.max_num_batched_tokens - budget >= share:
                 break
             sequence = first
-            prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
+            prefix = self._match(sequence)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
                 if worst is None or not _gives_way(worst, sequence):
@@ -160,6 +162,10 @@ class Scheduler:
             budget -= self._take(sequence, min(sequence.num_pending_tokens, budget), budget, chosen, copies)
 
         return self._step(chosen, copies) if chosen else None
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Blocks of the cache that it begins with."""
+        return self.blocks.match(sequence.token_ids)[: sequence.num_reusable_tokens // self.blocks.block_size]
 
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
         # A spare block for each other sequence that will grow: else the next to do so would push this one out again.
@@ -232,7 +238,7 @@ class Scheduler:
         most = min(budget, sequence.max_tokens - sequence.num_output_tokens - 1)
         if most <= 0 or sequence.siblings or sequence.num_candidates:
             return ()
-        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][:most]
+        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][: min(most, _FORCED_AT_ONCE)]
         if not drafts and self.propose is not None:
             drafts = self.propose(sequence, most)
         if drafts and sequence.constraint is not None:

@@ -68,22 +68,22 @@ class StepRows:
         sequence.num_told_tokens = keep + len(tokens)
 
     def add_given(self, sequence: Sequence, first: int, count: int) -> None:
-        """What is asked of the prompt, of which the step has `count` tokens from `first` on, not asked before."""
+        """What is asked of the prompt and was not before, the step having `count` of the sequence's tokens from its
+        `first` on."""
         start = sequence.num_scheduled_tokens - count
+        num_askable = sequence.num_prompt_tokens - (0 if sequence.is_pooled else 1)
+        begin, stop = max(start, sequence.num_asked), min(start + count, num_askable)
+        if begin >= stop:
+            return
+        row = first + begin - start
         if sequence.prompt_logprobs is not None:
-            begin = max(start, sequence.num_asked)
-            stop = min(start + count, sequence.num_prompt_tokens - 1)
-            if begin < stop:
-                targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
-                self.given.append(GivenRows(first + begin - start, targets, sequence.prompt_logprobs))
-                self.scored.append(sequence)
-                sequence.num_asked = stop
+            targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
+            self.given.append(GivenRows(row, targets, sequence.prompt_logprobs))
+            self.scored.append(sequence)
         if sequence.is_pooled:
-            begin = max(start, sequence.num_asked)
-            if begin < start + count:
-                self.pooled.append(PooledRows(first + begin - start, first + count))
-                self.in_pool.append(sequence)
-                sequence.num_asked = start + count
+            self.pooled.append(PooledRows(row, row + stop - begin))
+            self.in_pool.append(sequence)
+        sequence.num_asked = stop
 
 
 def _sample_request(sequence: Sequence, row: int, position: int) -> SampleRequest:

@@ -48,8 +48,8 @@ def has_work(scheduler: Scheduler) -> bool:
     return bool(scheduler.waiting or scheduler.running or scheduler.ended_in_flight)
 
 
-def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int]) -> list[Sequence]:
-    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids)))
+def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int], **asked: Any) -> list[Sequence]:
+    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids), **asked))
 
 
 def run_step(scheduler: Scheduler, token: int = 7) -> dict[str, int]:
@@ -336,7 +336,7 @@ def test_work_is_what_will_be_computed(
     for i, (which, num_known, num_own, max_tokens) in enumerate(queued):
         prefix = prompts[which][:num_known] if which < len(prompts) else []
         prompt = [*prefix, *(next(fresh) for _ in range(num_own))]
-        before, cached = scheduler.work, scheduler.num_cached(prompt)
+        before, cached = scheduler.work, scheduler.num_cached(Sequence("", prompt, 1))
         assert cached == (len(prefix) // 4 * 4 if caching else 0)
         add(scheduler, f"queued {i}", prompt, max_tokens=max_tokens)
         assert scheduler.work - before == len(prompt) - cached + max_tokens - 1
@@ -443,6 +443,8 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
     """What the request gives with nobody else about."""
     prompt, output = sequence.token_ids[: sequence.num_prompt_tokens], list[int]()
     max_tokens, min_tokens, stops = sequence.max_tokens, sequence.min_tokens, sequence.stop_token_ids
+    if not max_tokens:
+        return output, "length"
     while True:
         token = draw(sequence, (*prompt, *output))
         output.append(token)
@@ -538,6 +540,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.looked_ahead = False
         self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
         self.sequences: list[Sequence] = []
+        self.unasked: dict[Sequence, int] = {}
         self.cut: dict[Sequence, int] = {}  # ended from outside -> its output then
         self.flight: deque[tuple[ScheduledStep, StepOutput]] = deque()
         self.cache: dict[int, tuple[int, int]] = {}
@@ -545,13 +548,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         prefix=st.integers(0, 8),
         tail=st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
-        max_tokens=st.integers(1, 6),
+        max_tokens=st.integers(0, 6),
         min_tokens=st.integers(0, 3),
         stops=st.sampled_from([frozenset[int](), frozenset({0})]),
         num_forced=st.sampled_from([0, 0, 2]),
         num_siblings=st.sampled_from([0, 0, 1, 2]),
         priority=st.sampled_from([0, 0, 1]),
         spec=st.sampled_from([None, LogitsSpec(presence_penalty=1.0), LogitsSpec(suppressed=(9,))]),
+        asks=st.sampled_from(["", "", "logprobs", "hidden"]),
+        num_unasked=st.integers(0, 12),
     )
     def add(
         self,
@@ -564,10 +569,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_siblings: int = 0,
         priority: int = 0,
         spec: LogitsSpec | None = None,
+        asks: str = "",
+        num_unasked: int = 0,
     ) -> None:
         prompt = [*([1, 2, 0, 1, 1, 2, 0, 0][:prefix]), *tail] or [1]
         siblings: list[Sequence] = []
-        for seed in range(min(num_siblings, self.max_num_seqs - 1), -1, -1):
+        for seed in range(min(num_siblings, self.max_num_seqs - 1) if max_tokens else 0, -1, -1):
             sequence = Sequence(
                 f"s{len(self.sequences)}",
                 list(prompt),
@@ -579,10 +586,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 logits=spec,
                 priority=priority,
                 siblings=[] if seed else siblings[::-1],
+                prompt_logprobs=0 if asks == "logprobs" and not seed else None,
+                is_pooled=asks == "hidden" and not seed,
+                num_asked=min(num_unasked, len(prompt) - 1) if asks and not seed else 0,
             )
             siblings.append(sequence)
             self.sequences.append(sequence)
             self.known[sequence] = list(prompt)
+            self.unasked[sequence] = sequence.num_asked
         self.scheduler.add(sequence)
 
     @rule(
@@ -697,7 +708,20 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.known[sequence].append(drawn[first + i])
             first += 1 + len(drafts)
         self.drawn = tuple(drawn)
-        return StepOutput(given.step_id, self.drawn, tuple(told))
+        rows = [range(asked.row, asked.row + len(asked.targets)) for asked in given.given]
+        return StepOutput(
+            step_id=given.step_id,
+            token_ids=self.drawn,
+            logprobs=tuple(told),
+            given=tuple(
+                tuple(
+                    TokenLogprobs(hash((before[row], target)), 1, (), ())
+                    for row, target in zip(span, asked.targets, strict=True)
+                )
+                for span, asked in zip(rows, given.given, strict=True)
+            ),
+            pooled=tuple(bytes(len(before[row]) for row in range(pool.row, pool.stop)) for pool in given.pooled),
+        )
 
     @precondition(lambda self: self.flight)
     @rule()
@@ -717,7 +741,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         most = {s: 1 + len(drafts) for s, drafts in step.draws}
         for s in self.sequences:
             gained = s.num_output_tokens - before[s]
-            assert 1 <= gained <= most[s] if s in grown else gained == 0
+            assert 1 <= gained <= most[s] if s in grown and s.max_tokens else gained == 0
             self.num_accepted += max(0, gained - 1)
         for search in [search for search in self.searching if search.is_ready]:
             self.search_on(search)
@@ -771,6 +795,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert s.output_token_ids == output[: self.cut[s]]
             else:
                 assert (s.output_token_ids, s.finish_reason) == (output, reason)
+                self.answered(s)
+
+    def answered(self, sequence: Sequence) -> None:
+        """What was asked of its prompt came once, of each token in its place."""
+        prompt, first = tuple(sequence.token_ids[: sequence.num_prompt_tokens]), self.unasked[sequence]
+        after = range(first + 1, len(prompt)) if sequence.prompt_logprobs is not None else ()
+        assert [score.logprob for score in sequence.prompt_scores] == [hash((prompt[:p], prompt[p])) for p in after]
+        pooled = range(first + 1, len(prompt) + 1) if sequence.is_pooled else ()
+        assert [length for part in sequence.pooled_parts for length in part] == list(pooled)
 
 
 SchedulerMachine.TestCase.settings = settings(
