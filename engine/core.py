@@ -12,7 +12,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..config import InferenceConfig, SamplingParams
+from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
 from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
 from .constraint import Constraint
@@ -22,6 +22,7 @@ from .output import CompletionOutput, RequestOutput, RequestTimings
 from .prompts import PreparedRequest
 from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
+from .speculation.speculator import create_speculator
 from .structured import Grammar
 
 
@@ -107,6 +108,8 @@ class Request:
             ),
             prompt_logprobs=prompt_logprobs,
             pooled=tuple(first.pooled_parts),
+            num_drafted=sum(completion.sequence.num_drafted for completion in self.completions),
+            num_accepted=sum(completion.sequence.num_accepted for completion in self.completions),
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
@@ -132,6 +135,9 @@ class ReplicaStats:
     num_prompt_tokens: int  # of finished and running requests
     num_cached_tokens: int  # of those, found in the prefix cache
     num_output_tokens: int
+    num_draft_steps: int  # of a draft model
+    num_drafted: int  # tokens that were guessed ahead
+    num_accepted: int  # of these, those that were right
 
 
 class Replica:
@@ -145,8 +151,10 @@ class Replica:
             num_stages=config.pp_size,
             look_ahead=look_ahead,
         )
-        self.in_flight: deque[ScheduledStep] = deque()
-        self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+        self.in_flight: deque[tuple[ScheduledStep, float]] = deque()  # with the time when it was submitted
+        self.last_collected_s = 0.0
+        self.num_steps = self.num_draft_steps = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
 
     def work_with(self, sequence: Sequence) -> int:
         """Tokens that this replica would have to compute if it took a prompt too, but for those of its output."""
@@ -164,7 +172,24 @@ class Replica:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
+            num_draft_steps=self.num_draft_steps,
+            num_drafted=scheduler.num_drafted,
+            num_accepted=scheduler.num_accepted,
         )
+
+    def on_submitted(self, step: ScheduledStep, now: float) -> None:
+        self.in_flight.append((step, now))
+        self.num_steps += step.input.model == 0
+        self.num_draft_steps += step.input.model == 1
+
+    def on_collected(self, now: float) -> ScheduledStep:
+        """The step that has come back; what it took tells what guesses cost."""
+        step, submitted_s = self.in_flight.popleft()
+        given, speculator = step.input, self.scheduler.speculator
+        if speculator is not None and given.num_tokens == len(given.samples):
+            speculator.observe_step(given.model, given.num_tokens, now - max(submitted_s, self.last_collected_s))
+        self.last_collected_s = now
+        return step
 
 
 class EngineCore:
@@ -297,8 +322,7 @@ class EngineCore:
                 now = time.monotonic()
                 for sequence in step.sequences:
                     self._on_scheduled(replica, sequence, now)
-                replica.in_flight.append(step)
-                replica.num_steps += 1
+                replica.on_submitted(step, now)
                 self.executor.submit(index, step.input)
 
     def _on_scheduled(self, replica: Replica, sequence: Sequence, now: float) -> None:
@@ -311,9 +335,9 @@ class EngineCore:
     def _collect(self) -> list[Request]:
         index, output = self.executor.collect()
         replica = self.replicas[index]
-        step = replica.in_flight.popleft()
-        assert step.input.step_id == output.step_id
         now = time.monotonic()
+        step = replica.on_collected(now)
+        assert step.input.step_id == output.step_id
         moved = replica.scheduler.update(step, output, lambda sequence: self._heed(replica, sequence, now))
         requests = dict.fromkeys(self._by_sequence[sequence][0] for sequence in moved)
         for sequence in moved:
@@ -381,6 +405,11 @@ class EngineCore:
     def _retire(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._forget([completion.sequence for completion in request.completions])
+
+    def speculate(self, config: SpeculativeConfig | None, longest: int) -> None:
+        """Lets every replica guess tokens ahead, or none; no step is in flight. longest: as `create_speculator`."""
+        for replica in self.replicas:
+            replica.scheduler.speculate(None if config is None else create_speculator(config, longest))
 
     def stats(self) -> list[ReplicaStats]:
         return [replica.stats() for replica in self.replicas]

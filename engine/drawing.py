@@ -109,10 +109,13 @@ class Drawn:
 
 
 class Drawing:
-    """The last stage's end of every step, over one vocabulary shard, with the other ranks of `tp`.
+    """The last stage's end of every step, over one vocabulary shard, with the other ranks of `tp`; of both models'.
 
     vocabulary: each rank's (start, stop); num_slots, longest: of histories, and tokens of one.
     """
+
+    unsettled: Callable[[], None] | None = None
+    """Makes the last step's draw final, if it may have to be mended."""
 
     def __init__(
         self,
@@ -143,6 +146,11 @@ class Drawing:
         all_of = [n for n, s in enumerate(samples) if s.logprobs == -1]
         groups = [Told(some, max(samples[n].logprobs or 0 for n in some))] if some else []
         return (*groups, *([Told(all_of, self.vocab_size)] if all_of else []))
+
+    def settle(self) -> None:
+        if self.unsettled is not None:
+            self.unsettled()
+            self.unsettled = None
 
     def begin(self, plan: DrawingPlan, arrays: Mapping[str, Tensor], drawn: Tensor) -> None:
         """Brings histories up to date. drawn: what the last step drew."""

@@ -53,6 +53,8 @@ class RequestOutput:
     timings: RequestTimings
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of each prompt token; None for the first
     pooled: tuple[bytes, ...] = ()  # of `embed`: float32 [hidden], whose sum is that of the last hidden states
+    num_drafted: int = 0  # tokens that were guessed ahead, by speculative decoding
+    num_accepted: int = 0  # of these, those that were right
 
     @property
     def delta(self) -> str:

@@ -85,8 +85,12 @@ class Sequence:
     slot: int | None = field(init=False, default=None)  # on the last stage's ranks, while it runs
     num_told_tokens: int = field(init=False, default=0)  # of its tokens, in that slot
     drafts: tuple[int, ...] = field(init=False, default=())  # guessed tokens in the step in flight
-    num_drafts: int = field(init=False, default=0)
-    num_drafts_accepted: int = field(init=False, default=0)
+    num_drafted: int = field(init=False, default=0)  # guesses so far, and how many were right; forced tokens are none
+    num_accepted: int = field(init=False, default=0)
+    num_to_draft: int | None = field(init=False, default=None)  # by the draft model, for its next step; None: not known
+    drafted: list[int] = field(init=False, default_factory=list)  # of these, the tokens that are there
+    num_draft_computed: int = field(init=False, default=0)  # of its tokens, then of `drafted`, in the draft's cache
+    num_drafting: int = field(init=False, default=0)  # tokens in a step of the draft model that has not come back
     scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its output, if asked for
     prompt_scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of tokens after those that are asked
     pooled_parts: list[bytes] = field(init=False, default_factory=list)  # float32 [hidden]: sums, of token after token
@@ -132,6 +136,11 @@ class Sequence:
         return self.num_asked if is_asked and self.num_asked < self.num_prompt_tokens - 1 else self.num_tokens
 
     @property
+    def is_in_flight(self) -> bool:
+        """Whether a step has it, so that its blocks are read or written."""
+        return self.num_in_flight > 0 or self.num_drafting > 0
+
+    @property
     def needs_host(self) -> bool:
         """Whether its next step takes what the driver makes of the token before."""
         is_forced = self.num_output_tokens < len(self.forced)
@@ -150,6 +159,11 @@ class Sequence:
         other.num_prompt_tokens, other.order = self.num_prompt_tokens, self.order
         other.num_cached_tokens = self.num_cached_tokens
         return other
+
+    def forget_drafted(self) -> None:
+        """What comes next is drafted anew."""
+        self.num_to_draft = None
+        self.drafted.clear()
 
     def end(self, reason: str, error: str | None = None) -> None:
         """Ends it before it is queued."""
