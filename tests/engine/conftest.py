@@ -45,7 +45,7 @@ def torchrun() -> Torchrun:
     return start
 
 
-# ---- engines of a tiny model on several meshes ------------------------------------------------------------------------
+# ---- engines of a tiny model on several meshes -----------------------------------------------------------------------
 
 TINY_MESHES: dict[str, dict[str, int]] = {
     "1": {},
@@ -65,7 +65,7 @@ def tiny_model() -> LlamaForCausalLM:
     params=[pytest.param(mesh, marks=pytest.mark.slow) if mesh == "dp2" else mesh for mesh in TINY_MESHES],
 )
 def tiny_shared(request: pytest.FixtureRequest, tiny_model: LlamaForCausalLM) -> Iterator[InferenceEngine]:
-    """One for each mesh and the whole session: small chunks, and few blocks, so that ten requests preempt each other."""
+    """One for each mesh and the whole session: small chunks, and few blocks, for which ten requests compete."""
     config = InferenceConfig(
         device="cpu",
         dtype="float32",
