@@ -65,11 +65,7 @@ def tiny_model() -> LlamaForCausalLM:
     params=[pytest.param(mesh, marks=pytest.mark.slow) if mesh == "dp2" else mesh for mesh in TINY_MESHES],
 )
 def tiny_shared(request: pytest.FixtureRequest, tiny_model: LlamaForCausalLM) -> Iterator[InferenceEngine]:
-<<<<<<< HEAD
-    """One for each mesh and the whole session: small chunks, and blocks so few that ten requests preempt each other."""
-=======
     """One for each mesh and the whole session: small chunks, and few blocks, for which ten requests compete."""
->>>>>>> help-score
     config = InferenceConfig(
         device="cpu",
         dtype="float32",
