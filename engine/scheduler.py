@@ -29,7 +29,8 @@ from array import array
 from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceStatus
@@ -53,6 +54,21 @@ class ScheduledStep:
     draws: tuple[tuple[Sequence, tuple[int, ...]], ...]  # who draws a sample, and one more after each draft
     given: tuple[Sequence, ...]  # whose `StepInput.given` are
     pooled: tuple[Sequence, ...]
+
+
+@dataclass
+class Chosen:
+    """What a step takes, while it is put together."""
+
+    budget: int  # tokens that it may still take
+    rest: int  # of these, those that are left to other steps
+    counts: dict[Sequence, int] = field(default_factory=dict)  # sequence -> its tokens
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    is_short_of_blocks: bool = False  # none is left for who comes later
+
+    @property
+    def is_full(self) -> bool:
+        return self.budget <= self.rest
 
 
 class Scheduler:
@@ -118,35 +134,40 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None where there is nothing to do that is not in flight already."""
-        chosen: dict[Sequence, int] = {}  # sequence -> new tokens
-        copies: list[tuple[int, int]] = []
         budget = self.max_num_batched_tokens
         # In flight counts as pending until it is back.
         share = -(-self.num_pending_tokens // self.num_stages) if self.num_stages > 1 else budget
-        short_of_blocks = False
+        chosen = Chosen(budget, rest=max(0, budget - share))
+        by_priority = sorted(self.running, key=lambda running: running.priority)
+        for priority, sequences in groupby(by_priority, key=lambda running: running.priority):
+            self._admit(chosen, before=priority)
+            for sequence in sequences:
+                self._go_on(sequence, chosen)
+        self._admit(chosen)
+        return self._step(chosen) if chosen.counts else None
 
-        for sequence in sorted(self.running, key=lambda running: running.priority):
-            if not budget or self.max_num_batched_tokens - budget >= share:
-                break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            count = min(self._num_schedulable(sequence), budget)
-            if not count:
-                continue
-            if not self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
-                short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
-                continue
-            budget -= self._take(sequence, count, budget, chosen, copies)
+    def _go_on(self, sequence: Sequence, chosen: "Chosen") -> None:
+        if chosen.is_full or sequence.status is not SequenceStatus.RUNNING:
+            return
+        count = min(self._num_schedulable(sequence), chosen.budget)
+        if not count:
+            return
+        if self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
+            self._take(sequence, count, chosen)
+        else:
+            chosen.is_short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
 
-        while not short_of_blocks:
-            first = next((waiting for waiting in self.waiting if not waiting.is_held), None)
-            if first is None or not budget or self.max_num_batched_tokens - budget >= share:
+    def _admit(self, chosen: "Chosen", before: int | None = None) -> None:
+        """Lets waiting sequences run, in their order, as long as there is room; or those before a priority only."""
+        while not chosen.is_full and not chosen.is_short_of_blocks:
+            sequence = next((waiting for waiting in self.waiting if not waiting.is_held), None)
+            if sequence is None or (before is not None and sequence.priority >= before):
                 break
-            sequence = first
             prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
                 if worst is None or not _gives_way(worst, sequence):
+                    chosen.is_short_of_blocks = True
                     break
                 self._preempt(worst)
                 continue
@@ -157,9 +178,7 @@ class Scheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             self._run(sequence)
-            budget -= self._take(sequence, min(sequence.num_pending_tokens, budget), budget, chosen, copies)
-
-        return self._step(chosen, copies) if chosen else None
+            self._take(sequence, min(sequence.num_pending_tokens, chosen.budget), chosen)
 
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
         # A spare block for each other sequence that will grow: else the next to do so would push this one out again.
@@ -214,18 +233,16 @@ class Scheduler:
         self.num_matched_tokens -= sequence.num_matched_tokens
         sequence.num_matched_tokens = 0
 
-    def _take(
-        self, sequence: Sequence, count: int, budget: int, chosen: dict[Sequence, int], copies: list[tuple[int, int]]
-    ) -> int:
+    def _take(self, sequence: Sequence, count: int, chosen: "Chosen") -> None:
         stop = sequence.num_scheduled_tokens + count
-        sequence.drafts = self._draft(sequence, budget - count) if stop == sequence.num_tokens else ()
+        sequence.drafts = self._draft(sequence, chosen.budget - count) if stop == sequence.num_tokens else ()
         count += len(sequence.drafts)
         copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
         if copy is not None:
-            copies.append(copy)
+            chosen.copies.append(copy)
         sequence.num_in_flight += count
-        chosen[sequence] = count
-        return count
+        chosen.counts[sequence] = count
+        chosen.budget -= count
 
     def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses for which there is room: in the budget, in what may come of the output, and in the blocks."""
@@ -242,12 +259,12 @@ class Scheduler:
             drafts = drafts[:-1]
         return tuple(drafts)
 
-    def _victim(self, chosen: dict[Sequence, int]) -> Sequence | None:
+    def _victim(self, chosen: "Chosen") -> Sequence | None:
         """Who gives way first: of the lowest priority, the latest to come; of its beams, one that is held."""
-        free = [s for s in reversed(self.running) if not s.num_in_flight and s not in chosen]
+        free = [s for s in reversed(self.running) if not s.num_in_flight and s not in chosen.counts]
         return max(free, key=lambda running: (running.priority, running.order, running.is_held), default=None)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[Sequence, int]) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int, chosen: "Chosen") -> bool:
         """Preempts others until the sequence's tokens fit; False if it must give way itself, or wait."""
         while not self.blocks.can_extend(sequence, num_tokens):
             victim = self._victim(chosen)
@@ -268,10 +285,11 @@ class Scheduler:
         self._stop_running(sequence)
         self._wait(sequence)
 
-    def _step(self, chosen: dict[Sequence, int], copies: Seq[tuple[int, int]]) -> ScheduledStep:
+    def _step(self, chosen: "Chosen") -> ScheduledStep:
+        counts = chosen.counts
         token_ids: array[int] = array("q")
         rows = StepRows()
-        for sequence, count in chosen.items():
+        for sequence, count in counts.items():
             first, stop = len(token_ids), sequence.num_scheduled_tokens
             known = [*sequence.token_ids[stop - count : stop], *sequence.drafts]
             token_ids.extend(known or [drawn_before(self._drawing[sequence])])
@@ -286,18 +304,18 @@ class Scheduler:
         step = StepInput(
             step_id=self._next_step,
             token_ids=token_ids,
-            query_lens=tuple(chosen.values()),
-            context_lens=tuple(sequence.num_scheduled_tokens - count for sequence, count in chosen.items()),
-            block_tables=tuple(array("i", sequence.block_table) for sequence in chosen),
+            query_lens=tuple(counts.values()),
+            context_lens=tuple(sequence.num_scheduled_tokens - count for sequence, count in counts.items()),
+            block_tables=tuple(array("i", sequence.block_table) for sequence in counts),
             samples=tuple(rows.samples),
-            copies=tuple(copies),
+            copies=tuple(chosen.copies),
             histories=tuple(rows.histories),
             masks=rows.masks,
             given=tuple(rows.given),
             pooled=tuple(rows.pooled),
         )
-        drafts = tuple(sequence.drafts for sequence in chosen)
-        return ScheduledStep(step, tuple(chosen), drafts, tuple(rows.draws), tuple(rows.scored), tuple(rows.in_pool))
+        drafts = tuple(sequence.drafts for sequence in counts)
+        return ScheduledStep(step, tuple(counts), drafts, tuple(rows.draws), tuple(rows.scored), tuple(rows.in_pool))
 
     # ---- and back -----------------------------------------------------------------------------------------------
 
