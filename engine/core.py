@@ -12,7 +12,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..config import InferenceConfig, SamplingParams
+from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
 from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
 from .constraint import Constraint
@@ -22,6 +22,7 @@ from .output import CompletionOutput, RequestOutput, RequestTimings
 from .prompts import PreparedRequest
 from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
+from .speculation.speculator import create_speculator
 from .structured import Grammar
 
 
@@ -106,6 +107,9 @@ class Request:
                 token_s=tuple(moment - self.arrival_s for moment in self.token_times),
             ),
             prompt_logprobs=prompt_logprobs,
+            pooled=tuple(first.pooled_parts),
+            num_drafted=sum(completion.sequence.num_drafted for completion in self.completions),
+            num_accepted=sum(completion.sequence.num_accepted for completion in self.completions),
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
@@ -131,6 +135,9 @@ class ReplicaStats:
     num_prompt_tokens: int  # of finished and running requests
     num_cached_tokens: int  # of those, found in the prefix cache
     num_output_tokens: int
+    num_draft_steps: int  # of a draft model
+    num_drafted: int  # tokens that were guessed ahead
+    num_accepted: int  # of these, those that were right
 
 
 class Replica:
@@ -144,12 +151,14 @@ class Replica:
             num_stages=config.pp_size,
             look_ahead=look_ahead,
         )
-        self.in_flight: deque[ScheduledStep] = deque()
-        self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+        self.in_flight: deque[tuple[ScheduledStep, float]] = deque()  # with the time when it was submitted
+        self.last_collected_s = 0.0
+        self.num_steps = self.num_draft_steps = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
 
-    def work_with(self, token_ids: Seq[int]) -> int:
-        """Tokens that this replica would have to compute if it took such a prompt, but for those of its output."""
-        return self.scheduler.work + len(token_ids) - self.scheduler.num_cached(token_ids)
+    def work_with(self, sequence: Sequence) -> int:
+        """Tokens that this replica would have to compute if it took a prompt too, but for those of its output."""
+        return self.scheduler.work + sequence.num_tokens - self.scheduler.num_cached(sequence)
 
     def stats(self) -> ReplicaStats:
         scheduler = self.scheduler
@@ -163,7 +172,24 @@ class Replica:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
+            num_draft_steps=self.num_draft_steps,
+            num_drafted=scheduler.num_drafted,
+            num_accepted=scheduler.num_accepted,
         )
+
+    def on_submitted(self, step: ScheduledStep, now: float) -> None:
+        self.in_flight.append((step, now))
+        self.num_steps += step.input.model == 0
+        self.num_draft_steps += step.input.model == 1
+
+    def on_collected(self, now: float) -> ScheduledStep:
+        """The step that has come back; what it took tells what guesses cost."""
+        step, submitted_s = self.in_flight.popleft()
+        given, speculator = step.input, self.scheduler.speculator
+        if speculator is not None and given.num_tokens == len(given.samples):
+            speculator.observe_step(given.model, given.num_tokens, now - max(submitted_s, self.last_collected_s))
+        self.last_collected_s = now
+        return step
 
 
 class EngineCore:
@@ -215,9 +241,9 @@ class EngineCore:
             self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        token_ids = request.first.token_ids
-        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
-        self.replicas[request.replica].scheduler.add(request.first)
+        first = request.first
+        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(first))
+        self.replicas[request.replica].scheduler.add(first)
 
     def abort(self, request_id: str, silently: bool = False) -> bool:
         """Ends a request; unless silently, the next `step` gives it for the last time. False if it is unknown."""
@@ -296,8 +322,7 @@ class EngineCore:
                 now = time.monotonic()
                 for sequence in step.sequences:
                     self._on_scheduled(replica, sequence, now)
-                replica.in_flight.append(step)
-                replica.num_steps += 1
+                replica.on_submitted(step, now)
                 self.executor.submit(index, step.input)
 
     def _on_scheduled(self, replica: Replica, sequence: Sequence, now: float) -> None:
@@ -310,9 +335,9 @@ class EngineCore:
     def _collect(self) -> list[Request]:
         index, output = self.executor.collect()
         replica = self.replicas[index]
-        step = replica.in_flight.popleft()
-        assert step.input.step_id == output.step_id
         now = time.monotonic()
+        step = replica.on_collected(now)
+        assert step.input.step_id == output.step_id
         moved = replica.scheduler.update(step, output, lambda sequence: self._heed(replica, sequence, now))
         requests = dict.fromkeys(self._by_sequence[sequence][0] for sequence in moved)
         for sequence in moved:
@@ -381,6 +406,11 @@ class EngineCore:
         del self._requests[request.request_id]
         self._forget([completion.sequence for completion in request.completions])
 
+    def speculate(self, config: SpeculativeConfig | None, longest: int) -> None:
+        """Lets every replica guess tokens ahead, or none; no step is in flight. longest: as `create_speculator`."""
+        for replica in self.replicas:
+            replica.scheduler.speculate(None if config is None else create_speculator(config, longest))
+
     def stats(self) -> list[ReplicaStats]:
         return [replica.stats() for replica in self.replicas]
 
@@ -400,7 +430,7 @@ def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Se
     """
     params = prepared.params
     eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
-    stops = eos | frozenset(params.stop_token_ids)
+    stops, forced = eos | frozenset(params.stop_token_ids), tuple(params.forced_token_ids or ())
     count = 1 if params.num_beams > 1 else max(params.n, params.best_of or 1)
 
     def sequence(number: int, siblings: list[Sequence]) -> Sequence:
@@ -412,17 +442,19 @@ def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Se
             request_id,
             list(prepared.token_ids),
             max_tokens=prepared.max_tokens,
-            min_tokens=params.min_tokens,
+            min_tokens=max(params.min_tokens, len(forced)),  # what is forced is followed, whatever it is
             stop_token_ids=stops,
             eos_token_ids=eos,
             sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
             logits=None if prepared.logits.is_neutral else prepared.logits,
             logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
             prompt_logprobs=None if number else params.prompt_logprobs,
-            forced=tuple(params.forced_token_ids or ()),
+            forced=forced,
             num_candidates=num_candidates(params.num_beams, len(stops)) if params.num_beams > 1 else 0,
             num_beams_to_come=params.num_beams - 1,
             priority=params.priority,
+            is_pooled=prepared.is_pooled,
+            num_asked=prepared.num_unasked,
             siblings=siblings,
         )
 

@@ -33,27 +33,16 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from .block_manager import BlockManager
+from .draft_steps import DraftSteps
 from .sequence import Sequence, SequenceStatus
+from .speculation.speculator import DraftModelSpeculator, Speculator
 from .step import StepInput, StepOutput, TokenLogprobs, drawn_before
-from .step_rows import StepRows
+from .step_rows import ScheduledStep, StepRows
 
-Propose = Callable[[Sequence, int], Seq[int]]
-"""Guesses the tokens that come after those of a sequence, so many at most."""
+_FORCED_AT_ONCE = 32  # tokens of a sequence in one step: each has a row of logits
 
 Heed = Callable[[Sequence], str | None]
 """Asked after each token that a sequence got: why it ends with this one, or None."""
-
-
-@dataclass(frozen=True)
-class ScheduledStep:
-    """A step, and whose it is."""
-
-    input: StepInput
-    sequences: tuple[Sequence, ...]  # in the step's order
-    drafts: tuple[tuple[int, ...], ...]  # of each of these, the tokens that were guessed
-    draws: tuple[tuple[Sequence, tuple[int, ...]], ...]  # who draws a sample, and one more after each draft
-    given: tuple[Sequence, ...]  # whose `StepInput.given` are
-    pooled: tuple[Sequence, ...]
 
 
 @dataclass
@@ -61,14 +50,15 @@ class Chosen:
     """What a step takes, while it is put together."""
 
     budget: int  # tokens that it may still take
-    rest: int  # of these, those that are left to other steps
+    share: int  # with so many more it has enough; drafts come on top
+    num_behind: int  # sequences that run and are still to be asked, whose own tokens come before anybody's drafts
     counts: dict[Sequence, int] = field(default_factory=dict)  # sequence -> its tokens
     copies: list[tuple[int, int]] = field(default_factory=list)
-    is_short_of_blocks: bool = False  # none is left for who comes later
+    is_short_of_blocks: bool = False  # nobody else is admitted
 
     @property
     def is_full(self) -> bool:
-        return self.budget <= self.rest
+        return self.budget <= 0 or self.share <= 0
 
 
 class Scheduler:
@@ -87,12 +77,13 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.num_stages, self.look_ahead = num_stages, look_ahead
-        self.max_in_flight = 2 if look_ahead else num_stages  # steps
-        self.propose: Propose | None = None  # drafts; None: no sequence has any, but those that are forced
+        self.speculator: Speculator | None = None  # who guesses; None: no sequence has drafts, but those forced on it
+        self._draft_steps: DraftSteps | None = None
         self.waiting: list[Sequence] = []  # by priority, then arrival
         self.running: list[Sequence] = []  # in order of admission
         self.ended_in_flight: list[Sequence] = []  # finished from outside; their blocks are still being written
         self.num_preemptions = 0
+        self.num_drafted = self.num_accepted = 0
         self.num_pending_tokens = 0  # before every sequence has caught up
         self.num_matched_tokens = 0  # of these, found in the cache when a sequence that still waits was queued
         self.num_expected_tokens = 0  # to come after these
@@ -109,16 +100,32 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def num_cached(self, token_ids: Seq[int]) -> int:
-        """How many of a prompt's first tokens are in the cache now."""
-        return len(self.blocks.match(token_ids)) * self.blocks.block_size
+    def num_cached(self, sequence: Sequence) -> int:
+        """How many of a sequence's first tokens it can take from the cache now."""
+        return len(self._match(sequence)) * self.blocks.block_size
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps. With guesses, no sequence is scheduled ahead: two steps would only divide the batch."""
+        return 2 if self.look_ahead and self.speculator is None else self.num_stages
+
+    def speculate(self, speculator: Speculator | None) -> None:
+        """Changes who guesses, or lets nobody guess; no step is in flight."""
+        assert not any(sequence.is_in_flight for sequence in (*self.running, *self.ended_in_flight))
+        self.speculator, self._draft_steps = speculator, None
+        if isinstance(speculator, DraftModelSpeculator):
+            self._draft_steps = DraftSteps(self.blocks, speculator, self.num_stages, self.max_num_batched_tokens)
+        for sequence in self.running:
+            sequence.forget_drafted()
+            sequence.num_draft_computed = 0
+            sequence.num_told_tokens = min(sequence.num_told_tokens, sequence.num_tokens)
 
     def add(self, sequence: Sequence) -> None:
         self._next_order += 1
         for member in (sequence, *sequence.siblings):
             member.order = self._next_order
         self._wait(sequence)
-        sequence.num_matched_tokens = 0 if sequence.needs_whole_prompt else self.num_cached(sequence.token_ids)
+        sequence.num_matched_tokens = self.num_cached(sequence)
         self.num_matched_tokens += sequence.num_matched_tokens
         self._count(sequence, 1)
 
@@ -134,10 +141,14 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None where there is nothing to do that is not in flight already."""
-        budget = self.max_num_batched_tokens
+        if self._draft_steps is not None:
+            step = self._draft_steps.schedule(self.running, self._next_step + 1)
+            if step is not None:
+                self._next_step += 1
+                return step
+        budget, pending = self.max_num_batched_tokens, self.num_pending_tokens
         # In flight counts as pending until it is back.
-        share = -(-self.num_pending_tokens // self.num_stages) if self.num_stages > 1 else budget
-        chosen = Chosen(budget, rest=max(0, budget - share))
+        chosen = Chosen(budget, -(-pending // self.num_stages) if self.num_stages > 1 else budget, len(self.running))
         by_priority = sorted(self.running, key=lambda running: running.priority)
         for priority, sequences in groupby(by_priority, key=lambda running: running.priority):
             self._admit(chosen, before=priority)
@@ -147,6 +158,8 @@ class Scheduler:
         return self._step(chosen) if chosen.counts else None
 
     def _go_on(self, sequence: Sequence, chosen: "Chosen") -> None:
+        """Takes a sequence that was running, if it has something to compute and finds room."""
+        chosen.num_behind -= 1
         if chosen.is_full or sequence.status is not SequenceStatus.RUNNING:
             return
         count = min(self._num_schedulable(sequence), chosen.budget)
@@ -158,12 +171,12 @@ class Scheduler:
             chosen.is_short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
 
     def _admit(self, chosen: "Chosen", before: int | None = None) -> None:
-        """Lets waiting sequences run, in their order, as long as there is room; or those before a priority only."""
+        """Lets waiting sequences run, in their order, as long as there is room. before: only if their priority is."""
         while not chosen.is_full and not chosen.is_short_of_blocks:
             sequence = next((waiting for waiting in self.waiting if not waiting.is_held), None)
             if sequence is None or (before is not None and sequence.priority >= before):
                 break
-            prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
+            prefix = self._match(sequence)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
                 if worst is None or not _gives_way(worst, sequence):
@@ -179,6 +192,10 @@ class Scheduler:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             self._run(sequence)
             self._take(sequence, min(sequence.num_pending_tokens, chosen.budget), chosen)
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Blocks of the cache that it begins with."""
+        return self.blocks.match(sequence.token_ids)[: sequence.num_reusable_tokens // self.blocks.block_size]
 
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
         # A spare block for each other sequence that will grow: else the next to do so would push this one out again.
@@ -197,6 +214,8 @@ class Scheduler:
         sequence.move_to(SequenceStatus.RUNNING)
         self.running.append(sequence)
         self._open_slot(sequence)
+        sequence.forget_drafted()
+        sequence.num_draft_computed = 0  # whatever the draft model left in the blocks of a prefix
 
     def _open_slot(self, sequence: Sequence) -> None:
         if sequence.logits is not None and sequence.slot is None:
@@ -213,7 +232,7 @@ class Scheduler:
 
     def _num_schedulable(self, sequence: Sequence) -> int:
         """Tokens that a step can compute now: those that are known and in no step, or the one that is being drawn."""
-        if sequence.is_held:
+        if sequence.is_held or sequence.num_drafting:
             return 0
         if not sequence.num_in_flight:
             return sequence.num_pending_tokens
@@ -227,7 +246,7 @@ class Scheduler:
 
     def _needs_host(self, sequence: Sequence) -> bool:
         """Whether its next step takes what the driver makes of the token before."""
-        return sequence.needs_host or self.propose is not None
+        return sequence.needs_host or self.speculator is not None
 
     def _forget_match(self, sequence: Sequence) -> None:
         self.num_matched_tokens -= sequence.num_matched_tokens
@@ -235,7 +254,10 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, count: int, chosen: "Chosen") -> None:
         stop = sequence.num_scheduled_tokens + count
-        sequence.drafts = self._draft(sequence, chosen.budget - count) if stop == sequence.num_tokens else ()
+        for_drafts = chosen.budget - count - chosen.num_behind
+        sequence.drafts = self._draft(sequence, for_drafts) if stop == sequence.num_tokens else ()
+        chosen.share -= count
+        sequence.forget_drafted()
         count += len(sequence.drafts)
         copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
         if copy is not None:
@@ -249,19 +271,20 @@ class Scheduler:
         most = min(budget, sequence.max_tokens - sequence.num_output_tokens - 1)
         if most <= 0 or sequence.siblings or sequence.num_candidates:
             return ()
-        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][:most]
-        if not drafts and self.propose is not None:
-            drafts = self.propose(sequence, most)
+        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][: min(most, _FORCED_AT_ONCE)]
+        if not drafts and self.speculator is not None:
+            drafts = self.speculator.propose(sequence, most, -(-len(self.running) // self.num_stages))
         if drafts and sequence.constraint is not None:
-            _, num_valid = sequence.constraint.masks(drafts)
-            drafts = drafts[:num_valid]
-        while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts)):
+            _, num_allowed = sequence.constraint.masks(drafts)
+            drafts = drafts[:num_allowed]
+        # The others will grow too: a guess is to push nobody out.
+        while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts), len(self.running)):
             drafts = drafts[:-1]
         return tuple(drafts)
 
     def _victim(self, chosen: "Chosen") -> Sequence | None:
         """Who gives way first: of the lowest priority, the latest to come; of its beams, one that is held."""
-        free = [s for s in reversed(self.running) if not s.num_in_flight and s not in chosen.counts]
+        free = [s for s in reversed(self.running) if not s.is_in_flight and s not in chosen.counts]
         return max(free, key=lambda running: (running.priority, running.order, running.is_held), default=None)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, chosen: "Chosen") -> bool:
@@ -322,17 +345,19 @@ class Scheduler:
     def update(self, step: ScheduledStep, output: StepOutput, heed: Heed = lambda sequence: None) -> list[Sequence]:
         """Takes what a step drew; gives the sequences that it moved on, some of them finished by it."""
         assert len(output.token_ids) == len(step.input.samples)
+        if step.input.model:
+            assert self._draft_steps is not None
+            self._draft_steps.update(step, output)
+            for sequence in step.sequences:
+                self._has_ended(sequence)
+            return []
         moved: dict[Sequence, None] = {}
         for sequence, count, drafts in zip(step.sequences, step.input.query_lens, step.drafts, strict=True):
             sequence.num_in_flight -= count
             if drafts:
                 sequence.drafts = ()
-            if sequence.status is SequenceStatus.FINISHED:
-                if not sequence.num_in_flight:
-                    self.ended_in_flight.remove(sequence)
-                    self.blocks.free(sequence)
-                continue
-            self._computed(sequence, count - len(drafts))
+            if not self._has_ended(sequence):
+                self._computed(sequence, count - len(drafts))
         for sequence, scores in zip(step.given, output.given, strict=True):
             sequence.prompt_scores += scores
         for sequence, part in zip(step.pooled, output.pooled, strict=True):
@@ -353,6 +378,15 @@ class Scheduler:
                 self._accept(sequence, drafts, samples, output, errors, heed)
         return list(moved)
 
+    def _has_ended(self, sequence: Sequence) -> bool:
+        """Whether a sequence was ended while the step that is back was in flight; its blocks are free then."""
+        if sequence.status is not SequenceStatus.FINISHED:
+            return False
+        if not sequence.is_in_flight:
+            self.ended_in_flight.remove(sequence)
+            self.blocks.free(sequence)
+        return True
+
     def _computed(self, sequence: Sequence, count: int) -> None:
         sequence.num_computed_tokens += count
         self.num_pending_tokens -= count
@@ -368,7 +402,10 @@ class Scheduler:
         heed: Heed,
     ) -> None:
         """Appends what was drawn: the first token, and one more for each draft that was drawn before it."""
-        sequence.num_drafts += len(drafts)
+        num_guessed = len(drafts) if sequence.num_output_tokens >= len(sequence.forced) else 0
+        sequence.num_drafted += num_guessed
+        self.num_drafted += num_guessed
+        num_before = sequence.num_tokens
         for place, sample in enumerate(samples):
             if place:
                 if drafts[place - 1] != sequence.token_ids[-1]:
@@ -383,12 +420,18 @@ class Scheduler:
                 sequence.is_held, sequence.candidates = True, told
                 return
             self._append(sequence, output.token_ids[sample], told)
-            sequence.num_drafts_accepted += place > 0
+            if place and num_guessed:
+                sequence.num_accepted += 1
+                self.num_accepted += 1
             reason = heed(sequence) or sequence.finish_reason_now()
             if reason is not None:
                 self.finish(sequence, reason)
                 return
+        # What was made of guesses that were wrong is worth nothing.
         sequence.num_told_tokens = min(sequence.num_told_tokens, sequence.num_tokens - 1)
+        sequence.num_draft_computed = min(sequence.num_draft_computed, sequence.num_tokens - 1)
+        if self.speculator is not None:
+            self.speculator.observe(sequence, len(drafts), sequence.num_tokens - num_before - 1)
 
     def _append(self, sequence: Sequence, token_id: int, told: TokenLogprobs | None) -> None:
         self._count(sequence, -1)
@@ -458,7 +501,9 @@ class Scheduler:
             self._forget_match(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
-        if sequence.num_in_flight:
+        if self.speculator is not None:
+            self.speculator.end(sequence)
+        if sequence.is_in_flight:
             self.ended_in_flight.append(sequence)
         else:
             self.blocks.free(sequence)
@@ -468,7 +513,9 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
         assert self.waiting == sorted(self.waiting, key=lambda s: (s.priority, s.order))
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
-        assert all(s.status is SequenceStatus.FINISHED and s.num_in_flight for s in self.ended_in_flight)
+        assert all(s.status is SequenceStatus.FINISHED and s.is_in_flight for s in self.ended_in_flight)
+        idle = [s for s in self.running if not s.is_in_flight]
+        assert all(s.num_draft_computed <= s.num_tokens + len(s.drafted) for s in idle)
         unended = [*self.waiting, *self.running]
         assert self.num_pending_tokens == sum(s.num_pending_tokens for s in unended)
         assert self.num_expected_tokens == sum(s.num_expected_tokens for s in unended)
