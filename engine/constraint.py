@@ -49,8 +49,14 @@ class Constraint:
         no more; and n."""
         drafts = tuple(drafts)
         if drafts != self._drafts[: len(drafts)]:
-            after = np.empty((len(drafts), self._masks.shape[1]), np.int32)
-            num_valid = self._matcher.fill_after(drafts, after)
-            self._masks, self._drafts = np.concatenate((self._masks[:1], after[:num_valid])), drafts[:num_valid]
-            return self._masks, num_valid
-        return self._masks[: len(drafts) + 1], len(drafts)
+            self._guess(drafts)
+        num_valid = min(len(drafts), len(self._drafts))
+        return self._masks[: num_valid + 1], num_valid
+
+    def _guess(self, drafts: tuple[int, ...]) -> None:
+        """Makes the masks after drafts; those that went before with the same beginning are known."""
+        num_known = len(self._drafts) if drafts[: len(self._drafts)] == self._drafts else 0
+        masks = np.empty((len(drafts) + 1, self._masks.shape[1]), np.int32)
+        masks[: num_known + 1] = self._masks[: num_known + 1]
+        num_valid = self._matcher.fill_after(drafts, masks[1:], max(0, num_known - 1))  # after the last, text may not
+        self._masks, self._drafts = masks[: num_valid + 1], drafts[:num_valid]

@@ -248,17 +248,18 @@ class Matcher:
             if not self.inner.rollback(num_tokens):
                 self._fail(_one_line(self.inner.get_error()))
 
-    def fill_after(self, drafts: Sequence[int], masks: Mask) -> int:
+    def fill_after(self, drafts: Sequence[int], masks: Mask, num_known: int = 0) -> int:
         """What may come after each draft: masks [len(drafts), ceil(vocab_size / 32)]; the state stays.
 
         Returns how many drafts, from the first, may come, until the output is finished; as many rows are filled.
+        num_known: rows that are filled already, after each of which text may follow.
         """
         num_valid, exhausted = 0, self._exhausted
         for draft, mask in zip(drafts, masks, strict=True):
             if not self.accept(draft):
                 break
             num_valid += 1
-            if not self.fill(mask):
+            if num_valid > num_known and not self.fill(mask):
                 break
         self.rollback(num_valid)
         self._exhausted = exhausted

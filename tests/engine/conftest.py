@@ -1,4 +1,4 @@
-"""Processes that tests of the engine start."""
+"""What tests of the engine share: processes that they start, and engines of a tiny model."""
 
 import contextlib
 import os
@@ -9,6 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from transformers import LlamaForCausalLM
+
+from meshlm import InferenceConfig, InferenceEngine
+from tiny import make_llama
 
 Torchrun = Callable[..., contextlib.AbstractContextManager[subprocess.Popen[str]]]
 
@@ -39,3 +43,46 @@ def torchrun() -> Torchrun:
             agent.communicate()
 
     return start
+
+
+# ---- engines of a tiny model on several meshes -----------------------------------------------------------------------
+
+TINY_MESHES: dict[str, dict[str, int]] = {
+    "1": {},
+    "tp2": {"tp_size": 2},
+    "pp2": {"pp_size": 2},
+    "dp2": {"dp_size": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> LlamaForCausalLM:
+    return make_llama(num_hidden_layers=2, max_position_embeddings=96)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(mesh, marks=pytest.mark.slow) if mesh == "dp2" else mesh for mesh in TINY_MESHES],
+)
+def tiny_shared(request: pytest.FixtureRequest, tiny_model: LlamaForCausalLM) -> Iterator[InferenceEngine]:
+    """One for each mesh and the whole session: small chunks, and blocks so few that ten requests preempt each other."""
+    config = InferenceConfig(
+        device="cpu",
+        dtype="float32",
+        block_size=4,
+        num_kv_blocks=40,
+        max_model_len=96,
+        max_num_batched_tokens=24,
+        **TINY_MESHES[request.param],
+    )
+    with InferenceEngine(tiny_model, config) as engine:
+        yield engine
+
+
+@pytest.fixture
+def tiny_engine(tiny_shared: InferenceEngine) -> Iterator[InferenceEngine]:
+    """Idle, and left whole: no request, no block held."""
+    yield tiny_shared
+    assert not tiny_shared.has_unfinished()
+    tiny_shared.check()
+    assert all(replica.num_free_blocks == replica.num_blocks for replica in tiny_shared.stats().replicas)
