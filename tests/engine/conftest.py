@@ -1,4 +1,4 @@
-"""Processes that tests of the engine start."""
+"""Processes and meshes that tests of the engine share."""
 
 import contextlib
 import os
@@ -6,9 +6,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+from transformers import LlamaForCausalLM
+
+from meshlm import InferenceConfig, InferenceEngine
+from tiny import make_llama
 
 Torchrun = Callable[..., contextlib.AbstractContextManager[subprocess.Popen[str]]]
 
@@ -39,3 +44,46 @@ def torchrun() -> Torchrun:
             agent.communicate()
 
     return start
+
+
+MESHES: dict[str, dict[str, int]] = {"tp2": {"tp_size": 2}, "pp2": {"pp_size": 2}, "dp2": {"dp_size": 2}, "1": {}}
+
+StartSmall = Callable[..., contextlib.AbstractContextManager[InferenceEngine]]
+
+
+@pytest.fixture(scope="session")
+def small_model() -> LlamaForCausalLM:
+    """37 tokens, of which two ranks have different numbers."""
+    return make_llama(vocab_size=37)
+
+
+@pytest.fixture(scope="session")
+def start_small(small_model: LlamaForCausalLM) -> StartSmall:
+    """start_small(**fields): an engine with the small model; proves at the end that it has lost nothing."""
+    common: dict[str, Any] = {"device": "cpu", "dtype": "float32", "block_size": 4, "num_kv_blocks": 2048}
+    common |= {"max_num_seqs": 512, "max_model_len": 48}
+
+    @contextlib.contextmanager
+    def start(**fields: Any) -> Iterator[InferenceEngine]:
+        with InferenceEngine(small_model, InferenceConfig(**{**common, **fields})) as engine:
+            yield engine
+            engine.check()
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def small_local(start_small: StartSmall) -> Iterator[InferenceEngine]:
+    """In this process."""
+    with start_small() as engine:
+        yield engine
+
+
+@pytest.fixture(scope="session", params=MESHES)
+def small_engine(request: pytest.FixtureRequest, start_small: StartSmall) -> Iterator[InferenceEngine]:
+    """On each mesh; the one that stays to the end of the session has no ranks of its own."""
+    if not MESHES[request.param]:
+        yield request.getfixturevalue("small_local")
+        return
+    with start_small(**MESHES[request.param]) as engine:
+        yield engine
