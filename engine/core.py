@@ -115,13 +115,13 @@ class Request:
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
-        params, chosen = self.params, self.completions
-        if self.search is not None or (len(chosen) > params.n and not self.ended):
+        params, chosen, ended = self.params, self.completions, self.ended
+        if self.search is not None or (len(chosen) > params.n and not ended):
             return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))  # the best are known in the end
         if len(chosen) > params.n:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
-        return tuple(completion.output(i, self.ended, tells) for i, completion in enumerate(chosen))
+        return tuple(completion.output(i, ended, tells) for i, completion in enumerate(chosen))
 
 
 @dataclass(frozen=True)

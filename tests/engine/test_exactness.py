@@ -288,30 +288,33 @@ def test_requests_that_arrive_in_the_middle(engine: InferenceEngine, reference: 
 SAMPLED = (15, 8, 11, 4, 18, 21)
 
 
-def sampled(engine: InferenceEngine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
-    """Each prompt twice, with every filter and with none."""
-    params = [
-        SamplingParams(temperature=0.8, seed=seed, max_tokens=12, ignore_eos=True, **filters)
-        for filters in ({"top_k": 50, "top_p": 0.9}, {})
-        for seed in range(len(SAMPLED))
-    ]
-    return generate(engine, [prompts[index] for index in SAMPLED] * 2, params)
+def sampled(engine: InferenceEngine, prompts: list[list[int]], together: bool = True) -> list[tuple[int, ...]]:
+    """Each prompt with no filter, with every one, with penalties, and twice from one request; in one batch or alone."""
+    common: dict[str, Any] = {"temperature": 0.8, "max_tokens": 12, "ignore_eos": True}
+    penalties = {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5}
+    own: tuple[dict[str, Any], ...] = ({}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, penalties, {"n": 2})
+    params = [{**common, **fields, "seed": seed} for fields in own for seed in range(len(SAMPLED))]
+    chosen = [prompts[index] for index in SAMPLED] * len(own)
+    pairs = [(chosen, params)] if together else [([p], [values]) for p, values in zip(chosen, params, strict=True)]
+    outputs = [output for pair in pairs for output in engine.generate(*pair, progress=False)]
+    return [completion.token_ids for output in outputs for completion in output.outputs]
 
 
 @pytest.fixture(scope="module")
-def sampled_on_one_rank(local: InferenceEngine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
-    return sampled(local, prompts)
+def sampled_alone(local: InferenceEngine, prompts: list[list[int]]) -> list[tuple[int, ...]]:
+    """One after the other on one rank."""
+    return sampled(local, prompts, together=False)
 
 
 @pytest.mark.slow
 def test_same_seed_same_tokens(
     engine: InferenceEngine,
     prompts: list[list[int]],
-    sampled_on_one_rank: list[tuple[int, ...]],
+    sampled_alone: list[tuple[int, ...]],
     reference: Reference,
 ) -> None:
     outputs = sampled(engine, prompts)
-    assert outputs == sampled_on_one_rank
+    assert outputs == sampled_alone
     greedy = [tuple(reference.token_ids[index][:12]) for index in SAMPLED]
     assert len({*outputs, *greedy}) > 2 * len(SAMPLED)  # they were sampled
     assert_at_rest(engine)

@@ -42,9 +42,7 @@ def report_of(engine: InferenceEngine) -> dict[str, Any]:
     except ValueError as error:
         report["score_error"] = str(error)
     shaped = params | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
-    report["shaped"] = [
-        output.token_ids for output in engine.generate(prompts[:2], shaped, progress=False)
-    ]
+    report["shaped"] = [output.token_ids for output in engine.generate(prompts[:2], shaped, progress=False)]
     engine.check()
     report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
     report["mesh"] = engine.describe_mesh()
