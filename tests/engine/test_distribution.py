@@ -142,7 +142,7 @@ def test_a_temperature_that_is_5_percent_off_is_seen(
     small_local: InferenceEngine, small_model: LlamaForCausalLM
 ) -> None:
     params = PARAMS["plain"]
-    drawn = draws(small_local, params, 20480)[:, 0]
+    drawn = draws(small_local, params, 40960)[:, 0]
     assert p_value(drawn, exact(small_model, params)[0]) > SIGNIFICANCE
     for factor in (0.95, 1.05):
         wrong = {**params, "temperature": factor * params["temperature"]}
