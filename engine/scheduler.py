@@ -283,15 +283,14 @@ class Scheduler:
         return tuple(drafts)
 
     def _victim(self, chosen: "Chosen") -> Sequence | None:
-        """Who gives way first: of the lowest priority, the latest to come; of its beams, one that is held."""
-        free = [s for s in reversed(self.running) if not s.is_in_flight and s not in chosen.counts]
-        return max(free, key=lambda running: (running.priority, running.order, running.is_held), default=None)
+        """Who gives way first, of those that are in no step."""
+        return _last([s for s in self.running if not s.is_in_flight and s not in chosen.counts])
 
     def _make_room(self, sequence: Sequence, num_tokens: int, chosen: "Chosen") -> bool:
-        """Preempts others until the sequence's tokens fit; False if it must give way itself, or wait."""
+        """Preempts others until the sequence's tokens fit; False if it gives way itself, or waits for who should."""
         while not self.blocks.can_extend(sequence, num_tokens):
             victim = self._victim(chosen)
-            if victim is None:
+            if victim is None or (victim is sequence and _last(self.running) is not sequence):
                 return False
             self._preempt(victim)
             if victim is sequence:
@@ -529,6 +528,11 @@ class Scheduler:
 
 def _num_places(sequence: Sequence) -> int:
     return 1 + len(sequence.siblings) + sequence.num_beams_to_come
+
+
+def _last(running: Seq[Sequence]) -> Sequence | None:
+    """Of the lowest priority, the latest to come; of its beams, one that is held; the latest admitted."""
+    return max(reversed(running), key=lambda s: (s.priority, s.order, s.is_held), default=None)
 
 
 def _gives_way(running: Sequence, waiting: Sequence) -> bool:

@@ -18,6 +18,7 @@ CUTS: dict[str, dict[str, Any]] = {
     "few blocks, prefixes": {"num_kv_blocks": 12},
     "chunks": {"max_num_batched_tokens": 3},
     "looking ahead": {"async_scheduling": True},
+    "guessing": {"speculative": {"method": "ngram", "prompt_lookup_min": 1, "adaptive": False}},
 }
 
 
