@@ -31,7 +31,7 @@ class Constraint:
             return "error"
         if self._matcher.is_finished:
             return "stop"
-        if len(self._drafts) > 1 and token_id == self._drafts[0]:  # text may follow, or there would be one draft
+        if self._drafts and token_id == self._drafts[0]:
             self._masks, self._drafts = self._masks[1:], self._drafts[1:]
             return None
         return self._look()
@@ -45,8 +45,8 @@ class Constraint:
         return "error" if self.error is not None else "stop"
 
     def masks(self, drafts: Sequence[int]) -> tuple[Mask, int]:
-        """int32 [n + 1, ceil(vocab / 32)]: for the next token, and after each of the first n drafts, of which it allows
-        no more; and n."""
+        """int32 [n + 1, ceil(vocab / 32)]: for the next token, and after each of the first n drafts; and n, how many of
+        them it allows without the output's being whole."""
         drafts = tuple(drafts)
         if drafts != self._drafts[: len(drafts)]:
             self._guess(drafts)
@@ -58,5 +58,5 @@ class Constraint:
         num_known = len(self._drafts) if drafts[: len(self._drafts)] == self._drafts else 0
         masks = np.empty((len(drafts) + 1, self._masks.shape[1]), np.int32)
         masks[: num_known + 1] = self._masks[: num_known + 1]
-        num_valid = self._matcher.fill_after(drafts, masks[1:], max(0, num_known - 1))  # after the last, text may not
+        num_valid = self._matcher.fill_after(drafts, masks[1:], num_known)
         self._masks, self._drafts = masks[: num_valid + 1], drafts[:num_valid]

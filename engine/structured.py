@@ -251,18 +251,19 @@ class Matcher:
     def fill_after(self, drafts: Sequence[int], masks: Mask, num_known: int = 0) -> int:
         """What may come after each draft: masks [len(drafts), ceil(vocab_size / 32)]; the state stays.
 
-        Returns how many drafts, from the first, may come, until the output is finished; as many rows are filled.
-        num_known: rows that are filled already, after each of which text may follow.
+        Returns how many drafts, from the first, may come and be followed by text; as many rows are filled. num_known:
+        rows that are filled already.
         """
-        num_valid, exhausted = 0, self._exhausted
+        num_valid = num_accepted = 0
         for draft, mask in zip(drafts, masks, strict=True):
             if not self.accept(draft):
                 break
-            num_valid += 1
-            if num_valid > num_known and not self.fill(mask):
+            num_accepted += 1
+            if num_accepted > num_known and not self.fill(mask):
                 break
-        self.rollback(num_valid)
-        self._exhausted = exhausted
+            num_valid += 1
+        self.rollback(num_accepted)
+        self._exhausted = False  # else none was accepted, or the sequence has ended
         return num_valid
 
     def _fail(self, reason: str) -> None:
