@@ -19,6 +19,7 @@ from pydantic_settings import (
 )
 
 from .errors import ConfigError, nearest, one_line, refuse_bool
+from .speculative import SpeculativeConfig, as_speculative_config
 
 if TYPE_CHECKING:
     Bytes = int  # callers may pass any integer
@@ -109,6 +110,11 @@ class InferenceConfig(BaseSettings):
         "where the attention backend allows it",
     )
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
+    speculative: SpeculativeConfig | None = Field(
+        default=None,
+        description="speculative decoding: who guesses tokens ahead; a method's name, or fields of SpeculativeConfig; "
+        "steps are not scheduled ahead then",
+    )
 
     allow_pickle: bool = Field(
         default=False,
@@ -183,6 +189,11 @@ class InferenceConfig(BaseSettings):
     @classmethod
     def _no_bool_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         return refuse_bool(cls, value, str(info.field_name))
+
+    @field_validator("speculative", mode="before")
+    @classmethod
+    def _method_alone(cls, value: Any) -> Any:
+        return as_speculative_config(value)
 
     @field_validator("device")
     @classmethod

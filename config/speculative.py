@@ -1,6 +1,7 @@
 """`SpeculativeConfig`: who drafts tokens ahead of the model, and how many."""
 
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -73,3 +74,16 @@ class SpeculativeConfig(BaseModel):
                 f"prompt_lookup_min={self.prompt_lookup_min} is more than prompt_lookup_max={self.prompt_lookup_max}"
             )
         return self
+
+
+def as_speculative_config(value: Any) -> SpeculativeConfig | None:
+    """From the forms that a caller may give: a SpeculativeConfig, a method's name, a dict of fields, or None."""
+    if value is None or isinstance(value, SpeculativeConfig):
+        return value
+    if isinstance(value, str):
+        return SpeculativeConfig(method=value)  # type: ignore[arg-type]  # pydantic refuses one that is not known
+    if isinstance(value, Mapping):
+        return SpeculativeConfig(**value)
+    raise TypeError(
+        f"speculative: a {type(value).__name__} is no SpeculativeConfig, method's name or dict of its fields"
+    )

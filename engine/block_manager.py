@@ -81,9 +81,10 @@ class BlockManager:
             sequence.block_nodes.append(self._nodes[key][0])
         sequence.num_computed_tokens = len(prefix) * self.block_size
 
-    def can_extend(self, sequence: Sequence, num_tokens: int) -> bool:
+    def can_extend(self, sequence: Sequence, num_tokens: int, spare: int = 0) -> bool:
+        """Whether there is room for so many tokens; if that takes blocks, with `spare` blocks left over."""
         wanted = self.num_blocks_for(num_tokens) - len(sequence.block_table) + self._writes_shared(sequence)
-        return wanted <= len(self._free)
+        return wanted <= 0 or wanted + spare <= len(self._free)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> tuple[int, int] | None:
         """Appends blocks until the table has room for `num_tokens`, of which those that are not scheduled yet will be

@@ -12,7 +12,8 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..config import InferenceConfig, SamplingParams
+from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
+from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
 from .constraint import Constraint
 from .detokenizer import Detokenizer
@@ -21,6 +22,7 @@ from .output import CompletionOutput, RequestOutput, RequestTimings
 from .prompts import PreparedRequest
 from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
+from .speculation.speculator import create_speculator
 from .structured import Grammar
 
 
@@ -30,6 +32,7 @@ class Completion:
 
     sequence: Sequence
     detokenizer: Detokenizer | None
+    beam_logprob: float | None = None  # of a beam: the sum of its tokens', after penalties and bans
     num_emitted: int = 0  # characters of text that went out
 
     def output(self, index: int, is_final: bool, tells: bool) -> CompletionOutput:
@@ -45,7 +48,7 @@ class Completion:
             stop_reason=self.stop_reason,
             delta=delta,
             logprobs=tuple(scores) if tells else None,
-            cumulative_logprob=self.cumulative_logprob if tells else None,
+            cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
             error=sequence.error,
         )
 
@@ -72,19 +75,17 @@ class Request:
     index: int  # its place among the prompts that it came with
     prompt: str | None  # its text, if it was given as text
     params: SamplingParams
+    first: Sequence
     completions: list[Completion]
     arrival_s: float
+    search: BeamSearch | None = None  # until its completions are found
     replica: int = 0
     scheduled_s: float | None = None
     token_times: list[float] = field(default_factory=list)  # of the first completion
 
     @property
-    def first(self) -> Sequence:
-        return self.completions[0].sequence
-
-    @property
     def ended(self) -> bool:
-        return all(completion.sequence.finish_reason is not None for completion in self.completions)
+        return self.search is None and all(c.sequence.finish_reason is not None for c in self.completions)
 
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
@@ -106,13 +107,16 @@ class Request:
                 token_s=tuple(moment - self.arrival_s for moment in self.token_times),
             ),
             prompt_logprobs=prompt_logprobs,
+            pooled=tuple(first.pooled_parts),
+            num_drafted=sum(completion.sequence.num_drafted for completion in self.completions),
+            num_accepted=sum(completion.sequence.num_accepted for completion in self.completions),
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
         params, chosen, ended = self.params, self.completions, self.ended
-        if len(chosen) > params.n:  # best_of: which are the best is known in the end
-            if not ended:
-                return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))
+        if self.search is not None or (len(chosen) > params.n and not ended):
+            return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))  # the best are known in the end
+        if len(chosen) > params.n:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
         return tuple(completion.output(i, ended, tells) for i, completion in enumerate(chosen))
@@ -131,6 +135,9 @@ class ReplicaStats:
     num_prompt_tokens: int  # of finished and running requests
     num_cached_tokens: int  # of those, found in the prefix cache
     num_output_tokens: int
+    num_draft_steps: int  # of a draft model
+    num_drafted: int  # tokens that were guessed ahead
+    num_accepted: int  # of these, those that were right
 
 
 class Replica:
@@ -144,12 +151,14 @@ class Replica:
             num_stages=config.pp_size,
             look_ahead=look_ahead,
         )
-        self.in_flight: deque[ScheduledStep] = deque()
-        self.num_steps = self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+        self.in_flight: deque[tuple[ScheduledStep, float]] = deque()  # with the time when it was submitted
+        self.last_collected_s = 0.0
+        self.num_steps = self.num_draft_steps = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
 
-    def work_with(self, token_ids: Seq[int]) -> int:
-        """Tokens that this replica would have to compute if it took such a prompt, but for those of its output."""
-        return self.scheduler.work + len(token_ids) - self.scheduler.num_cached(token_ids)
+    def work_with(self, sequence: Sequence) -> int:
+        """Tokens that this replica would have to compute if it took a prompt too, but for those of its output."""
+        return self.scheduler.work + sequence.num_tokens - self.scheduler.num_cached(sequence)
 
     def stats(self) -> ReplicaStats:
         scheduler = self.scheduler
@@ -163,7 +172,24 @@ class Replica:
             num_prompt_tokens=self.num_prompt_tokens,
             num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
+            num_draft_steps=self.num_draft_steps,
+            num_drafted=scheduler.num_drafted,
+            num_accepted=scheduler.num_accepted,
         )
+
+    def on_submitted(self, step: ScheduledStep, now: float) -> None:
+        self.in_flight.append((step, now))
+        self.num_steps += step.input.model == 0
+        self.num_draft_steps += step.input.model == 1
+
+    def on_collected(self, now: float) -> ScheduledStep:
+        """The step that has come back; what it took tells what guesses cost."""
+        step, submitted_s = self.in_flight.popleft()
+        given, speculator = step.input, self.scheduler.speculator
+        if speculator is not None and given.num_tokens == len(given.samples):
+            speculator.observe_step(given.model, given.num_tokens, now - max(submitted_s, self.last_collected_s))
+        self.last_collected_s = now
+        return step
 
 
 class EngineCore:
@@ -204,7 +230,9 @@ class EngineCore:
         params = prepared.params
         sequences = _sequences(request_id, prepared, seed)
         completions = [Completion(sequence, new_detokenizer()) for sequence in sequences]
-        request = Request(request_id, index, prepared.text, params, completions, time.monotonic())
+        request = Request(request_id, index, prepared.text, params, sequences[0], completions, time.monotonic())
+        if params.num_beams > 1:
+            request.search = BeamSearch(request.first, params, new_detokenizer)
         self._requests[request_id] = request
         self._by_sequence |= {completion.sequence: (request, completion) for completion in completions}
         if grammar is not None:
@@ -213,9 +241,9 @@ class EngineCore:
             self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        token_ids = request.first.token_ids
-        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
-        self.replicas[request.replica].scheduler.add(request.first)
+        first = request.first
+        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(first))
+        self.replicas[request.replica].scheduler.add(first)
 
     def abort(self, request_id: str, silently: bool = False) -> bool:
         """Ends a request; unless silently, the next `step` gives it for the last time. False if it is unknown."""
@@ -230,6 +258,9 @@ class EngineCore:
     def _end(self, request: Request, reason: str) -> None:
         """Ends what is unfinished of a request, from outside."""
         is_queued = self._compiling.pop(request, None) is None
+        if request.search is not None:
+            request.search.give_up(reason)
+            self._conclude(request, request.search)
         for completion in request.completions:
             if completion.sequence.finish_reason is None:
                 if is_queued:
@@ -291,8 +322,7 @@ class EngineCore:
                 now = time.monotonic()
                 for sequence in step.sequences:
                     self._on_scheduled(replica, sequence, now)
-                replica.in_flight.append(step)
-                replica.num_steps += 1
+                replica.on_submitted(step, now)
                 self.executor.submit(index, step.input)
 
     def _on_scheduled(self, replica: Replica, sequence: Sequence, now: float) -> None:
@@ -305,14 +335,16 @@ class EngineCore:
     def _collect(self) -> list[Request]:
         index, output = self.executor.collect()
         replica = self.replicas[index]
-        step = replica.in_flight.popleft()
-        assert step.input.step_id == output.step_id
         now = time.monotonic()
+        step = replica.on_collected(now)
+        assert step.input.step_id == output.step_id
         moved = replica.scheduler.update(step, output, lambda sequence: self._heed(replica, sequence, now))
         requests = dict.fromkeys(self._by_sequence[sequence][0] for sequence in moved)
         for sequence in moved:
             self._on_moved(sequence)
         for request in requests:
+            if request.search is not None:
+                self._search_on(replica, request, request.search, now)
             if request.ended:
                 self._retire(request)
         return list(requests)
@@ -338,10 +370,46 @@ class EngineCore:
         if sequence.finish_reason is not None and detokenizer is not None and detokenizer.stopped_by is None:
             detokenizer.finish()
 
+    def _search_on(self, replica: Replica, request: Request, search: BeamSearch, now: float) -> None:
+        """Lets the beams of a request go on, or end, once it is known with what all of them may."""
+        if error := next((sequence.error for sequence in search.sequences if sequence.error), None):
+            search.give_up("error", error)
+            self._conclude(request, search)
+        elif search.is_ready:
+            request.token_times.append(now)
+            replica.num_output_tokens += len(search.beams)
+            chosen = search.choose()
+            if not chosen:
+                self._conclude(request, search)
+                return
+            completion = self._by_sequence[search.sequences[0]][1]
+            heirs = [(continuation.beam, continuation.token_id) for continuation in chosen]
+            sequences = replica.scheduler.advance_beams(search.sequences, heirs)
+            self._forget(search.sequences)
+            self._by_sequence |= dict.fromkeys(sequences, (request, completion))
+            search.follow(chosen, sequences)
+
+    def _conclude(self, request: Request, search: BeamSearch) -> None:
+        """A request's completions are what its search has found."""
+        for sequence in search.sequences:
+            self.replicas[request.replica].scheduler.finish(sequence, "abort")
+        self._forget(search.sequences)
+        request.completions = [Completion(h.sequence, h.detokenizer, h.logprob) for h in search.outputs()]
+        request.search = None
+        self._by_sequence |= {completion.sequence: (request, completion) for completion in request.completions}
+
+    def _forget(self, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            del self._by_sequence[sequence]
+
     def _retire(self, request: Request) -> None:
         del self._requests[request.request_id]
-        for completion in request.completions:
-            del self._by_sequence[completion.sequence]
+        self._forget([completion.sequence for completion in request.completions])
+
+    def speculate(self, config: SpeculativeConfig | None, longest: int) -> None:
+        """Lets every replica guess tokens ahead, or none; no step is in flight. longest: as `create_speculator`."""
+        for replica in self.replicas:
+            replica.scheduler.speculate(None if config is None else create_speculator(config, longest))
 
     def stats(self) -> list[ReplicaStats]:
         return [replica.stats() for replica in self.replicas]
@@ -356,29 +424,37 @@ _SIBLING_SEED = 0x9FB21C651E98DF25  # odd: n samples have n seeds
 
 
 def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Sequence]:
-    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1."""
+    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1.
+
+    One for a beam search, with which its beams begin.
+    """
     params = prepared.params
     eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
-    count = max(params.n, params.best_of or 1)
+    stops, forced = eos | frozenset(params.stop_token_ids), tuple(params.forced_token_ids or ())
+    count = 1 if params.num_beams > 1 else max(params.n, params.best_of or 1)
 
     def sequence(number: int, siblings: list[Sequence]) -> Sequence:
         assert params.temperature is not None and params.top_k is not None
         assert params.top_p is not None and params.min_p is not None
-        own_seed = (seed + number * _SIBLING_SEED) % 2**64
+        own_seed = (seed + number * _SIBLING_SEED) % 2**63  # one that a request may have
         is_ranked = count > params.n
         return Sequence(
             request_id,
             list(prepared.token_ids),
             max_tokens=prepared.max_tokens,
-            min_tokens=params.min_tokens,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            min_tokens=max(params.min_tokens, len(forced)),  # what is forced is followed, whatever it is
+            stop_token_ids=stops,
             eos_token_ids=eos,
             sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
             logits=None if prepared.logits.is_neutral else prepared.logits,
             logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
             prompt_logprobs=None if number else params.prompt_logprobs,
-            forced=tuple(params.forced_token_ids or ()),
+            forced=forced,
+            num_candidates=num_candidates(params.num_beams, len(stops)) if params.num_beams > 1 else 0,
+            num_beams_to_come=params.num_beams - 1,
             priority=params.priority,
+            is_pooled=prepared.is_pooled,
+            num_asked=prepared.num_unasked,
             siblings=siblings,
         )
 

@@ -29,6 +29,9 @@ from .step import GivenRows, SampleRequest, StepInput, StepOutput, TokenLogprobs
 Head = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to this rank's logits, float32 [num_rows, local_vocab]."""
 
+Norm = Callable[[Tensor], Tensor]
+"""Hidden states [num_rows, hidden] to the model's last ones."""
+
 
 @dataclass(frozen=True)
 class Told:
@@ -93,21 +96,26 @@ class Drawn:
     raw: list[Tensor] = field(default_factory=list)  # logits of each `Told`, float32 [n, local_vocab]
     rows: list[Tensor] = field(default_factory=list)  # its samples, int64 [n]
     beams: Tensor | None = None  # ids of the likeliest tokens, then their scores: float64 [num_beams, 2 * top]
-    given: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)  # of each `GivenRows`, as `Logprobs` gives it
+    pooled: list[Tensor] = field(default_factory=list)  # of each `PooledRows`, float32 [hidden]
     errors: list[tuple[int, str]] = field(default_factory=list)  # samples whose processors failed, and why
     told: list[Tensor] = field(default_factory=list)  # of each `Told`, as `Logprobs` gives it
 
     @property
     def numbers(self) -> list[Tensor]:
         """What is to come to the host: token ids first."""
-        return [self.draw.numbers, *self.told, *([] if self.beams is None else [self.beams]), *self.given]
+        beams = [] if self.beams is None else [self.beams]
+        return [self.draw.numbers, *self.told, *beams, *self.given, *self.pooled]
 
 
 class Drawing:
-    """The last stage's end of every step, over one vocabulary shard, with the other ranks of `tp`.
+    """The last stage's end of every step, over one vocabulary shard, with the other ranks of `tp`; of both models'.
 
     vocabulary: each rank's (start, stop); num_slots, longest: of histories, and tokens of one.
     """
+
+    unsettled: Callable[[], None] | None = None
+    """Makes the last step's draw final, if it may have to be mended."""
 
     def __init__(
         self,
@@ -139,16 +147,26 @@ class Drawing:
         groups = [Told(some, max(samples[n].logprobs or 0 for n in some))] if some else []
         return (*groups, *([Told(all_of, self.vocab_size)] if all_of else []))
 
+    def settle(self) -> None:
+        if self.unsettled is not None:
+            self.unsettled()
+            self.unsettled = None
+
     def begin(self, plan: DrawingPlan, arrays: Mapping[str, Tensor], drawn: Tensor) -> None:
         """Brings histories up to date. drawn: what the last step drew."""
         self.histories.apply(plan.histories, arrays, drawn)
 
-    def __call__(self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor]) -> Drawn:
+    def __call__(
+        self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor], norm: Norm
+    ) -> Drawn:
         """hidden: [num_tokens, hidden] of the step; arrays: those of `plan`, and "rows", on the device."""
         given = self._given(hidden, head, plan, arrays)
+        pooled = [norm(hidden[rows.row : rows.stop]).float().sum(dim=0) for rows in plan.step.pooled]
         samples = plan.step.samples
         if not samples:
-            return Drawn(Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given)
+            return Drawn(
+                Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given, pooled=pooled
+            )
         logits = head(hidden.index_select(0, arrays["rows"]))
         raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
         if plan.beams:
@@ -163,7 +181,7 @@ class Drawing:
             beams = self.logprobs.likeliest(logits.index_select(0, arrays["beams"]), most)
         draw = self.sampler(logits, plan.draws, arrays)
         rows = [arrays[f"told_{number}"] for number in range(len(plan.told))]
-        drawn = Drawn(draw, plan, raw, rows, beams, given, errors)
+        drawn = Drawn(draw, plan, raw, rows, beams, given, pooled, errors)
         drawn.told = self._tell(drawn)
         if draw.complete is not None:
             drawn.rows = [row.clone() for row in rows]  # of the step's arrays, which the next step's replace
@@ -208,6 +226,7 @@ def output_of(drawn: Drawn, numbers: Sequence[Tensor]) -> StepOutput:
         token_ids=token_ids,
         logprobs=tuple(logprobs) if plan.told or plan.beams else None,
         given=tuple(scores),
+        pooled=tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled),
         errors=tuple(drawn.errors),
     )
 

@@ -3,7 +3,7 @@
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -12,19 +12,34 @@ from itertools import count
 from types import TracebackType
 from typing import Any
 
-from ..config import ConfigError, InferenceConfig, SamplingParams
+import torch
+
+from ..config import ConfigError, InferenceConfig, SamplingParams, SpeculativeConfig
+from ..config.speculative import as_speculative_config
 from ..mesh.launch import RankFailure, torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
 from .description import describe_bound
 from .detokenizer import Detokenizer
+from .draft_model import check_tokenizer, draft_config, open_draft
 from .executor import rank_name, warn_if_tp_spans_hosts
-from .output import RequestOutput
-from .plan import check_backend_name, check_fit, check_world, choose_devices, choose_num_blocks, look_ahead, why_cpu
-from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
+from .output import EmbeddingOutput, RequestOutput, ScoreOutput
+from .plan import (
+    check_backend_name,
+    check_draft,
+    check_draft_room,
+    check_fit,
+    check_world,
+    choose_devices,
+    choose_num_blocks,
+    look_ahead,
+    why_cpu,
+)
+from .prompts import PreparedRequest, Preparer, Prompt, default_params, find_tokenizer, in_batch, pair
+from .scoring import embedding_of, prepare_embeddings, prepare_scores, score_of
 from .structured import Grammar, GrammarCompiler
-from .worker import RankInfo
+from .worker import DraftInfo, RankInfo
 from .world import World
 
 
@@ -45,6 +60,14 @@ class EngineStats:
     @property
     def num_output_tokens(self) -> int:
         return sum(replica.num_output_tokens for replica in self.replicas)
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(replica.num_drafted for replica in self.replicas)
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(replica.num_accepted for replica in self.replicas)
 
 
 class InferenceEngine:
@@ -84,17 +107,21 @@ class InferenceEngine:
         num_local = config.world_size if place is None else place.local_world_size
         devices, self._why_cpu = choose_devices(config, num_local), why_cpu(config, num_local)
         first_rank = 0 if place is None else place.rank - place.local_rank
-        check_fit(config, checkpoint.spec, devices, first_rank)
+        self._spec, self.speculative = checkpoint.spec, config.speculative
+        draft = self._open_draft(config.speculative)
+        check_fit(config, checkpoint.spec, devices, first_rank, None if draft is None else draft.spec)
         self._grammars: GrammarCompiler | None = None
         self._world = World(config, devices, place, checkpoint)
         try:
             with ExitStack() as files:
-                self._start(checkpoint, files, model, tokenizer)
+                self._start(checkpoint, draft, files, model, tokenizer)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, checkpoint: Checkpoint, files: ExitStack, model: Model, tokenizer: Any) -> None:
+    def _start(
+        self, checkpoint: Checkpoint, draft: Checkpoint | None, files: ExitStack, model: Model, tokenizer: Any
+    ) -> None:
         """Loads the weights on every rank, measures what memory is left, and allocates the cache."""
         loading = self._world.begin_load(checkpoint, files)
         if tokenizer is None:  # while the ranks load
@@ -106,14 +133,19 @@ class InferenceEngine:
         def settle() -> tuple[list[RankInfo], int, int]:
             ranks: list[RankInfo] = loading()
             warn_if_tp_spans_hosts(self.config, [rank.host for rank in ranks])
+            if draft is not None:
+                ranks = self._try_draft(ranks, draft)
             longest = max_model_len(self.config, checkpoint.spec)
             num_blocks = choose_num_blocks(self.config, ranks, longest)
             self._world.executor.call("allocate", num_blocks)
             self._core = EngineCore(
                 self._world.executor, self.config, num_blocks, ranks[0].block_size, look_ahead(self.config, ranks)
             )
+            self._bind_draft(self.speculative, draft, num_blocks)
             longest = min(longest, num_blocks * ranks[0].block_size)
-            return self._capture(ranks, longest), num_blocks, longest
+            ranks = self._capture(ranks, longest)
+            self._capture_draft(ranks, longest)
+            return ranks, num_blocks, longest
 
         self.ranks, self.num_blocks, self.max_model_len = self._world.everywhere(settle)
         self.block_size = self.ranks[0].block_size
@@ -125,6 +157,7 @@ class InferenceEngine:
             length_reason=f" (the KV cache has {self.num_blocks} blocks of {self.block_size})"
             if self.max_model_len == self.num_blocks * self.block_size
             else "",
+            ranks_are_apart=self.config.world_size > 1,
         )
         self._grammars = GrammarCompiler(self.tokenizer, checkpoint.spec.vocab_size, defaults.eos_token_ids or ())
         self._num_requests = 0
@@ -137,18 +170,26 @@ class InferenceEngine:
 
         longest: tokens of a sequence.
         """
-        from tqdm import tqdm
-
-        call = self._world.executor.call
         sizes = ranks[0].graph_sizes if all(rank.graph_sizes for rank in ranks) else ()
         if not sizes:
             return [replace(rank, graph_sizes=(), graph_bytes=0) for rank in ranks]
-        call("begin_graphs", sizes[0], longest)
-        for size in tqdm(sizes, desc="Capturing CUDA graphs", unit="graph"):
-            if failed := [reason for reason in call("capture", size) if reason is not None]:
-                raise RuntimeError(failed[0])
-        taken = call("graph_bytes")
+        self._capture_model(0, sizes, longest)
+        taken = self._world.executor.call("graph_bytes")
         return [replace(rank, graph_sizes=sizes, graph_bytes=size) for rank, size in zip(ranks, taken, strict=True)]
+
+    def _capture_draft(self, ranks: Sequence[RankInfo], longest: int) -> None:
+        """The same for the draft model, if there is one. ranks: as they are once the target's are captured."""
+        if ranks[0].graph_sizes and all(rank.draft is not None and rank.draft.has_graphs for rank in ranks):
+            self._capture_model(1, ranks[0].graph_sizes, longest)
+
+    def _capture_model(self, model: int, sizes: Sequence[int], longest: int) -> None:
+        from tqdm import tqdm
+
+        call, which = self._world.executor.call, "the draft model's " if model else ""
+        call("begin_graphs", model, sizes[0], longest)
+        for size in tqdm(sizes, desc=f"Capturing {which}CUDA graphs", unit="graph"):
+            if failed := [reason for reason in call("capture", model, size) if reason is not None]:
+                raise RuntimeError(failed[0])
 
     # ---- requests -----------------------------------------------------------------------------------------------
 
@@ -175,7 +216,7 @@ class InferenceEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: Any = None, request_id: str | None = None) -> str:
         """Queues one prompt for `step` to work on; gives the request's id. Raises as `generate` does."""
-        return self._world.everywhere(lambda: self._add([(prompt, sampling_params)], [request_id])[0])
+        return self._world.everywhere(lambda: self._add([self._prepare_one(prompt, sampling_params)], [request_id])[0])
 
     def step(self) -> list[RequestOutput]:
         """Does one step of work; gives the outputs of the requests that it moved on."""
@@ -191,22 +232,70 @@ class InferenceEngine:
             lambda: self._core.has_unfinished or any(o.request_id not in self._claimed for o in self._unclaimed)
         )
 
+    def score(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt] | None = None,
+        *,
+        logprobs: int = 0,
+        progress: bool = True,
+    ) -> list[ScoreOutput]:
+        """How probable texts are: of each token, given those before it. The first is given.
+
+        texts: as the prompts of `generate`, up to `max_model_len` tokens each.
+        continuations: one for each text, of which only these tokens are scored; appended token by token, without
+            special tokens.
+        logprobs: so many of the likeliest tokens are told in each place; -1: all.
+        """
+        return self._world.everywhere(lambda: self._score(texts, continuations, logprobs, progress))
+
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = False, *, progress: bool = True
+    ) -> list[EmbeddingOutput]:
+        """Texts as vectors: the last hidden states (after the final norm) of all tokens, "mean", or of one of them,
+        "last" or "first".
+
+        texts: as the prompts of `generate`, up to `max_model_len` tokens each; normalize: to length 1.
+        """
+        return self._world.everywhere(lambda: self._embed(texts, pooling, normalize, progress))
+
     def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
+        return self._finish(self._prepare(prompts, sampling_params), "Generating", progress)
+
+    def _score(self, texts: Any, continuations: Any, logprobs: int, progress: bool) -> list[ScoreOutput]:
+        requests = prepare_scores(self._preparer, texts, continuations, logprobs)
+        outputs = self._finish(requests, "Scoring", progress)
+        return [score_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _embed(self, texts: Any, pooling: str, normalize: bool, progress: bool) -> list[EmbeddingOutput]:
+        requests = prepare_embeddings(self._preparer, texts, pooling)
+        outputs = self._finish(requests, "Embedding", progress)
+        return [embedding_of(request, output, normalize) for request, output in zip(requests, outputs, strict=True)]
+
+    def _prepare(self, prompts: Any, sampling_params: Any) -> list[PreparedRequest]:
+        return in_batch("prompts", pair(prompts, sampling_params), self._prepare_one)
+
+    def _prepare_one(self, prompt: Prompt, sampling_params: Any) -> PreparedRequest:
+        request = self._preparer.prepare(prompt, sampling_params)
+        self._check_room(request)
+        return request
+
+    def _finish(self, requests: Sequence[PreparedRequest], doing: str, progress: bool) -> list[RequestOutput]:
+        """Runs requests to their ends, under a progress bar; their outputs in the same order."""
         from tqdm import tqdm
 
-        requests = pair(prompts, sampling_params)
         finished: dict[int, RequestOutput] = {}
         started, num_tokens = time.monotonic(), 0
-        with tqdm(total=len(requests), desc="Generating", unit="request", disable=not progress) as bar:
+        with tqdm(total=len(requests), desc=doing, unit="request", disable=not progress) as bar:
             for output in self._run(requests, every_step=False):
                 finished[output.index] = output
-                num_tokens += len(output.token_ids)
+                num_tokens += len(output.token_ids) or output.num_prompt_tokens
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.1f} tokens/s", refresh=False)
                 bar.update()
         return [finished[index] for index in range(len(requests))]
 
     def _stream(self, prompts: Any, sampling_params: Any) -> Iterator[RequestOutput]:
-        yield from self._run(pair(prompts, sampling_params), every_step=True)
+        yield from self._run(self._prepare(prompts, sampling_params), every_step=True)
 
     def _step(self) -> list[RequestOutput]:
         if self._core.has_unfinished:
@@ -221,7 +310,7 @@ class InferenceEngine:
             self._unclaimed = [output for output in self._unclaimed if not wanted(output.request_id)]
         return taken
 
-    def _run(self, requests: Sequence[tuple[Prompt, Any]], every_step: bool) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[PreparedRequest], every_step: bool) -> Iterator[RequestOutput]:
         """Queues requests, steps until they have ended, gives their outputs; keeps others' for who waits for them."""
         unfinished: set[str] = set()
         try:
@@ -247,23 +336,14 @@ class InferenceEngine:
             self._take(unfinished.__contains__)
             self._claimed -= unfinished
 
-    def _add(self, requests: Sequence[tuple[Prompt, Any]], request_ids: Sequence[str | None] = ()) -> list[str]:
-        """Checks all of the requests, then queues all of them; their ids."""
-        prepared = []
-        for index, (prompt, params) in enumerate(requests):
-            try:
-                prepared.append(self._preparer.prepare(prompt, params))
-            except (ValueError, TypeError) as error:
-                if len(requests) == 1:
-                    raise
-                kind = next(kind for kind in (ConfigError, TypeError, ValueError) if isinstance(error, kind))
-                raise kind(f"prompts[{index}]: {error}") from None
-        given = request_ids or [None] * len(prepared)
+    def _add(self, requests: Sequence[PreparedRequest], request_ids: Sequence[str | None] = ()) -> list[str]:
+        """Queues all of the requests; their ids."""
+        given = request_ids or [None] * len(requests)
         ids = [request_id or next(i for i in self._fresh_ids if i not in self._core) for request_id in given]
         for request_id in ids:
             if request_id in self._core:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
-        for index, (request_id, request) in enumerate(zip(ids, prepared, strict=True)):
+        for index, (request_id, request) in enumerate(zip(ids, requests, strict=True)):
             params = request.params
             own_seed = self.config.seed + (self._num_requests + 1) * 0x5851F42D4C957F2D  # differs by request
             self._core.add(
@@ -276,6 +356,25 @@ class InferenceEngine:
             )
             self._num_requests += 1
         return ids
+
+    def _check_room(self, request: PreparedRequest) -> None:
+        """Raises ConfigError if all outputs of a request, or all of its beams, cannot be worked on together."""
+        params, limit = request.params, self.config.max_num_seqs
+        for name, number in (("n", params.n), ("best_of", params.best_of or 1), ("num_beams", params.num_beams)):
+            if number > limit:
+                raise ConfigError(f"{name}={number} is more than max_num_seqs={limit}, which are worked on at a time")
+        if params.num_beams > 1:
+            num_shared = len(request.token_ids) // self.block_size
+            num_tokens = len(request.token_ids) + request.max_tokens - 1
+            num_own = -(-num_tokens // self.block_size) - num_shared
+            needed = num_shared + params.num_beams * num_own
+            if needed > self.num_blocks:
+                raise ConfigError(
+                    f"num_beams={params.num_beams} with {len(request.token_ids)} prompt tokens and "
+                    f"max_tokens={request.max_tokens} may need {needed} blocks of KV cache, and there are "
+                    f"{self.num_blocks} of {self.block_size} tokens; give fewer beams, a smaller max_tokens, or more "
+                    "num_kv_blocks"
+                )
 
     def _grammar(self, params: SamplingParams) -> Future[Grammar] | None:
         assert self._grammars is not None
@@ -329,6 +428,71 @@ class InferenceEngine:
             return self._capture(ranks, self.max_model_len)
 
         self.ranks = self._world.everywhere(rebind)
+
+    # ---- speculative decoding -----------------------------------------------------------------------------------
+
+    def enable_spec_decoding(self, speculative: SpeculativeConfig | str | Mapping[str, Any] = "suffix") -> None:
+        """Lets tokens be guessed ahead, between two steps; or changes who guesses.
+
+        speculative: a SpeculativeConfig, the name of a method, or a dict of fields. Requests in flight go on; no token
+        comes out differently. Raises ValueError for what cannot be, TypeError for what is no such thing: all stays as
+        it was then, but that a draft model which could not be replaced is gone.
+        """
+
+        def enable() -> tuple[SpeculativeConfig | None, list[RankInfo]]:
+            config = as_speculative_config(speculative)
+            if config is None:
+                raise TypeError("enable_spec_decoding: None is no SpeculativeConfig; disable_spec_decoding() ends it")
+            draft = self._open_draft(config)
+            if draft is not None:
+                local = [rank.device for rank in self.ranks if rank.host == self.ranks[0].host]
+                check_draft(self.config, draft.spec, [torch.device(device) for device in local])
+            return self._speculate(config, draft)
+
+        self.speculative, self.ranks = self._world.everywhere(enable)
+
+    def disable_spec_decoding(self) -> None:
+        """Lets no token be guessed ahead any more; a draft model's memory is freed."""
+        self.speculative, self.ranks = self._world.everywhere(lambda: self._speculate(None, None))
+
+    def _open_draft(self, config: SpeculativeConfig | None) -> Checkpoint | None:
+        if config is None or config.model is None:
+            return None
+        return open_draft(self.config, config.model, self._spec)
+
+    def _speculate(
+        self, config: SpeculativeConfig | None, draft: Checkpoint | None
+    ) -> tuple[SpeculativeConfig | None, list[RankInfo]]:
+        """Changes who guesses, on the driver; gives what is new on every rank."""
+        self._unclaimed += [request.output() for request in self._core.drain()]
+        ranks = [rank if rank.draft is None else rank.draft.aside(rank) for rank in self.ranks]
+        if draft is not None:
+            ranks = self._try_draft(ranks, draft)
+            try:
+                check_draft_room(ranks, self.num_blocks)
+            except ConfigError:
+                self._world.executor.call("forget_draft")
+                raise
+        self._bind_draft(config, draft, self.num_blocks)
+        self._capture_draft(ranks, self.max_model_len)
+        return config, ranks
+
+    def _try_draft(self, ranks: Sequence[RankInfo], draft: Checkpoint) -> list[RankInfo]:
+        """Lets every rank load a draft model, or none."""
+        check_tokenizer(self.config, draft.name, self.tokenizer)
+        found: list[DraftInfo | str] = self._world.executor.call("try_draft", draft)
+        for number, info in enumerate(found):
+            if isinstance(info, str):
+                self._world.executor.call("forget_draft")
+                raise ValueError(info if len(found) == 1 else f"{rank_name(self.config, number)}: {info}")
+        return [info.beside(rank) for rank, info in zip(ranks, found, strict=True) if isinstance(info, DraftInfo)]
+
+    def _bind_draft(self, config: SpeculativeConfig | None, draft: Checkpoint | None, num_blocks: int) -> None:
+        self._world.executor.call("bind_draft", num_blocks)
+        longest = 0
+        if draft is not None:
+            longest = max_model_len(draft_config(self.config, draft.spec, self.config.block_size), draft.spec)
+        self._core.speculate(config, longest)
 
     def describe(self) -> str:
         """The mesh and what each rank holds; what was bound in each layer, and why nothing else; where each setting

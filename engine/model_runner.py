@@ -29,7 +29,7 @@ class BusyTime:
 
 
 class ModelRunner:
-    """Executes steps on one rank.
+    """Executes one model's steps on one rank.
 
     Hidden states [num_tokens, hidden] come from the stage before and go to the stage after over `pp`; the send is
     asynchronous, so that this stage is free for the next step at once.
@@ -39,6 +39,7 @@ class ModelRunner:
         self, stage: Stage, block_size: int, pp: Communicator, drawing: Drawing | None, max_num_samples: int
     ) -> None:
         self.stage, self.block_size, self.pp, self.drawing = stage, block_size, pp, drawing
+        self.stages = [stage]  # whose caches have the same block ids
         self.backends = stage.backends
         self.busy = BusyTime()
         self.drawn = torch.zeros(max_num_samples, dtype=torch.int64, device=stage.device)  # by the last step's samples
@@ -46,7 +47,6 @@ class ModelRunner:
         self._staging = Staging(stage.device)
         self._last: StepInput | None = None
         self._sent: Pending | None = None
-        self._uncertain: RunningStep | None = None  # the last step, if its draw may have to be mended
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> "RunningStep":
@@ -60,15 +60,16 @@ class ModelRunner:
         write_step(step, self.block_size, staged.host)
         if plan is not None:
             plan.write(staged.host)
-        if self._uncertain is not None:
-            # Its tokens may be inputs of this step, and mending them is collective: on every rank it comes before this
-            # step. The device idles meanwhile for as long as it takes to begin with a step that is laid out already.
-            self._uncertain.settle()
-            self._uncertain = None
+        if self.drawing is not None:
+            # What the last step drew may be an input of this one, and mending it is collective: on every rank it comes
+            # before this step. The device idles meanwhile for as long as it takes to begin with a step that is laid out
+            # already.
+            self.drawing.settle()
         sent = staged.send()
         self._last = step
         if step.copies:
-            copy_blocks(stage, *sent.arrays["copies"])
+            for cached in self.stages:
+                copy_blocks(cached, *sent.arrays["copies"])
 
         hidden, waited = self._forward(step, sent) if size is None else self._replay(step, size, sent)
         drawn = None
@@ -79,7 +80,8 @@ class ModelRunner:
             waited += self._send(hidden)
         running = RunningStep(drawn, stage.device, self._redraw, lambda: self._count(started, waited))
         if drawn is not None and drawn.draw.complete is not None:
-            self._uncertain = running
+            assert self.drawing is not None
+            self.drawing.unsettled = running.settle
         return running
 
     def _forward(self, step: StepInput, sent: Sent) -> tuple[Tensor, float]:
@@ -139,7 +141,7 @@ class ModelRunner:
     def _draw(self, hidden: Tensor, plan: DrawingPlan, sent: Sent) -> Drawn:
         assert self.drawing is not None
         self.drawing.begin(plan, sent.arrays, self.drawn)
-        drawn = self.drawing(hidden, self.stage.logits, plan, sent.arrays)
+        drawn = self.drawing(hidden, self.stage.logits, plan, sent.arrays, self.stage.last_hidden)
         self._keep(drawn)
         return drawn
 
@@ -156,7 +158,9 @@ class ModelRunner:
 
     def let_go(self) -> None:
         """Forgets what refers back to this runner; no step follows."""
-        self.graphs = self._uncertain = None
+        self.graphs = None
+        if self.drawing is not None:
+            self.drawing.unsettled = None
 
     def _count(self, started: float, waited: float) -> None:
         now, busy = time.monotonic(), self.busy

@@ -15,9 +15,10 @@ from ..shardformer.attention import attention_spec
 from ..shardformer.backends import BACKENDS, CHOICES, AttentionSpec, why_not
 from ..shardformer.shard import Shards, split_layers, stage_num_elements
 from ..shardformer.shardformer import choose_dtype, max_model_len
+from .draft_model import draft_config
 from .executor import rank_name
 from .kv_cache import available_bytes
-from .worker import RankInfo
+from .worker import DraftInfo, RankInfo
 
 CPU_KV_FRACTION = 0.25  # of available memory: the machine is somebody's laptop
 CUDA_KV_FRACTION = 0.9
@@ -117,11 +118,54 @@ def why_cpu(config: InferenceConfig, num_ranks: int) -> str | None:
     )
 
 
-def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device], first_rank: int = 0) -> None:
+def check_fit(
+    config: InferenceConfig,
+    spec: ModelSpec,
+    devices: Sequence[torch.device],
+    first_rank: int = 0,
+    draft: ModelSpec | None = None,
+) -> None:
     """Proves that the model can be divided so and that its weights fit. Raises ValueError before anything starts.
 
-    devices: those of the ranks on this host, from `first_rank` on, which share its memory.
+    devices: those of the ranks on this host, from `first_rank` on, which share its memory; draft: a draft model's spec.
     """
+    needed, which = _weight_bytes(config, spec, devices, first_rank), "the model"
+    if draft is not None:
+        needed, which = needed + _draft_bytes(config, draft, devices, first_rank), "the model with its draft model"
+    _check_weights(config, spec, needed, which)
+
+
+def check_draft(config: InferenceConfig, draft: ModelSpec, devices: Sequence[torch.device]) -> None:
+    """The same for a draft model beside a target that is there already. devices: of the ranks on this host."""
+    _check_weights(config, draft, _draft_bytes(config, draft, devices, 0), "the draft model")
+
+
+def _check_weights(config: InferenceConfig, spec: ModelSpec, needed: Counter[torch.device], which: str) -> None:
+    for device, size in needed.items():
+        free = available_bytes(device)
+        if size > free:
+            raise ConfigError(
+                f"{which} does not fit: its weights take {_gib(size)} on {device} and {_gib(free)} is free, "
+                f"{_gib(size - free)} is missing; use more ranks on other devices "
+                f"(tp_size={config.tp_size}, pp_size={config.pp_size} now) or a smaller dtype "
+                f"({choose_dtype(config, spec)} now)"
+            )
+
+
+def _draft_bytes(
+    config: InferenceConfig, draft: ModelSpec, devices: Sequence[torch.device], first_rank: int
+) -> Counter[torch.device]:
+    """As `_weight_bytes`, of a draft model on the target's mesh."""
+    try:
+        return _weight_bytes(draft_config(config, draft, config.block_size), draft, devices, first_rank)
+    except ValueError as error:
+        raise ConfigError(f"SpeculativeConfig.model: the draft model does not go with this mesh: {error}") from error
+
+
+def _weight_bytes(
+    config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.device], first_rank: int
+) -> Counter[torch.device]:
+    """Of the ranks on each device. Raises ValueError if the model cannot be divided so, or run there."""
     shards, stages = Shards(spec, config.tp_size, config.expert_parallel), split_layers(spec, config.pp_size)
     dtype = choose_dtype(config, spec)
     if not runs_on(dtype, devices[0]):
@@ -135,14 +179,7 @@ def check_fit(config: InferenceConfig, spec: ModelSpec, devices: Sequence[torch.
         for kind in set(spec.attention_kinds[slice(*stages[stage])]):
             _check_backend(config, attention_spec(kind, shards, tp_rank, dtype, device, config.block_size))
         needed[device] += stage_num_elements(spec, shards, stages[stage], tp_rank) * dtype.itemsize
-    for device, size in needed.items():
-        free = available_bytes(device)
-        if size > free:
-            raise ConfigError(
-                f"the model does not fit: its weights take {_gib(size)} on {device} and {_gib(free)} is free, "
-                f"{_gib(size - free)} is missing; use more ranks on other devices "
-                f"(tp_size={config.tp_size}, pp_size={config.pp_size} now) or a smaller dtype ({dtype} now)"
-            )
+    return needed
 
 
 def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
@@ -217,6 +254,23 @@ def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_le
         )
     _check_room(config, ranks, num_blocks)
     return num_blocks
+
+
+def check_draft_room(ranks: Sequence[RankInfo], num_blocks: int) -> None:
+    """Proves that a draft model's cache fits beside all that is there already. Raises ConfigError."""
+    on_device: dict[tuple[str, str], list[DraftInfo]] = {}
+    for rank in ranks:
+        if rank.draft is not None:
+            on_device.setdefault((rank.host, rank.device), []).append(rank.draft)
+    for (_, device), drafts in on_device.items():
+        size = num_blocks * sum(draft.block_bytes for draft in drafts)
+        free = min(draft.available_bytes for draft in drafts)
+        if size > free:
+            raise ConfigError(
+                f"SpeculativeConfig.model: the draft model's KV cache does not fit: {num_blocks} blocks take "
+                f"{_mib(size)} on {device}, {_mib(free)} is free; give InferenceConfig.speculative when the engine is "
+                f"made, so that there is room for both, or a smaller cache (num_kv_blocks, kv_memory_fraction)"
+            )
 
 
 def _check_room(config: InferenceConfig, ranks: Sequence[RankInfo], num_blocks: int) -> None:

@@ -29,30 +29,18 @@ from array import array
 from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
 from .block_manager import BlockManager
+from .draft_steps import DraftSteps
 from .sequence import Sequence, SequenceStatus
+from .speculation.speculator import DraftModelSpeculator, Speculator
 from .step import StepInput, StepOutput, TokenLogprobs, drawn_before
-from .step_rows import StepRows
+from .step_rows import ScheduledStep, StepRows
 
-Propose = Callable[[Sequence, int], Seq[int]]
-"""Guesses the tokens that come after those of a sequence, so many at most."""
+_FORCED_AT_ONCE = 32  # tokens of a sequence in one step: each has a row of logits
 
 Heed = Callable[[Sequence], str | None]
 """Asked after each token that a sequence got: why it ends with this one, or None."""
-
-
-@dataclass(frozen=True)
-class ScheduledStep:
-    """A step, and whose it is."""
-
-    input: StepInput
-    sequences: tuple[Sequence, ...]  # in the step's order
-    drafts: tuple[tuple[int, ...], ...]  # of each of these, the tokens that were guessed
-    draws: tuple[tuple[Sequence, tuple[int, ...]], ...]  # who draws a sample, and one more after each draft
-    given: tuple[Sequence, ...]  # whose `StepInput.given` are
-    pooled: tuple[Sequence, ...]
 
 
 class Scheduler:
@@ -71,12 +59,13 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.num_stages, self.look_ahead = num_stages, look_ahead
-        self.max_in_flight = 2 if look_ahead else num_stages  # steps
-        self.propose: Propose | None = None  # drafts; None: no sequence has any, but those that are forced
+        self.speculator: Speculator | None = None  # who guesses; None: no sequence has drafts, but those forced on it
+        self._draft_steps: DraftSteps | None = None
         self.waiting: list[Sequence] = []  # by priority, then arrival
         self.running: list[Sequence] = []  # in order of admission
         self.ended_in_flight: list[Sequence] = []  # finished from outside; their blocks are still being written
         self.num_preemptions = 0
+        self.num_drafted = self.num_accepted = 0
         self.num_pending_tokens = 0  # before every sequence has caught up
         self.num_matched_tokens = 0  # of these, found in the cache when a sequence that still waits was queued
         self.num_expected_tokens = 0  # to come after these
@@ -93,16 +82,32 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def num_cached(self, token_ids: Seq[int]) -> int:
-        """How many of a prompt's first tokens are in the cache now."""
-        return len(self.blocks.match(token_ids)) * self.blocks.block_size
+    def num_cached(self, sequence: Sequence) -> int:
+        """How many of a sequence's first tokens it can take from the cache now."""
+        return len(self._match(sequence)) * self.blocks.block_size
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps. With guesses, no sequence is scheduled ahead: two steps would only divide the batch."""
+        return 2 if self.look_ahead and self.speculator is None else self.num_stages
+
+    def speculate(self, speculator: Speculator | None) -> None:
+        """Changes who guesses, or lets nobody guess; no step is in flight."""
+        assert not any(sequence.is_in_flight for sequence in (*self.running, *self.ended_in_flight))
+        self.speculator, self._draft_steps = speculator, None
+        if isinstance(speculator, DraftModelSpeculator):
+            self._draft_steps = DraftSteps(self.blocks, speculator, self.num_stages, self.max_num_batched_tokens)
+        for sequence in self.running:
+            sequence.forget_drafted()
+            sequence.num_draft_computed = 0
+            sequence.num_told_tokens = min(sequence.num_told_tokens, sequence.num_tokens)
 
     def add(self, sequence: Sequence) -> None:
         self._next_order += 1
         for member in (sequence, *sequence.siblings):
             member.order = self._next_order
         self._wait(sequence)
-        sequence.num_matched_tokens = 0 if sequence.needs_whole_prompt else self.num_cached(sequence.token_ids)
+        sequence.num_matched_tokens = self.num_cached(sequence)
         self.num_matched_tokens += sequence.num_matched_tokens
         self._count(sequence, 1)
 
@@ -118,15 +123,21 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep | None:
         """The next step, or None where there is nothing to do that is not in flight already."""
+        if self._draft_steps is not None:
+            step = self._draft_steps.schedule(self.running, self._next_step + 1)
+            if step is not None:
+                self._next_step += 1
+                return step
         chosen: dict[Sequence, int] = {}  # sequence -> new tokens
         copies: list[tuple[int, int]] = []
         budget = self.max_num_batched_tokens
         # In flight counts as pending until it is back.
         share = -(-self.num_pending_tokens // self.num_stages) if self.num_stages > 1 else budget
+        spent = 0  # of the share: drafts come on top
         short_of_blocks = False
 
-        for sequence in sorted(self.running, key=lambda running: running.priority):
-            if not budget or self.max_num_batched_tokens - budget >= share:
+        for place, sequence in enumerate(sorted(self.running, key=lambda running: running.priority)):
+            if not budget or spent >= share:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
                 continue
@@ -134,18 +145,21 @@ class Scheduler:
             if not count:
                 continue
             if not self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
-                short_of_blocks = True
+                short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
                 continue
-            budget -= self._take(sequence, count, budget, chosen, copies)
+            spent += count
+            num_behind = len(self.running) - place - 1  # whose own tokens come before anybody's drafts
+            budget -= self._take(sequence, count, budget - num_behind, chosen, copies)
 
-        while self.waiting and not short_of_blocks:
-            if not budget or self.max_num_batched_tokens - budget >= share:
+        while not short_of_blocks:
+            first = next((waiting for waiting in self.waiting if not waiting.is_held), None)
+            if first is None or not budget or spent >= share:
                 break
-            sequence = self.waiting[0]
-            prefix = [] if sequence.needs_whole_prompt else self.blocks.match(sequence.token_ids)
+            sequence = first
+            prefix = self._match(sequence)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
-                if worst is None or worst.priority <= sequence.priority:
+                if worst is None or not _gives_way(worst, sequence):
                     break
                 self._preempt(worst)
                 continue
@@ -156,20 +170,35 @@ class Scheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             self._run(sequence)
-            budget -= self._take(sequence, min(sequence.num_pending_tokens, budget), budget, chosen, copies)
+            count = min(sequence.num_pending_tokens, budget)
+            spent += count
+            budget -= self._take(sequence, count, budget, chosen, copies)
 
         return self._step(chosen, copies) if chosen else None
 
+    def _match(self, sequence: Sequence) -> list[int]:
+        """Blocks of the cache that it begins with."""
+        return self.blocks.match(sequence.token_ids)[: sequence.num_reusable_tokens // self.blocks.block_size]
+
     def _can_admit(self, sequence: Sequence, prefix: Seq[int]) -> bool:
-        places = sum(1 + len(s.siblings) for s in (sequence, *self.running))
         # A spare block for each other sequence that will grow: else the next to do so would push this one out again.
-        spare = len(self.running) + len(sequence.siblings) if self.running else 0
+        # But beams do not grow before those of their group that come back.
+        is_back = sequence.num_candidates and sequence.num_output_tokens
+        spare = len(self.running) + _num_places(sequence) - 1 if self.running and not is_back else 0
+        places = self._num_places + _num_places(sequence)
         return places <= self.max_num_seqs and self.blocks.can_admit(sequence, prefix, spare)
+
+    @property
+    def _num_places(self) -> int:
+        """Of `max_num_seqs`, those that are taken, or kept for who begins with another's first token."""
+        return sum(_num_places(sequence) for sequence in self.running)
 
     def _run(self, sequence: Sequence) -> None:
         sequence.move_to(SequenceStatus.RUNNING)
         self.running.append(sequence)
         self._open_slot(sequence)
+        sequence.forget_drafted()
+        sequence.num_draft_computed = 0  # whatever the draft model left in the blocks of a prefix
 
     def _open_slot(self, sequence: Sequence) -> None:
         if sequence.logits is not None and sequence.slot is None:
@@ -186,7 +215,7 @@ class Scheduler:
 
     def _num_schedulable(self, sequence: Sequence) -> int:
         """Tokens that a step can compute now: those that are known and in no step, or the one that is being drawn."""
-        if sequence.is_held:
+        if sequence.is_held or sequence.num_drafting:
             return 0
         if not sequence.num_in_flight:
             return sequence.num_pending_tokens
@@ -200,7 +229,7 @@ class Scheduler:
 
     def _needs_host(self, sequence: Sequence) -> bool:
         """Whether its next step takes what the driver makes of the token before."""
-        return sequence.needs_host or self.propose is not None
+        return sequence.needs_host or self.speculator is not None
 
     def _forget_match(self, sequence: Sequence) -> None:
         self.num_matched_tokens -= sequence.num_matched_tokens
@@ -211,6 +240,7 @@ class Scheduler:
     ) -> int:
         stop = sequence.num_scheduled_tokens + count
         sequence.drafts = self._draft(sequence, budget - count) if stop == sequence.num_tokens else ()
+        sequence.forget_drafted()
         count += len(sequence.drafts)
         copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
         if copy is not None:
@@ -224,20 +254,21 @@ class Scheduler:
         most = min(budget, sequence.max_tokens - sequence.num_output_tokens - 1)
         if most <= 0 or sequence.siblings or sequence.num_candidates:
             return ()
-        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][:most]
-        if not drafts and self.propose is not None:
-            drafts = self.propose(sequence, most)
+        drafts: Seq[int] = sequence.forced[sequence.num_output_tokens :][: min(most, _FORCED_AT_ONCE)]
+        if not drafts and self.speculator is not None:
+            drafts = self.speculator.propose(sequence, most, -(-len(self.running) // self.num_stages))
         if drafts and sequence.constraint is not None:
-            _, num_valid = sequence.constraint.masks(drafts)
-            drafts = drafts[:num_valid]
-        while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts)):
+            _, num_allowed = sequence.constraint.masks(drafts)
+            drafts = drafts[:num_allowed]
+        # The others will grow too: a guess is to push nobody out.
+        while drafts and not self.blocks.can_extend(sequence, sequence.num_tokens + len(drafts), len(self.running)):
             drafts = drafts[:-1]
         return tuple(drafts)
 
     def _victim(self, chosen: dict[Sequence, int]) -> Sequence | None:
-        """Who gives way first: of the lowest priority, the latest admitted."""
-        free = [s for s in reversed(self.running) if not s.num_in_flight and s not in chosen]
-        return max(free, key=lambda running: running.priority, default=None)
+        """Who gives way first: of the lowest priority, the latest to come; of its beams, one that is held."""
+        free = [s for s in reversed(self.running) if not s.is_in_flight and s not in chosen]
+        return max(free, key=lambda running: (running.priority, running.order, running.is_held), default=None)
 
     def _make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[Sequence, int]) -> bool:
         """Preempts others until the sequence's tokens fit; False if it must give way itself, or wait."""
@@ -296,17 +327,19 @@ class Scheduler:
     def update(self, step: ScheduledStep, output: StepOutput, heed: Heed = lambda sequence: None) -> list[Sequence]:
         """Takes what a step drew; gives the sequences that it moved on, some of them finished by it."""
         assert len(output.token_ids) == len(step.input.samples)
+        if step.input.model:
+            assert self._draft_steps is not None
+            self._draft_steps.update(step, output)
+            for sequence in step.sequences:
+                self._has_ended(sequence)
+            return []
         moved: dict[Sequence, None] = {}
         for sequence, count, drafts in zip(step.sequences, step.input.query_lens, step.drafts, strict=True):
             sequence.num_in_flight -= count
             if drafts:
                 sequence.drafts = ()
-            if sequence.status is SequenceStatus.FINISHED:
-                if not sequence.num_in_flight:
-                    self.ended_in_flight.remove(sequence)
-                    self.blocks.free(sequence)
-                continue
-            self._computed(sequence, count - len(drafts))
+            if not self._has_ended(sequence):
+                self._computed(sequence, count - len(drafts))
         for sequence, scores in zip(step.given, output.given, strict=True):
             sequence.prompt_scores += scores
         for sequence, part in zip(step.pooled, output.pooled, strict=True):
@@ -327,6 +360,15 @@ class Scheduler:
                 self._accept(sequence, drafts, samples, output, errors, heed)
         return list(moved)
 
+    def _has_ended(self, sequence: Sequence) -> bool:
+        """Whether a sequence was ended while the step that is back was in flight; its blocks are free then."""
+        if sequence.status is not SequenceStatus.FINISHED:
+            return False
+        if not sequence.is_in_flight:
+            self.ended_in_flight.remove(sequence)
+            self.blocks.free(sequence)
+        return True
+
     def _computed(self, sequence: Sequence, count: int) -> None:
         sequence.num_computed_tokens += count
         self.num_pending_tokens -= count
@@ -342,7 +384,10 @@ class Scheduler:
         heed: Heed,
     ) -> None:
         """Appends what was drawn: the first token, and one more for each draft that was drawn before it."""
-        sequence.num_drafts += len(drafts)
+        num_guessed = len(drafts) if sequence.num_output_tokens >= len(sequence.forced) else 0
+        sequence.num_drafted += num_guessed
+        self.num_drafted += num_guessed
+        num_before = sequence.num_tokens
         for place, sample in enumerate(samples):
             if place:
                 if drafts[place - 1] != sequence.token_ids[-1]:
@@ -357,12 +402,18 @@ class Scheduler:
                 sequence.is_held, sequence.candidates = True, told
                 return
             self._append(sequence, output.token_ids[sample], told)
-            sequence.num_drafts_accepted += place > 0
+            if place and num_guessed:
+                sequence.num_accepted += 1
+                self.num_accepted += 1
             reason = heed(sequence) or sequence.finish_reason_now()
             if reason is not None:
                 self.finish(sequence, reason)
                 return
+        # What was made of guesses that were wrong is worth nothing.
         sequence.num_told_tokens = min(sequence.num_told_tokens, sequence.num_tokens - 1)
+        sequence.num_draft_computed = min(sequence.num_draft_computed, sequence.num_tokens - 1)
+        if self.speculator is not None:
+            self.speculator.observe(sequence, len(drafts), sequence.num_tokens - num_before - 1)
 
     def _append(self, sequence: Sequence, token_id: int, told: TokenLogprobs | None) -> None:
         self._count(sequence, -1)
@@ -382,6 +433,33 @@ class Scheduler:
         sequence.num_cached_tokens = parent.num_cached_tokens
         self._run(sequence)
         self._count(sequence, 1)
+
+    def advance_beams(self, beams: Seq[Sequence], heirs: Seq[tuple[int, int]]) -> list[Sequence]:
+        """Lets beams go on that are held. heirs: (one of the beams, its next token) for each of those that there are to
+        be; a beam without any ends. Gives the heirs, of which a beam's first is itself, others share its blocks."""
+        inherited = {beam for beam, _ in heirs}
+        for number, beam in enumerate(beams):
+            assert beam.is_held
+            beam.is_held, beam.candidates, beam.num_beams_to_come = False, None, 0
+            if number not in inherited:
+                self.finish(beam, "abort")
+        sequences = []
+        for number, _ in heirs:
+            sequences.append(beams[number] if number in inherited else self._fork(beams[number]))
+            inherited.discard(number)
+        for sequence, (_, token_id) in zip(sequences, heirs, strict=True):
+            self._append(sequence, token_id, None)
+        return sequences
+
+    def _fork(self, sequence: Sequence) -> Sequence:
+        other = sequence.fork()
+        if sequence.status is SequenceStatus.RUNNING and self._num_places < self.max_num_seqs:
+            self.blocks.fork(sequence, other)
+            self._run(other)
+        else:
+            self._wait(other)
+        self._count(other, 1)
+        return other
 
     def finish(self, sequence: Sequence, reason: str) -> None:
         """Ends a sequence, whatever it is doing, and its siblings that are not begun; nothing if it has ended.
@@ -405,7 +483,9 @@ class Scheduler:
             self._forget_match(sequence)
         sequence.move_to(SequenceStatus.FINISHED)
         sequence.finish_reason = reason
-        if sequence.num_in_flight:
+        if self.speculator is not None:
+            self.speculator.end(sequence)
+        if sequence.is_in_flight:
             self.ended_in_flight.append(sequence)
         else:
             self.blocks.free(sequence)
@@ -415,7 +495,9 @@ class Scheduler:
         assert all(s.status is SequenceStatus.WAITING and not s.block_table for s in self.waiting)
         assert self.waiting == sorted(self.waiting, key=lambda s: (s.priority, s.order))
         assert all(s.status is SequenceStatus.RUNNING for s in self.running)
-        assert all(s.status is SequenceStatus.FINISHED and s.num_in_flight for s in self.ended_in_flight)
+        assert all(s.status is SequenceStatus.FINISHED and s.is_in_flight for s in self.ended_in_flight)
+        idle = [s for s in self.running if not s.is_in_flight]
+        assert all(s.num_draft_computed <= s.num_tokens + len(s.drafted) for s in idle)
         unended = [*self.waiting, *self.running]
         assert self.num_pending_tokens == sum(s.num_pending_tokens for s in unended)
         assert self.num_expected_tokens == sum(s.num_expected_tokens for s in unended)
@@ -425,3 +507,15 @@ class Scheduler:
         slots = [s.slot for s in (*self.running, *attached) if s.slot is not None]
         assert sorted(slots + self._free_slots) == list(range(self.max_num_seqs)), "a slot is lost or held twice"
         self.blocks.check([*self.waiting, *self.running, *self.ended_in_flight])
+
+
+def _num_places(sequence: Sequence) -> int:
+    return 1 + len(sequence.siblings) + sequence.num_beams_to_come
+
+
+def _gives_way(running: Sequence, waiting: Sequence) -> bool:
+    """Whether a sequence is preempted so that another one is admitted: if its priority is lower; a beam that is held
+    also if it came no sooner, since it may be the others of its group that wait, and all that runs be held."""
+    if running.is_held:
+        return (running.priority, running.order) >= (waiting.priority, waiting.order)
+    return running.priority > waiting.priority

@@ -6,11 +6,25 @@ token is that is known already (`GivenRows`).
 
 from array import array
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 
 from .sequence import Sequence
-from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, drawn_before
+from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, StepInput, drawn_before
 
 _MASK64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class ScheduledStep:
+    """A step, and whose it is."""
+
+    input: StepInput
+    sequences: tuple[Sequence, ...]  # in the step's order
+    drafts: tuple[tuple[int, ...], ...]  # of each of these, the tokens that were guessed
+    draws: tuple[tuple[Sequence, tuple[int, ...]], ...]  # who draws a sample, and one more after each draft
+    given: tuple[Sequence, ...] = ()  # whose `StepInput.given` are
+    pooled: tuple[Sequence, ...] = ()
 
 
 class StepRows:
@@ -39,11 +53,29 @@ class StepRows:
         if sequence.constraint is not None:
             self._mask(sequence)
         if sequence.slot is not None:
-            self._tell(sequence, position, drawn)
+            self._tell(sequence, drafts, drawn if position > sequence.num_tokens else None)
         self.drawing[sequence] = len(self.samples)
         self.draws.append((sequence, drafts))
         self.samples += [_sample_request(sequence, row + i, position + i) for i in range(1 + len(drafts))]
         sequence.num_draws_in_flight += 1
+
+    def add_guess(self, sequence: Sequence, row: int) -> None:
+        """What the draft model takes for the token after `row`, the last of those known and of those drafted.
+
+        It is drawn as the token itself will be, by the same rules and with the same noise. Users' processors are not
+        asked what they make of a guess, and then no rule is heeded.
+        """
+        has_rules = sequence.slot is not None and sequence.logits is not None and not sequence.logits.processors
+        if sequence.constraint is not None:
+            masks, num_valid = sequence.constraint.masks(sequence.drafted)
+            assert num_valid == len(sequence.drafted)
+            self._masked.append(len(self.samples))
+            self._masks.append(masks[-1].tobytes())
+        if has_rules:
+            self._tell(sequence, sequence.drafted, None)
+        sample = _sample_request(sequence, row, sequence.num_tokens + len(sequence.drafted))
+        self.samples.append(replace(sample, slot=sample.slot if has_rules else -1, logprobs=None))
+        self.draws.append((sequence, ()))
 
     def _mask(self, sequence: Sequence) -> None:
         assert sequence.constraint is not None
@@ -52,38 +84,38 @@ class StepRows:
         self._masked += range(len(self.samples), len(self.samples) + 1 + num_valid)
         self._masks.append(masks.tobytes())
 
-    def _tell(self, sequence: Sequence, position: int, drawn: Mapping[Sequence, int]) -> None:
-        """Brings what the ranks keep of a sequence up to the last token before its last row."""
+    def _tell(self, sequence: Sequence, drafts: Seq[int], drawn: Mapping[Sequence, int] | None) -> None:
+        """Brings what the ranks keep of a sequence up to its last draft; of `drawn`, in between, up to its sample."""
         assert sequence.slot is not None and sequence.logits is not None
         is_new = sequence.num_told_tokens < 0
-        keep, tokens = max(0, sequence.num_told_tokens), array("q")
+        keep, tokens = min(max(0, sequence.num_told_tokens), sequence.num_tokens + len(drafts)), array("q")
         if sequence.logits.needs_history:
             tokens.extend(sequence.token_ids[keep:])
-            if position > sequence.num_tokens:
+            if drawn is not None:
                 tokens.append(drawn_before(drawn[sequence]))
-            tokens.extend(sequence.drafts)
+            tokens.extend(drafts[max(0, keep - sequence.num_tokens) :])
         if is_new or tokens:
             spec = sequence.logits if is_new else None
             self.histories.append(HistoryUpdate(sequence.slot, keep, tokens, spec))
         sequence.num_told_tokens = keep + len(tokens)
 
     def add_given(self, sequence: Sequence, first: int, count: int) -> None:
-        """What is asked of the prompt, of which the step has `count` tokens from `first` on, not asked before."""
+        """What is asked of the prompt and was not before, the step having `count` of the sequence's tokens from its
+        `first` on."""
         start = sequence.num_scheduled_tokens - count
+        num_askable = sequence.num_prompt_tokens - (0 if sequence.is_pooled else 1)
+        begin, stop = max(start, sequence.num_asked), min(start + count, num_askable)
+        if begin >= stop:
+            return
+        row = first + begin - start
         if sequence.prompt_logprobs is not None:
-            begin = max(start, sequence.num_asked)
-            stop = min(start + count, sequence.num_prompt_tokens - 1)
-            if begin < stop:
-                targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
-                self.given.append(GivenRows(first + begin - start, targets, sequence.prompt_logprobs))
-                self.scored.append(sequence)
-                sequence.num_asked = stop
+            targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
+            self.given.append(GivenRows(row, targets, sequence.prompt_logprobs))
+            self.scored.append(sequence)
         if sequence.is_pooled:
-            begin = max(start, sequence.num_asked)
-            if begin < start + count:
-                self.pooled.append(PooledRows(first + begin - start, first + count))
-                self.in_pool.append(sequence)
-                sequence.num_asked = start + count
+            self.pooled.append(PooledRows(row, row + stop - begin))
+            self.in_pool.append(sequence)
+        sequence.num_asked = stop
 
 
 def _sample_request(sequence: Sequence, row: int, position: int) -> SampleRequest:

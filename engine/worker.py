@@ -22,9 +22,11 @@ from ..mesh.process_group_mesh import ProcessGroupMesh
 from ..policies import Dim
 from ..shardformer import Checkpoint, InferenceShardformer
 from ..shardformer.backends import AttentionBackend, Bound, describe_bound
+from ..shardformer.base import Stage
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len, workload_of
 from .cuda_graphs import CudaCapture, DecodeGraphs, ladder, rerun
+from .draft_model import draft_config
 from .drawing import Drawing
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner, RunningStep
@@ -55,11 +57,12 @@ class RankInfo:
     peak_rss_bytes: int
     available_bytes: int  # on its device, once the weights are there
     block_size: int
-    block_bytes: int  # one block of the KV cache
+    block_bytes: int  # one block of the KV cache, in those of both models if there is a draft model
     graph_sizes: tuple[int, ...]  # batches that run from CUDA graphs, the largest first
     graph_bytes: int  # what these graphs take: before they are captured, about
     attention: tuple[Bound, ...]
     ops: str
+    draft: "DraftInfo | None" = None  # what of a draft model is in these numbers
 
     @property
     def attention_backends(self) -> tuple[str, ...]:
@@ -94,6 +97,36 @@ class RankInfo:
         return f"{len(self.graph_sizes)} ({self.graph_bytes / 2**20:.0f} MiB)"
 
 
+@dataclass(frozen=True)
+class DraftInfo:
+    """What a rank holds of a draft model."""
+
+    architecture: str
+    weight_bytes: int
+    block_bytes: int  # one block of its KV cache
+    has_graphs: bool  # whether its steps can run from CUDA graphs
+    available_bytes: int  # on the device, once its weights are there
+
+    def beside(self, rank: RankInfo) -> RankInfo:
+        """The rank with the draft model."""
+        return replace(
+            rank,
+            weight_bytes=rank.weight_bytes + self.weight_bytes,
+            block_bytes=rank.block_bytes + self.block_bytes,
+            available_bytes=self.available_bytes,
+            draft=self,
+        )
+
+    def aside(self, rank: RankInfo) -> RankInfo:
+        """The rank without the draft model."""
+        return replace(
+            rank,
+            weight_bytes=rank.weight_bytes - self.weight_bytes,
+            block_bytes=rank.block_bytes - self.block_bytes,
+            draft=None,
+        )
+
+
 class Worker:
     """One rank's part of the engine. mesh: axes dp, pp, tp."""
 
@@ -101,10 +134,13 @@ class Worker:
         self.config, self.mesh, self.device = config, mesh, device
         self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
         self.runner: ModelRunner | None = None
+        self.draft: ModelRunner | None = None  # of a smaller model
+        self._tried_draft: ModelRunner | None = None  # what `try_draft` made ready
         self._bound_as = config.attention_backend
         self._asked, self._candidates = "", list[AttentionBackend]()  # what `try_backend` made ready
         self._longest = 0  # tokens of a sequence
         self._free_before_graphs = 0
+        self._beside_cache = 0  # bytes that steps and graphs take
 
     def load(self, checkpoint: Checkpoint | None = None) -> RankInfo:
         """Builds this rank's stage and reads its weights."""
@@ -129,8 +165,8 @@ class Worker:
         self._check_graphs()
         beside_cache = self._activation_bytes()
         graph_sizes = self.graph_sizes()
-        graph_bytes = self._estimate_graph_bytes(graph_sizes)
-        beside_cache += graph_bytes
+        graph_bytes = self._estimate_graph_bytes(self.runner, graph_sizes)
+        self._beside_cache = beside_cache = beside_cache + graph_bytes
         return RankInfo(
             rank=self.mesh.rank,
             coordinate=dict(zip(self.mesh.axis_names, self.mesh.coordinate(), strict=True)),
@@ -188,17 +224,65 @@ class Worker:
         """Allocates the KV cache; from here on `launch` works."""
         KVCache(self.stage, num_blocks, self.block_size)
 
+    # ---- a draft model ------------------------------------------------------------------------------------------
+
+    def try_draft(self, checkpoint: Checkpoint) -> DraftInfo | str:
+        """Builds this rank's stage of a draft model and reads its weights, for `bind_draft`; the reason if that fails.
+
+        It draws as the target does, from the same histories. Its steps take less than the target's largest.
+        """
+        runner = self.runner
+        assert runner is not None
+        config = draft_config(self.config, checkpoint.spec, self.block_size)
+        try:
+            stage = InferenceShardformer(config, self.mesh, self.device).optimize(checkpoint)
+            KVCache(stage, 1, self.block_size)
+            draft = ModelRunner(stage, self.block_size, runner.pp, runner.drawing, len(runner.drawn))
+            sizes = () if self._why_no_graphs(stage) else self.graph_sizes()
+            graph_bytes = self._estimate_graph_bytes(draft, sizes)
+        except Exception as error:
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            return kind + " ".join(str(error).split())
+        draft.busy, self._tried_draft = runner.busy, draft
+        return DraftInfo(
+            architecture=checkpoint.spec.architecture,
+            weight_bytes=stage.weight_bytes,
+            block_bytes=block_bytes(stage, self.block_size),
+            has_graphs=bool(sizes),
+            available_bytes=available_bytes(self.device) - self._beside_cache - graph_bytes,
+        )
+
+    def forget_draft(self) -> None:
+        """Frees what `try_draft` has made ready."""
+        _free(self._tried_draft)
+        self._tried_draft = None
+        self._free_bytes()
+
+    def bind_draft(self, num_blocks: int) -> None:
+        """Takes the draft model that `try_draft` has made ready, or none, and frees the one before; allocates its KV
+        cache, under the same block ids as the target's."""
+        assert self.runner is not None
+        _free(self.draft)
+        self.draft, self._tried_draft = self._tried_draft, None
+        self._free_bytes()
+        stages = [self.stage]
+        if self.draft is not None:
+            KVCache(self.draft.stage, num_blocks, self.block_size)
+            stages.append(self.draft.stage)
+            self.draft.stages = stages
+        self.runner.stages = stages
+
     # ---- CUDA graphs --------------------------------------------------------------------------------------------
 
-    def _why_no_graphs(self) -> list[str]:
-        """Every reason why this rank's steps cannot run from graphs."""
+    def _why_no_graphs(self, stage: Stage) -> list[str]:
+        """Every reason why a stage's steps cannot run from graphs on this rank."""
         tp = Communicator.along(self.mesh, "tp")
         reasons = [
             f"attention_backend={backend.name!r} cannot be captured"
-            for backend in self.stage.backends.values()
+            for backend in stage.backends.values()
             if not backend.supports_graphs
         ]
-        if not self.stage.supports_graphs:
+        if not stage.supports_graphs:
             reasons.append("the layers of the generic policy are transformers' own, and may wait for the device")
         if tp.size > 1 and not tp.in_graphs:
             reasons.append(f"the {tp.size} ranks of a layer share {self.device} and sum over the CPU")
@@ -206,34 +290,33 @@ class Worker:
 
     def _check_graphs(self) -> None:
         """Raises ConfigError if they are asked for and cannot be."""
-        if self.config.cuda_graphs and (reasons := self._why_no_graphs()):
+        if self.config.cuda_graphs and (reasons := self._why_no_graphs(self.stage)):
             raise ConfigError(f"InferenceConfig.cuda_graphs: True cannot be here: {'; '.join(reasons)}")
 
     def graph_sizes(self) -> tuple[int, ...]:
         """Batch sizes to be captured, the largest first; none where graphs are off or cannot be."""
         config = self.config
         is_on = self.device.type == "cuda" if config.cuda_graphs is None else config.cuda_graphs
-        if not is_on or self._why_no_graphs():
+        if not is_on or self._why_no_graphs(self.stage):
             return ()
         return ladder(min(config.max_num_seqs, config.max_num_batched_tokens))
 
-    def _new_graphs(self, largest: int, longest: int) -> DecodeGraphs:
-        assert self.runner is not None
+    def _new_graphs(self, runner: ModelRunner, largest: int, longest: int) -> DecodeGraphs:
         capture = CudaCapture(self.device) if self.device.type == "cuda" else rerun
-        return DecodeGraphs(self.stage, largest, longest, self.block_size, self.runner.drawn, capture)
+        return DecodeGraphs(runner.stage, largest, longest, self.block_size, runner.drawn, capture)
 
-    def _estimate_graph_bytes(self, sizes: Sequence[int]) -> int:
+    def _estimate_graph_bytes(self, runner: ModelRunner, sizes: Sequence[int]) -> int:
         """What graphs of these sizes will take; measured on the largest two, since all share one pool and each has a
         little of its own. On a CPU nothing is captured."""
         if self.device.type != "cuda":
             return 0
         graphs, free = None, [self._free_bytes()]
         for size in sizes[:2]:
-            graphs = graphs or self._new_graphs(size, self._longest)
+            graphs = graphs or self._new_graphs(runner, size, self._longest)
             graphs.record(size)
             free.append(self._free_bytes())
         del graphs
-        self.allocate(0)  # what `_activation_bytes` allocated
+        KVCache(runner.stage, 0, self.block_size)  # what has been enough for this
         torch.cuda.empty_cache()
         taken = [max(0, before - after) for before, after in pairwise(free)]
         return sum(taken) + (len(sizes) - len(taken)) * taken[-1] if taken else 0
@@ -246,17 +329,19 @@ class Worker:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info(self.device)[0])
 
-    def begin_graphs(self, largest: int, longest: int) -> None:
-        """Makes ready for `capture`. largest: batch; longest: tokens of a sequence."""
-        assert self.runner is not None
-        self._free_before_graphs = self._free_bytes()
-        self.runner.graphs = self._new_graphs(largest, longest)
+    def begin_graphs(self, model: int, largest: int, longest: int) -> None:
+        """Makes ready for `capture`. model: as in `StepInput`; largest: batch; longest: tokens of a sequence."""
+        runner = self._runner(model)
+        if model == 0:
+            self._free_before_graphs = self._free_bytes()
+        runner.graphs = self._new_graphs(runner, largest, longest)
 
-    def capture(self, size: int) -> str | None:
+    def capture(self, model: int, size: int) -> str | None:
         """Captures the decode step of a batch size; the larger come first. Gives the reason if that fails."""
-        assert self.runner is not None and self.runner.graphs is not None
+        graphs = self._runner(model).graphs
+        assert graphs is not None
         try:
-            self.runner.graphs.record(size)
+            graphs.record(size)
         except Exception as error:
             return (
                 f"a step of {size} sequences could not be captured as a CUDA graph; cuda_graphs=False does without: "
@@ -304,16 +389,25 @@ class Worker:
 
     def launch(self, step: StepInput) -> RunningStep:
         """Begins with a step; those that were begun are waited for in their order."""
-        assert self.runner is not None
-        return self.runner.launch(step)
+        return self._runner(step.model).launch(step)
+
+    def _runner(self, model: int) -> ModelRunner:
+        runner = self.draft if model else self.runner
+        assert runner is not None
+        return runner
 
     def let_go(self) -> None:
         """Breaks the circles that would keep weights, cache and graphs alive, and NCCL waiting for the graphs."""
-        if self.runner is not None:
-            self.runner.let_go()
-            self.stage.let_go()
+        for runner in (self.draft, self.runner):
+            _free(runner)
 
     def busy(self) -> dict[str, float]:
         """This rank's steps and seconds of computing so far, and when they began and ended."""
         assert self.runner is not None
         return asdict(self.runner.busy)
+
+
+def _free(runner: ModelRunner | None) -> None:
+    if runner is not None:
+        runner.let_go()
+        runner.stage.let_go()

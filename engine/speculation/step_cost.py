@@ -34,3 +34,10 @@ class StepCost:
         per_row = (self._covariance + _PRIOR_SPREAD * prior) / (self._variance + _PRIOR_SPREAD)
         per_row = min(max(per_row, 0.0), self._seconds / self._rows)  # what is fixed costs at least nothing
         return per_row / (self._seconds + (num_rows - self._rows) * per_row)
+
+    def seconds(self, num_rows: int) -> float:
+        """Of a step of so many rows; 0 where there was none yet."""
+        if not self._count:
+            return 0.0
+        per_row = self.marginal(num_rows)
+        return self._seconds / (1 + (self._rows - num_rows) * per_row)

@@ -1,4 +1,4 @@
-"""Processes and meshes that tests of the engine share."""
+"""What tests of the engine share: processes that they start, and engines of a tiny model."""
 
 import contextlib
 import os
@@ -46,26 +46,61 @@ def torchrun() -> Torchrun:
     return start
 
 
-MESHES: dict[str, dict[str, int]] = {"tp2": {"tp_size": 2}, "pp2": {"pp_size": 2}, "dp2": {"dp_size": 2}, "1": {}}
+# ---- engines of a tiny model on several meshes -----------------------------------------------------------------------
 
-StartSmall = Callable[..., contextlib.AbstractContextManager[InferenceEngine]]
+TINY_MESHES: dict[str, dict[str, int]] = {
+    "1": {},
+    "tp2": {"tp_size": 2},
+    "pp2": {"pp_size": 2},
+    "dp2": {"dp_size": 2},
+}
 
 
 @pytest.fixture(scope="session")
-def small_model() -> LlamaForCausalLM:
-    """37 tokens, of which two ranks have different numbers."""
-    return make_llama(vocab_size=37)
+def tiny_model() -> LlamaForCausalLM:
+    return make_llama(num_hidden_layers=2, max_position_embeddings=96)
+
+
+@pytest.fixture(
+    scope="session",
+    params=[pytest.param(mesh, marks=pytest.mark.slow) if mesh == "dp2" else mesh for mesh in TINY_MESHES],
+)
+def tiny_shared(request: pytest.FixtureRequest, tiny_model: LlamaForCausalLM) -> Iterator[InferenceEngine]:
+    """One for each mesh and the whole session: small chunks, and few blocks, for which ten requests compete."""
+    config = InferenceConfig(
+        device="cpu",
+        dtype="float32",
+        block_size=4,
+        num_kv_blocks=40,
+        max_model_len=96,
+        max_num_batched_tokens=24,
+        **TINY_MESHES[request.param],
+    )
+    with InferenceEngine(tiny_model, config) as engine:
+        yield engine
+
+
+@pytest.fixture
+def tiny_engine(tiny_shared: InferenceEngine) -> Iterator[InferenceEngine]:
+    """Idle, and left whole: no request, no block held."""
+    yield tiny_shared
+    assert not tiny_shared.has_unfinished()
+    tiny_shared.check()
+    assert all(replica.num_free_blocks == replica.num_blocks for replica in tiny_shared.stats().replicas)
+
+
+StartTiny = Callable[..., contextlib.AbstractContextManager[InferenceEngine]]
 
 
 @pytest.fixture(scope="session")
-def start_small(small_model: LlamaForCausalLM) -> StartSmall:
-    """start_small(**fields): an engine with the small model; proves at the end that it has lost nothing."""
+def start_tiny(tiny_model: LlamaForCausalLM) -> StartTiny:
+    """start_tiny(**fields): an engine of its own, with room for hundreds of sequences; left whole."""
     common: dict[str, Any] = {"device": "cpu", "dtype": "float32", "block_size": 4, "num_kv_blocks": 2048}
-    common |= {"max_num_seqs": 512, "max_model_len": 48}
+    common |= {"max_num_seqs": 512, "max_model_len": 96}
 
     @contextlib.contextmanager
     def start(**fields: Any) -> Iterator[InferenceEngine]:
-        with InferenceEngine(small_model, InferenceConfig(**{**common, **fields})) as engine:
+        with InferenceEngine(tiny_model, InferenceConfig(**{**common, **fields})) as engine:
             yield engine
             engine.check()
 
@@ -73,17 +108,7 @@ def start_small(small_model: LlamaForCausalLM) -> StartSmall:
 
 
 @pytest.fixture(scope="session")
-def small_local(start_small: StartSmall) -> Iterator[InferenceEngine]:
-    """In this process."""
-    with start_small() as engine:
-        yield engine
-
-
-@pytest.fixture(scope="session", params=MESHES)
-def small_engine(request: pytest.FixtureRequest, start_small: StartSmall) -> Iterator[InferenceEngine]:
-    """On each mesh; the one that stays to the end of the session has no ranks of its own."""
-    if not MESHES[request.param]:
-        yield request.getfixturevalue("small_local")
-        return
-    with start_small(**MESHES[request.param]) as engine:
+def tiny_local(start_tiny: StartTiny) -> Iterator[InferenceEngine]:
+    """Such a one in this process, and for the whole session."""
+    with start_tiny() as engine:
         yield engine

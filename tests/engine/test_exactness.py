@@ -516,4 +516,8 @@ def test_torchrun(mesh: str, tmp_path: Path, demo_model: Path, reference: Refere
     reference.check(report["streamed"], [4, 14], 16)
     reference.check(report["stepped"], [4, 14, 20], 16)
     assert "token id 49152 is out of range" in report["error"]
+    reference.check(report["shaped"], [4, 14], 16)
+    assert len(report["scored"]) == 4 and report["scored"][0] == 0, "the first of these prompts is one token"
+    assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-4) for vector in report["embedded"])
+    assert report["score_error"] == "texts[1]: prompt is empty: it must have at least one token"
     assert all(replica["num_free_blocks"] == replica["num_blocks"] for replica in report["replicas"])

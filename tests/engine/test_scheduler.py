@@ -10,11 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from meshlm import SamplingParams
+from meshlm.config import SpeculativeConfig
+from meshlm.engine.beam_search import BeamSearch, num_candidates
 from meshlm.engine.block_manager import BlockManager
 from meshlm.engine.logits_spec import LogitsSpec
 from meshlm.engine.scheduler import ScheduledStep, Scheduler
 from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
-from meshlm.engine.step import StepOutput, drawn_before
+from meshlm.engine.speculation.speculator import DrafterSpeculator, DraftModelSpeculator
+from meshlm.engine.step import StepOutput, TokenLogprobs, drawn_before
 from meshlm.engine.step_rows import noise_key
 
 
@@ -46,8 +50,8 @@ def has_work(scheduler: Scheduler) -> bool:
     return bool(scheduler.waiting or scheduler.running or scheduler.ended_in_flight)
 
 
-def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int]) -> list[Sequence]:
-    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids)))
+def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int], **asked: Any) -> list[Sequence]:
+    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids), **asked))
 
 
 def run_step(scheduler: Scheduler, token: int = 7) -> dict[str, int]:
@@ -334,7 +338,7 @@ def test_work_is_what_will_be_computed(
     for i, (which, num_known, num_own, max_tokens) in enumerate(queued):
         prefix = prompts[which][:num_known] if which < len(prompts) else []
         prompt = [*prefix, *(next(fresh) for _ in range(num_own))]
-        before, cached = scheduler.work, scheduler.num_cached(prompt)
+        before, cached = scheduler.work, scheduler.num_cached(Sequence("", prompt, 1))
         assert cached == (len(prefix) // 4 * 4 if caching else 0)
         add(scheduler, f"queued {i}", prompt, max_tokens=max_tokens)
         assert scheduler.work - before == len(prompt) - cached + max_tokens - 1
@@ -441,6 +445,8 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
     """What the request gives with nobody else about."""
     prompt, output = sequence.token_ids[: sequence.num_prompt_tokens], list[int]()
     max_tokens, min_tokens, stops = sequence.max_tokens, sequence.min_tokens, sequence.stop_token_ids
+    if not max_tokens:
+        return output, "length"
     while True:
         token = draw(sequence, (*prompt, *output))
         output.append(token)
@@ -448,6 +454,80 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
             return output, "stop"
         if len(output) == max_tokens:
             return output, "length"
+
+
+def likeliest(tokens: tuple[int, ...]) -> TokenLogprobs:
+    """What the model tells of the tokens that may come after these; they are not equally likely."""
+    logprobs = {token: -float(1 + hash((tokens, token)) % 1009) for token in range(VOCABULARY)}
+    top = sorted(logprobs, key=lambda token: -logprobs[token])
+    return TokenLogprobs(0.0, 0, tuple(top), tuple(logprobs[token] for token in top))
+
+
+def begin_search(prompt: list[int], num_beams: int, max_tokens: int, priority: int = 0) -> BeamSearch:
+    root = Sequence(
+        "beams",
+        list(prompt),
+        max_tokens,
+        stop_token_ids=frozenset({0}),
+        logits=LogitsSpec(presence_penalty=1.0),
+        num_candidates=num_candidates(num_beams, 1),
+        num_beams_to_come=num_beams - 1,
+        priority=priority,
+    )
+    params = SamplingParams(num_beams=num_beams, n=num_beams).resolve(SamplingParams())
+    return BeamSearch(root, params, lambda: None)
+
+
+def search_alone(prompt: list[int], num_beams: int, max_tokens: int, priority: int = 0) -> list[list[int]]:
+    """What such a search gives with nobody else about."""
+    search = begin_search(prompt, num_beams, max_tokens)
+    while True:
+        for sequence in search.sequences:
+            sequence.candidates = likeliest(tuple(sequence.token_ids))
+        chosen = search.choose()
+        if not chosen:
+            return found_by(search)
+        heirs = [search.sequences[continuation.beam].fork() for continuation in chosen]
+        for heir, continuation in zip(heirs, chosen, strict=True):
+            heir.token_ids.append(continuation.token_id)
+        search.follow(chosen, heirs)
+
+
+def found_by(search: BeamSearch) -> list[list[int]]:
+    return [hypothesis.sequence.output_token_ids for hypothesis in search.outputs()]
+
+
+def guess(sequence: Sequence, tokens: tuple[int, ...]) -> int:
+    """The token after these, or another: now right, now wrong."""
+    token = draw(sequence, tokens)
+    return token if hash(tokens) % 4 else token + 1
+
+
+class Oracle(DrafterSpeculator):
+    """Guesses up to a number of tokens, some of them wrong: what comes of the tokens before one that is wrong is not
+    looked at."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__(SpeculativeConfig(method="ngram", num_speculative_tokens=most))
+
+    def propose(self, sequence: Sequence, most: int, batch_size: int) -> list[int]:
+        self._tell(sequence)
+        self._choose(sequence, self.max_tokens, batch_size)
+        tokens = list(sequence.token_ids)
+        for _ in range(min(most, self.max_tokens)):
+            tokens.append(guess(sequence, tuple(tokens)))
+        return tokens[sequence.num_tokens :]
+
+
+class OracleModel(DraftModelSpeculator):
+    """Lets the draft model draw as many, but for some sequences fewer. longest: so long that it cannot follow."""
+
+    def __init__(self, most: int, longest: int) -> None:
+        super().__init__(SpeculativeConfig(method="draft_model", model="-", num_speculative_tokens=most), longest)
+
+    def num_wanted(self, sequence: Sequence, most: int, batch_size: int) -> int:
+        wanted = super().num_wanted(sequence, most, batch_size)
+        return min(wanted and self.max_tokens, most, hash(tuple(sequence.token_ids)) % (self.max_tokens + 1))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -462,6 +542,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs=st.integers(1, 6),
         caching=st.booleans(),
         guesses=st.integers(0, 3),
+        drafts=st.booleans(),
     )
     def start(
         self,
@@ -473,6 +554,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_num_seqs: int,
         caching: bool,
         guesses: int = 0,
+        drafts: bool = False,
     ) -> None:
         self.num_blocks = -(-num_tokens // block_size)
         self.size, self.budget, self.max_num_seqs = block_size, budget, max_num_seqs
@@ -483,30 +565,34 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_stages=num_stages,
             look_ahead=look_ahead and num_stages == 1,
         )
-        self.max_in_flight = self.scheduler.max_in_flight
-        self.guesses = guesses
-        if guesses:
-            self.scheduler.propose = self.propose
+        self.guesses, self.drafts = guesses, drafts
+        self.switch_speculation(bool(guesses))
         self.slots: dict[int, tuple[LogitsSpec, list[int]]] = {}
-        self.num_accepted = self.num_copied = 0
+        self.num_accepted = self.num_copied = self.num_held_preempted = self.num_draft_steps = 0
+        self.searches: list[tuple[BeamSearch, tuple[Any, ...]]] = []  # and how it began
+        self.searching: list[BeamSearch] = []
         self.drawn: tuple[int, ...] = ()  # by the last step
         self.looked_ahead = False
         self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
         self.sequences: list[Sequence] = []
+        self.unasked: dict[Sequence, int] = {}
         self.cut: dict[Sequence, int] = {}  # ended from outside -> its output then
-        self.flight: deque[tuple[ScheduledStep, tuple[int, ...]]] = deque()
+        self.flight: deque[tuple[ScheduledStep, StepOutput]] = deque()
         self.cache: dict[int, tuple[int, int]] = {}
+        self.draft_cache: dict[int, tuple[int, int]] = {}
 
     @rule(
         prefix=st.integers(0, 8),
         tail=st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
-        max_tokens=st.integers(1, 6),
+        max_tokens=st.integers(0, 6),
         min_tokens=st.integers(0, 3),
         stops=st.sampled_from([frozenset[int](), frozenset({0})]),
         num_forced=st.sampled_from([0, 0, 2]),
         num_siblings=st.sampled_from([0, 0, 1, 2]),
         priority=st.sampled_from([0, 0, 1]),
         spec=st.sampled_from([None, LogitsSpec(presence_penalty=1.0), LogitsSpec(suppressed=(9,))]),
+        asks=st.sampled_from(["", "", "logprobs", "hidden"]),
+        num_unasked=st.integers(0, 12),
     )
     def add(
         self,
@@ -519,10 +605,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_siblings: int = 0,
         priority: int = 0,
         spec: LogitsSpec | None = None,
+        asks: str = "",
+        num_unasked: int = 0,
     ) -> None:
         prompt = [*([1, 2, 0, 1, 1, 2, 0, 0][:prefix]), *tail] or [1]
         siblings: list[Sequence] = []
-        for seed in range(min(num_siblings, self.max_num_seqs - 1), -1, -1):
+        for seed in range(min(num_siblings, self.max_num_seqs - 1) if max_tokens else 0, -1, -1):
             sequence = Sequence(
                 f"s{len(self.sequences)}",
                 list(prompt),
@@ -534,22 +622,62 @@ class SchedulerMachine(RuleBasedStateMachine):
                 logits=spec,
                 priority=priority,
                 siblings=[] if seed else siblings[::-1],
+                prompt_logprobs=0 if asks == "logprobs" and not seed else None,
+                is_pooled=asks == "hidden" and not seed,
+                num_asked=min(num_unasked, len(prompt) - 1) if asks and not seed else 0,
             )
             siblings.append(sequence)
             self.sequences.append(sequence)
             self.known[sequence] = list(prompt)
+            self.unasked[sequence] = sequence.num_asked
         self.scheduler.add(sequence)
 
-    def propose(self, sequence: Sequence, most: int) -> list[int]:
-        """Guesses of which some are right: one that comes of the tokens before is not."""
-        tokens, guesses = list(sequence.token_ids), list[int]()
-        while len(guesses) < min(most, self.guesses):
-            token = draw(sequence, tuple(tokens))
-            guesses.append(token if hash(tuple(tokens)) % 4 else token + 1)
-            tokens.append(guesses[-1])
-        return guesses
+    @rule(
+        prefix=st.integers(1, 8),
+        num_beams=st.integers(2, 4),
+        max_tokens=st.integers(1, 6),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def add_search(self, prefix: int, num_beams: int, max_tokens: int, priority: int = 0) -> None:
+        if num_beams > self.max_num_seqs:
+            return
+        began = ([1, 2, 0, 1, 1, 2, 0, 0][:prefix], num_beams, max_tokens, priority)
+        search = begin_search(*began)
+        self.searches.append((search, began))
+        self.searching.append(search)
+        (root,) = search.sequences
+        self.known[root] = list(root.token_ids)
+        self.scheduler.add(root)
 
-    @precondition(lambda self: len(self.flight) < self.max_in_flight)
+    def search_on(self, search: BeamSearch) -> None:
+        beams, chosen = search.sequences, search.choose()
+        if not chosen:
+            self.end_search(search)
+            return
+        self.num_held_preempted += sum(beam.status is SequenceStatus.WAITING for beam in beams)
+        heirs = self.scheduler.advance_beams(beams, [(c.beam, c.token_id) for c in chosen])
+        search.follow(chosen, heirs)
+        self.known |= {heir: list(heir.token_ids) for heir in heirs}
+
+    def end_search(self, search: BeamSearch) -> None:
+        self.searching.remove(search)
+        for sequence in search.sequences:
+            self.scheduler.finish(sequence, "abort")
+
+    @precondition(lambda self: self.searching)
+    @rule(data=st.data())
+    def abort_search(self, data: st.DataObject) -> None:
+        search = data.draw(st.sampled_from(self.searching))
+        self.searches = [(other, began) for other, began in self.searches if other is not search]
+        self.end_search(search)
+
+    @precondition(lambda self: not self.flight and self.guesses)
+    @rule(on=st.booleans())
+    def switch_speculation(self, on: bool) -> None:
+        model, most = OracleModel(self.guesses or 1, longest=14), self.guesses or 1
+        self.scheduler.speculate((model if self.drafts else Oracle(most)) if on else None)
+
+    @precondition(lambda self: len(self.flight) < self.scheduler.max_in_flight)
     @rule()
     def schedule(self) -> None:
         step = self.scheduler.schedule()
@@ -558,41 +686,44 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.flight.append((step, self.execute(step)))
 
-    def execute(self, step: ScheduledStep) -> tuple[int, ...]:
+    def execute(self, step: ScheduledStep) -> StepOutput:
         """What the ranks do: copy blocks, write the new tokens to their slots, read each context by its table, draw."""
         given, start = step.input, 0
         before: list[tuple[int, ...]] = []  # of each token: those that it sees
         assert 0 < given.num_tokens <= self.budget
-        copied = {
-            (to * self.size + i): self.cache[at * self.size + i]
-            for at, to in given.copies
-            for i in range(self.size)
-            if at * self.size + i in self.cache
-        }
-        self.cache |= copied
+        for cache in (self.cache, self.draft_cache):
+            cache |= {
+                (to * self.size + i): cache[at * self.size + i]
+                for at, to in given.copies
+                for i in range(self.size)
+                if at * self.size + i in cache
+            }
         self.num_copied += len(given.copies)
+        self.num_draft_steps += given.model
+        cache = self.draft_cache if given.model else self.cache
         for sequence, count, context, table, drafts in zip(
             step.sequences, given.query_lens, given.context_lens, given.block_tables, step.drafts, strict=True
         ):
-            known = [*self.known[sequence], *drafts]
+            known = [*self.known[sequence], *drafts, *(sequence.drafted if given.model else ())]
             self.looked_ahead |= given.token_ids[start] < 0
             tokens = [self.drawn[drawn_before(t)] if t < 0 else t for t in given.token_ids[start : start + count]]
             start += count
             assert tokens == known[context : context + count]
             slots = [table[p // self.size] * self.size + p % self.size for p in range(context + count)]
             for position, token in zip(range(context, context + count), tokens, strict=True):
-                self.cache[slots[position]] = (token, position)
-            read = [self.cache[slot] for slot in slots]
+                cache[slots[position]] = (token, position)
+            read = [cache[slot] for slot in slots]
             assert read == list(zip(known, range(context + count), strict=False)), "another's keys"
             before += [tuple(known[: p + 1]) for p in range(context, context + count)]
         assert start == given.num_tokens
         for update in given.histories:
             spec, tokens = self.slots.get(update.slot, (LogitsSpec(), []))
-            told = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
+            more = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
             assert update.spec is None or not update.keep
-            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + told)
+            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + more)
         drawers = [sequence for sequence, drafts in step.draws for _ in range(1 + len(drafts))]
-        drawn = []
+        drawn: list[int] = []
+        told: list[TokenLogprobs | None] = []
         for sample, sequence in zip(given.samples, drawers, strict=True):
             tokens_before = before[sample.row]
             assert len(tokens_before) == sample.position
@@ -600,38 +731,58 @@ class SchedulerMachine(RuleBasedStateMachine):
                 spec, tokens = self.slots[sample.slot]
                 assert spec is sequence.logits
                 assert not spec.needs_history or tuple(tokens[: sample.position]) == tokens_before
-            drawn.append(draw(sequence, tokens_before))
+            drawn.append((guess if given.model else draw)(sequence, tokens_before))
+            told.append(likeliest(tokens_before) if sample.num_candidates else None)
             assert sample.forced in (-1, drawn[-1])
+        if given.model:
+            return StepOutput(given.step_id, tuple(drawn))
         first = 0
         for sequence, drafts in step.draws:
             for i in range(1 + len(drafts)):
                 if i and drafts[i - 1] != drawn[first + i - 1]:
                     break
-                self.known[sequence].append(drawn[first + i])
+                if not sequence.num_candidates:
+                    self.known[sequence].append(drawn[first + i])
             first += 1 + len(drafts)
         self.drawn = tuple(drawn)
-        return self.drawn
+        rows = [range(asked.row, asked.row + len(asked.targets)) for asked in given.given]
+        return StepOutput(
+            step_id=given.step_id,
+            token_ids=self.drawn,
+            logprobs=tuple(told),
+            given=tuple(
+                tuple(
+                    TokenLogprobs(hash((before[row], target)), 1, (), ())
+                    for row, target in zip(span, asked.targets, strict=True)
+                )
+                for span, asked in zip(rows, given.given, strict=True)
+            ),
+            pooled=tuple(bytes(len(before[row]) for row in range(pool.row, pool.stop)) for pool in given.pooled),
+        )
 
     @precondition(lambda self: self.flight)
     @rule()
     def complete(self) -> None:
-        step, drawn = self.flight.popleft()
+        step, output = self.flight.popleft()
         # Blocks of a step in flight belong to it until now, whatever happened to its sequences.
         given = step.input
+        cache = self.draft_cache if given.model else self.cache
         for sequence, context, count, table, drafts in zip(
             step.sequences, given.context_lens, given.query_lens, given.block_tables, step.drafts, strict=True
         ):
-            tokens = [*self.known[sequence][: context + count - len(drafts)], *drafts]
+            tokens = [*self.known[sequence][: context + count - len(drafts)], *drafts, *sequence.drafted]
             for p in range(context + count):
                 slot = table[p // self.size] * self.size + p % self.size
-                assert self.cache[slot] == (tokens[p], p), "overwritten while in flight"
+                assert cache[slot] == (tokens[p], p), "overwritten while in flight"
         before = {s: s.num_output_tokens for s in self.sequences}
-        grown = back(self.scheduler, step, drawn)
-        most = {s: 1 + len(drafts) for s, drafts in step.draws}
+        grown = self.scheduler.update(step, output)
+        most = {s: 1 + len(drafts) for s, drafts in step.draws if not given.model}
         for s in self.sequences:
             gained = s.num_output_tokens - before[s]
-            assert 1 <= gained <= most[s] if s in grown else gained == 0
+            assert 1 <= gained <= most[s] if s in grown and s.max_tokens else gained == 0
             self.num_accepted += max(0, gained - 1)
+        for search in [search for search in self.searching if search.is_ready]:
+            self.search_on(search)
 
     @precondition(lambda self: self.unended())
     @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
@@ -653,8 +804,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(scheduler.running) <= self.max_num_seqs
         flying = [s for step, _ in self.flight for s in step.sequences]
         assert len(set(flying)) == len(flying) or scheduler.look_ahead
-        assert {s for s in flying if s.num_in_flight} == set(flying)
-        assert all((s.num_in_flight > 0) == (s in flying) for s in self.sequences)
+        assert all(s.is_in_flight == (s in flying) for s in self.sequences)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -664,7 +814,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             turns += 1
             assert turns < 5000, "no progress"
             before = len(self.flight)
-            while len(self.flight) < self.max_in_flight:
+            while len(self.flight) < self.scheduler.max_in_flight:
                 self.schedule()
                 if len(self.flight) == before:
                     break
@@ -673,12 +823,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.complete()
             self.whole()
         assert self.scheduler.blocks.num_free_blocks == self.num_blocks
+        assert not self.searching
+        for search, began in self.searches:
+            assert found_by(search) == search_alone(*began)
         for s in self.sequences:
             output, reason = alone(s)
             if s in self.cut:
                 assert s.output_token_ids == output[: self.cut[s]]
             else:
                 assert (s.output_token_ids, s.finish_reason) == (output, reason)
+                self.answered(s)
+
+    def answered(self, sequence: Sequence) -> None:
+        """What was asked of its prompt came once, of each token in its place."""
+        prompt, first = tuple(sequence.token_ids[: sequence.num_prompt_tokens]), self.unasked[sequence]
+        after = range(first + 1, len(prompt)) if sequence.prompt_logprobs is not None else ()
+        assert [score.logprob for score in sequence.prompt_scores] == [hash((prompt[:p], prompt[p])) for p in after]
+        pooled = range(first + 1, len(prompt) + 1) if sequence.is_pooled else ()
+        assert [length for part in sequence.pooled_parts for length in part] == list(pooled)
 
 
 SchedulerMachine.TestCase.settings = settings(
@@ -709,6 +871,25 @@ def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahea
     assert any(s.num_cached_tokens for s in sequences)
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_simulation_does_share_blocks_and_preempt_beams(num_stages: int) -> None:
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=2,
+        num_tokens=26,
+        num_stages=num_stages,
+        look_ahead=False,
+        budget=16,
+        max_num_seqs=8,
+        caching=False,
+    )
+    for prefix in range(3, 9):
+        machine.add_search(prefix=prefix, num_beams=4, max_tokens=6)
+        machine.add(prefix=prefix, tail=[1], max_tokens=6, min_tokens=6, stops=frozenset())
+    machine.teardown()
+    assert machine.num_copied > 0 and machine.num_held_preempted > 0
+
+
 @pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
 def test_the_simulation_does_accept_drafts_and_share_blocks(num_stages: int, look_ahead: bool) -> None:
     machine = SchedulerMachine()
@@ -727,4 +908,4 @@ def test_the_simulation_does_accept_drafts_and_share_blocks(num_stages: int, loo
         machine.add(5, [1], 6, 0, frozenset(), num_forced=2, num_siblings=2, priority=priority, spec=spec)
     machine.teardown()
     assert machine.num_accepted > 0 and machine.num_copied > 0
-    assert sum(s.num_drafts_accepted for s in machine.sequences) <= sum(s.num_drafts for s in machine.sequences)
+    assert sum(s.num_accepted for s in machine.sequences) <= sum(s.num_drafted for s in machine.sequences)

@@ -34,6 +34,16 @@ with InferenceEngine(task["model"], InferenceConfig(**task["config"])) as engine
             ids.append(engine.add_request(prompts[20], short))
     report["stepped"] = [finished[request_id] for request_id in ids]
     report["ids"] = ids
+    report["scored"] = [output.logprob for output in engine.score(prompts[4:8], progress=False)]
+    report["embedded"] = [output.embedding for output in engine.embed(prompts[4:6], "last", True, progress=False)]
+    try:
+        engine.score([prompts[4], []], progress=False)
+    except ValueError as error:
+        report["score_error"] = str(error)
+    shaped = short | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
+    report["shaped"] = [
+        output.token_ids for output in engine.generate([prompts[4], prompts[14]], shaped, progress=False)
+    ]
     engine.check()
     report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
     report["mesh"] = engine.describe_mesh()
