@@ -137,9 +137,7 @@ def correlated(drawn: Tensor, model: LlamaForCausalLM) -> list[tuple[int, int]]:
 # Whether the sampler errs or what is expected of it, is the same.
 
 
-def test_a_temperature_that_is_5_percent_off_is_seen(
-    tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM
-) -> None:
+def test_a_temperature_that_is_5_percent_off_is_seen(tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM) -> None:
     params = PARAMS["plain"]
     drawn = draws(tiny_local, params, 20480)[:, 0]
     assert p_value(drawn, exact(tiny_model, params)[0]) > SIGNIFICANCE
