@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import Ops
-from ..kernels.eager import apply_bitmask, bitmask_limits
 from ..mesh.collectives import Communicator
 from ..shardformer.shard import Range
 from .histories import Histories, HistoryWrites
@@ -131,7 +130,7 @@ class Drawing:
         self.rules = LogitsRules(tp, vocabulary, self.histories)
         self.logprobs = Logprobs(tp, vocabulary)
         self.vocab_size, self._start = vocabulary[-1][1], vocabulary[tp.rank][0]
-        self._limits = bitmask_limits(device)
+        self._apply_bitmask = ops.apply_bitmask
 
     def plan(self, step: StepInput) -> DrawingPlan:
         """Called step by step, in their order."""
@@ -173,7 +172,7 @@ class Drawing:
             logits.index_copy_(0, arrays["beams"], self.logprobs.normalised(logits.index_select(0, arrays["beams"])))
         self.rules.apply(logits, plan.rules, arrays)
         if plan.step.masks is not None:
-            apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start, self._limits)
+            self._apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start)
         errors = self.rules.process(logits, plan.rules)
         beams = None
         if plan.beams:

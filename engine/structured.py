@@ -1,7 +1,7 @@
 """Structured output: what tokens may come next, as bitmasks, so that the output is a sentence of a grammar.
 
 `GrammarCompiler` makes a `Grammar` of a request's `StructuredOutputsParams` beside the engine's own thread; each
-sequence follows it by a `Matcher`. All of it lives on the driver; ranks get the masks (`kernels.eager.apply_bitmask`).
+sequence follows it by a `Matcher`. All of it lives on the driver; ranks get the masks (`apply_bitmask`).
 The grammars, their compiler and the walk over the vocabulary are llguidance's (a derivative-based lexer under an Earley
 parser, whose cost hardly depends on the schema's size).
 """

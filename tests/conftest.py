@@ -12,6 +12,11 @@ import torch
 
 from meshlm.serving.demo_model import demo_gguf_path, demo_model_path
 
+# Before anything imports triton, which transformers' models do, and other conftest.py: without a GPU its kernels are
+# interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 
 class _RootIsNoTestPackage:
     """The repository's root has an __init__.py (it is the package meshlm); to pytest it is a folder like any other.
@@ -40,9 +45,6 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in [name for name in os.environ if name.startswith("MESHLM_") and name != "MESHLM_CACHE"]:
         del os.environ[name]
     os.environ["HF_HUB_OFFLINE"] = "1"
-    # Before anything imports triton, which transformers' models do: without a GPU its kernels are interpreted.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("TRITON_INTERPRET", "1")
     # A shell without job control starts what runs in the background with Ctrl-C ignored, and children inherit that.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     # Threads that wake interrupt no others: a gloo collective takes turns among three threads of each rank, of which

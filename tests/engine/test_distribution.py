@@ -26,7 +26,6 @@ from meshlm import InferenceEngine
 SIGNIFICANCE = 1e-6
 FEWEST = 5.0  # draws that are expected of a cell; what is expected less often is one cell together
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
-SIBLINGS = 512  # of a request: a step draws for all of them
 
 PARAMS: dict[str, dict[str, Any]] = {
     "plain": {"temperature": 0.8},
@@ -81,11 +80,11 @@ def p_value(drawn: Tensor, probabilities: Tensor) -> float:
     return float(torch.special.gammaincc(torch.tensor(len(expected) - 1).double() / 2, statistic / 2))
 
 
-def draws(engine: InferenceEngine, params: dict[str, Any], count: int, num_tokens: int = 1, seed: int = 0) -> Tensor:
-    """int64 [count, num_tokens]."""
-    params = {**params, "n": SIBLINGS, "max_tokens": num_tokens}
-    prompts = [PROMPT] * (count // SIBLINGS)
-    outputs = engine.generate(prompts, [{**params, "seed": seed + i} for i in range(len(prompts))], progress=False)
+def draws(engine: InferenceEngine, params: dict[str, Any], count: int, num_tokens: int = 1, n: int = 512) -> Tensor:
+    """Of requests of n siblings each: int64 [count, num_tokens]."""
+    params = {**params, "n": n, "max_tokens": num_tokens}
+    prompts = [PROMPT] * (count // n)
+    outputs = engine.generate(prompts, [{**params, "seed": seed} for seed in range(len(prompts))], progress=False)
     return torch.tensor([completion.token_ids for output in outputs for completion in output.outputs])
 
 
@@ -93,28 +92,28 @@ def draws(engine: InferenceEngine, params: dict[str, Any], count: int, num_token
 
 
 @pytest.mark.parametrize("name", PARAMS)
-def test_chi_square(small_engine: InferenceEngine, small_model: LlamaForCausalLM, name: str) -> None:
+def test_chi_square(tiny_engine: InferenceEngine, tiny_model: LlamaForCausalLM, name: str) -> None:
     """The first token; and the second, which depends on the first, with it: the pairs are the cells."""
     params = PARAMS[name]
-    drawn, vocab = draws(small_engine, params, 2048, num_tokens=2), small_model.config.vocab_size
-    (first,) = exact(small_model, params)
+    drawn, vocab = draws(tiny_engine, params, 2048, num_tokens=2, n=16), tiny_model.config.vocab_size
+    (first,) = exact(tiny_model, params)
     assert p_value(drawn[:, 0], first) > SIGNIFICANCE
-    second = exact(small_model, params, [(token_id,) for token_id in range(vocab)])
+    second = exact(tiny_model, params, [(token_id,) for token_id in range(vocab)])
     assert p_value(drawn[:, 0] * vocab + drawn[:, 1], (first.unsqueeze(1) * second).flatten()) > SIGNIFICANCE
     assert len(drawn[:, 0].unique()) > 4, "it was sampled"
 
 
-def test_draws_are_independent(small_local: InferenceEngine, small_model: LlamaForCausalLM) -> None:
+def test_draws_are_independent(tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM) -> None:
     """Of siblings, of requests whose seeds are neighbours, one position apart too: no two are correlated."""
     count, params = 512, {"temperature": 1.0, "max_tokens": 2, "n": 8}
-    outputs = small_local.generate([PROMPT] * count, [{**params, "seed": i} for i in range(count)], progress=False)
+    outputs = tiny_local.generate([PROMPT] * count, [{**params, "seed": i} for i in range(count)], progress=False)
     drawn = torch.tensor([[c.token_ids for c in output.outputs] for output in outputs])  # [count, 8, 2]
-    assert p_value(drawn[:, :, 0].flatten(), exact(small_model, params)[0]) > SIGNIFICANCE
-    assert not correlated(drawn[:, :, 0], small_model)
-    assert not correlated(drawn[:, :, 1], small_model)
+    assert p_value(drawn[:, :, 0].flatten(), exact(tiny_model, params)[0]) > SIGNIFICANCE
+    assert not correlated(drawn[:, :, 0], tiny_model)
+    assert not correlated(drawn[:, :, 1], tiny_model)
     for one, next_one in ((0, 0), (0, 1), (1, 0)):  # positions
         neighbours = torch.stack((drawn[:-1, 0, one], drawn[1:, 0, next_one]), dim=1)
-        assert not correlated(neighbours, small_model)
+        assert not correlated(neighbours, tiny_model)
 
 
 def correlated(drawn: Tensor, model: LlamaForCausalLM) -> list[tuple[int, int]]:
@@ -138,15 +137,13 @@ def correlated(drawn: Tensor, model: LlamaForCausalLM) -> list[tuple[int, int]]:
 # Whether the sampler errs or what is expected of it, is the same.
 
 
-def test_a_temperature_that_is_5_percent_off_is_seen(
-    small_local: InferenceEngine, small_model: LlamaForCausalLM
-) -> None:
+def test_a_temperature_that_is_5_percent_off_is_seen(tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM) -> None:
     params = PARAMS["plain"]
-    drawn = draws(small_local, params, 40960)[:, 0]
-    assert p_value(drawn, exact(small_model, params)[0]) > SIGNIFICANCE
+    drawn = draws(tiny_local, params, 20480)[:, 0]
+    assert p_value(drawn, exact(tiny_model, params)[0]) > SIGNIFICANCE
     for factor in (0.95, 1.05):
         wrong = {**params, "temperature": factor * params["temperature"]}
-        assert p_value(drawn, exact(small_model, wrong)[0]) < SIGNIFICANCE
+        assert p_value(drawn, exact(tiny_model, wrong)[0]) < SIGNIFICANCE
 
 
 MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -159,16 +156,16 @@ MISTAKES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_are_seen(small_local: InferenceEngine, small_model: LlamaForCausalLM, mistake: str) -> None:
+def test_mistakes_are_seen(tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM, mistake: str) -> None:
     name, wrong = MISTAKES[mistake]
-    drawn = draws(small_local, PARAMS[name], 2048)[:, 0]
-    assert p_value(drawn, exact(small_model, PARAMS[name])[0]) > SIGNIFICANCE
-    assert p_value(drawn, exact(small_model, {**PARAMS[name], **wrong})[0]) < SIGNIFICANCE
+    drawn = draws(tiny_local, PARAMS[name], 2048)[:, 0]
+    assert p_value(drawn, exact(tiny_model, PARAMS[name])[0]) > SIGNIFICANCE
+    assert p_value(drawn, exact(tiny_model, {**PARAMS[name], **wrong})[0]) < SIGNIFICANCE
 
 
-def test_noise_that_is_shared_is_seen(small_local: InferenceEngine, small_model: LlamaForCausalLM) -> None:
-    drawn = draws(small_local, PARAMS["plain"], 1024)[:, 0]
+def test_noise_that_is_shared_is_seen(tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM) -> None:
+    drawn = draws(tiny_local, PARAMS["plain"], 1024)[:, 0]
     others, (low, high) = drawn.roll(1), (drawn, drawn.roll(7))
-    assert not correlated(torch.stack((drawn, others), dim=1), small_model)
+    assert not correlated(torch.stack((drawn, others), dim=1), tiny_model)
     shared = torch.where(torch.arange(1024) % 4 == 0, low, high)  # a quarter of the draws
-    assert correlated(torch.stack((drawn, shared), dim=1), small_model) == [(0, 1)] * 3
+    assert correlated(torch.stack((drawn, shared), dim=1), tiny_model) == [(0, 1)] * 3

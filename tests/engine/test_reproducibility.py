@@ -109,19 +109,19 @@ WAYS: dict[str, Callable[[InferenceEngine], Tokens]] = {
 
 
 @pytest.fixture(scope="module")
-def expected(start_small: Any) -> Tokens:
+def expected(start_tiny: Any) -> Tokens:
     """Each alone in an engine that has done nothing before."""
     found = []
     for request in REQUESTS:
-        with start_small(max_num_seqs=3, enable_prefix_caching=False) as engine:
+        with start_tiny(max_num_seqs=3, enable_prefix_caching=False) as engine:
             found += [completion.token_ids for completion in generate(engine, [request])[0].outputs]
     assert len(set(found)) == NUM_COMPLETIONS and all(len(token_ids) == NUM_TOKENS for token_ids in found)
     return found
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_on_every_mesh(small_engine: InferenceEngine, expected: Tokens, way: str) -> None:
-    assert WAYS[way](small_engine) == expected
+def test_on_every_mesh(tiny_engine: InferenceEngine, expected: Tokens, way: str) -> None:
+    assert WAYS[way](tiny_engine) == expected
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -140,8 +140,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module", params=SETTINGS)
-def set_engine(request: pytest.FixtureRequest, start_small: Any) -> Iterator[InferenceEngine]:
-    with start_small(**SETTINGS[request.param]) as engine:
+def set_engine(request: pytest.FixtureRequest, start_tiny: Any) -> Iterator[InferenceEngine]:
+    with start_tiny(**SETTINGS[request.param]) as engine:
         yield engine
         assert bool(engine.stats().num_preemptions) is ("few blocks" in request.param)
 
@@ -151,8 +151,8 @@ def test_however_it_is_computed(set_engine: InferenceEngine, expected: Tokens) -
         assert way(set_engine) == expected, way.__name__
 
 
-def test_another_seed_gives_other_tokens(small_local: InferenceEngine, expected: Tokens) -> None:
+def test_another_seed_gives_other_tokens(tiny_local: InferenceEngine, expected: Tokens) -> None:
     """Guards the tests above: it is the seed that the tokens depend on."""
     reseeded = [(prompt, {**params, "seed": params["seed"] - 1}) for prompt, params in REQUESTS]
-    found = tokens_of(generate(small_local, reseeded))
+    found = tokens_of(generate(tiny_local, reseeded))
     assert all(one != other for one, other in zip(found, expected, strict=True))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from pydantic import BaseModel
 from schemas import a_whole_schema, check_json
 from transformers import AutoTokenizer
@@ -16,7 +15,6 @@ from transformers import AutoTokenizer
 from meshlm.config import ConfigError, StructuredOutputsParams
 from meshlm.engine import structured
 from meshlm.engine.structured import GrammarCompiler, Matcher
-from meshlm.kernels.eager import apply_bitmask, bitmask_limits
 
 VOCAB = 49152 + 40  # an LM head that is padded, to no multiple of 32
 END = 2
@@ -365,23 +363,3 @@ def test_every_finished_output_validates(make: MakeMatcher, tokenizer: Any, seed
         output = write_at_random(make(json=schema), rng, closing)
         text = tokenizer.decode(output[:-1] if output[-1] == END else output)
         check_json(text, schema)
-
-
-# --------------------------------------------------------------------------------------------------------------
-# masks on logits
-
-
-@pytest.mark.parametrize("rows", [None, [2, 0]])
-@pytest.mark.parametrize(("start", "stop"), [(0, 101), (0, 51), (51, 101), (40, 72), (37, 43), (64, 101)])
-def test_masks_on_a_shard_of_the_vocabulary(rows: list[int] | None, start: int, stop: int) -> None:
-    torch.manual_seed(0)
-    logits = torch.randn(3, stop - start)
-    logits[0, 0], logits[2, -1] = float("-inf"), float("inf")
-    bits = torch.rand(3 if rows is None else len(rows), 101) < 0.5
-    words = np.packbits(np.pad(bits.numpy(), ((0, 0), (0, 128 - 101))), axis=1, bitorder="little").view(np.int32)
-    expected = logits.clone()
-    for index, row in enumerate(range(3) if rows is None else rows):
-        expected[row] = expected[row].masked_fill(~bits[index, start:stop], float("-inf"))
-    limits = bitmask_limits(torch.device("cpu"))
-    apply_bitmask(logits, rows and torch.tensor(rows), torch.from_numpy(words), start, limits)
-    assert torch.equal(logits, expected)
