@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .config import ConfigError, InferenceConfig, SamplingParams, StructuredOutputsParams
-    from .engine import CompletionOutput, EngineStats, InferenceEngine, RequestOutput, RequestTimings
+    from .engine import (
+        CompletionOutput,
+        EmbeddingOutput,
+        EngineStats,
+        InferenceEngine,
+        Logprob,
+        RequestOutput,
+        RequestTimings,
+        ScoreOutput,
+        TokenLogprobs,
+        logprob_dicts,
+    )
     from .mesh import CollectiveError, Communicator, ProcessGroupMesh
     from .mesh.launch import RankFailure
     from .shardformer import CheckpointError, InferenceShardformer
@@ -24,10 +35,15 @@ _HOMES = {
     "SamplingParams": ".config",
     "StructuredOutputsParams": ".config",
     "CompletionOutput": ".engine",
+    "EmbeddingOutput": ".engine",
     "EngineStats": ".engine",
     "InferenceEngine": ".engine",
+    "Logprob": ".engine",
     "RequestOutput": ".engine",
     "RequestTimings": ".engine",
+    "ScoreOutput": ".engine",
+    "TokenLogprobs": ".engine",
+    "logprob_dicts": ".engine",
     "CollectiveError": ".mesh",
     "Communicator": ".mesh",
     "ProcessGroupMesh": ".mesh",
@@ -42,16 +58,21 @@ __all__ = [
     "Communicator",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingOutput",
     "EngineStats",
     "InferenceConfig",
     "InferenceEngine",
     "InferenceShardformer",
+    "Logprob",
     "ProcessGroupMesh",
     "RankFailure",
     "RequestOutput",
     "RequestTimings",
     "SamplingParams",
+    "ScoreOutput",
     "StructuredOutputsParams",
+    "TokenLogprobs",
+    "logprob_dicts",
 ]
 
 

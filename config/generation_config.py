@@ -1,6 +1,6 @@
 """From transformers' `GenerationConfig` to the fields of `SamplingParams`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from .errors import ConfigError
@@ -58,7 +58,7 @@ def read_generation_config(generation_config: Any, strict: bool) -> dict[str, An
     def get(name: str) -> Any:
         return getattr(generation_config, name, None)
 
-    beams = (get("num_beams") or 1) > 1
+    beams = get("num_beams") not in (None, 1)
     # Unset, `do_sample` leaves it to the model whether to sample; not so with beams.
     do_sample = get("do_sample") if strict and not beams else bool(get("do_sample"))
     values = {ours: get(theirs) for ours, theirs in _NAMES.items()}
@@ -83,13 +83,15 @@ def _single_token_bias(sequence_bias: Any, strict: bool) -> dict[int, float] | N
     """`sequence_bias` maps sequences of token ids to a bias, or lists [sequence, bias]."""
     if not sequence_bias:
         return None
-    pairs = (
-        list(sequence_bias.items()) if isinstance(sequence_bias, Mapping) else [tuple(pair) for pair in sequence_bias]
-    )
-    long = [list(ids) for ids, _ in pairs if len(ids) != 1]
-    if long and strict:
-        raise ConfigError(f"GenerationConfig.sequence_bias: {long[0]} is not supported; one token may have a bias")
-    return {ids[0]: bias for ids, bias in pairs if len(ids) == 1}
+    try:
+        bias = {tuple(ids): value for ids, value in getattr(sequence_bias, "items", lambda: sequence_bias)()}
+    except (TypeError, ValueError):
+        bias = {(): None}
+    if strict and any(len(ids) != 1 for ids in bias):
+        raise ConfigError(
+            f"GenerationConfig.sequence_bias={sequence_bias!r} is not supported; single tokens may have a bias"
+        )
+    return {ids[0]: value for ids, value in bias.items() if len(ids) == 1} or None
 
 
 def _refuse_unsupported(get: Callable[[str], Any], sampling: bool, beams: bool) -> None:

@@ -1,6 +1,26 @@
 """The engine: sequences, scheduling, executors, sampling, and `InferenceEngine`."""
 
 from .engine import EngineStats, InferenceEngine
-from .output import CompletionOutput, RequestOutput, RequestTimings
+from .output import (
+    CompletionOutput,
+    EmbeddingOutput,
+    Logprob,
+    RequestOutput,
+    RequestTimings,
+    ScoreOutput,
+    logprob_dicts,
+)
+from .step import TokenLogprobs
 
-__all__ = ["CompletionOutput", "EngineStats", "InferenceEngine", "RequestOutput", "RequestTimings"]
+__all__ = [
+    "CompletionOutput",
+    "EmbeddingOutput",
+    "EngineStats",
+    "InferenceEngine",
+    "Logprob",
+    "RequestOutput",
+    "RequestTimings",
+    "ScoreOutput",
+    "TokenLogprobs",
+    "logprob_dicts",
+]

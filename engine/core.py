@@ -11,10 +11,11 @@ from collections.abc import Sequence as Seq
 from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
+from ..config import ConfigError, InferenceConfig, SamplingParams, SpeculativeConfig
+from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
+from .constraint import Constraint
 from .detokenizer import Detokenizer
 from .executor import Executor
 from .output import CompletionOutput, RequestOutput, RequestTimings
@@ -22,6 +23,9 @@ from .prompts import PreparedRequest
 from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
 from .speculation.speculator import create_speculator
+from .structured import Grammar
+
+_PATIENCE_S = 0.1  # of a step that can only wait for grammars: Ctrl-C, other requests and a close come in between
 
 
 @dataclass(eq=False)
@@ -30,6 +34,7 @@ class Completion:
 
     sequence: Sequence
     detokenizer: Detokenizer | None
+    beam_logprob: float | None = None  # of a beam: the sum of its tokens', after penalties and bans
     num_emitted: int = 0  # characters of text that went out
 
     def output(self, index: int, is_final: bool, tells: bool) -> CompletionOutput:
@@ -45,7 +50,7 @@ class Completion:
             stop_reason=self.stop_reason,
             delta=delta,
             logprobs=tuple(scores) if tells else None,
-            cumulative_logprob=self.cumulative_logprob if tells else None,
+            cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
             error=sequence.error,
         )
 
@@ -72,19 +77,17 @@ class Request:
     index: int  # its place among the prompts that it came with
     prompt: str | None  # its text, if it was given as text
     params: SamplingParams
+    first: Sequence
     completions: list[Completion]
     arrival_s: float
+    search: BeamSearch | None = None  # until its completions are found
     replica: int = 0
     scheduled_s: float | None = None
     token_times: list[float] = field(default_factory=list)  # of the first completion
 
     @property
-    def first(self) -> Sequence:
-        return self.completions[0].sequence
-
-    @property
     def ended(self) -> bool:
-        return all(completion.sequence.finish_reason is not None for completion in self.completions)
+        return self.search is None and all(c.sequence.finish_reason is not None for c in self.completions)
 
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
@@ -106,18 +109,19 @@ class Request:
                 token_s=tuple(moment - self.arrival_s for moment in self.token_times),
             ),
             prompt_logprobs=prompt_logprobs,
+            pooled=tuple(first.pooled_parts),
             num_drafted=sum(completion.sequence.num_drafted for completion in self.completions),
             num_accepted=sum(completion.sequence.num_accepted for completion in self.completions),
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
-        params, chosen = self.params, self.completions
-        if len(chosen) > params.n:  # best_of: which are the best is known in the end
-            if not self.ended:
-                return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))
+        params, chosen, ended = self.params, self.completions, self.ended
+        if self.search is not None or (len(chosen) > params.n and not ended):
+            return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))  # the best are known in the end
+        if len(chosen) > params.n:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
-        return tuple(completion.output(i, self.ended, tells) for i, completion in enumerate(chosen))
+        return tuple(completion.output(i, ended, tells) for i, completion in enumerate(chosen))
 
 
 @dataclass(frozen=True)
@@ -154,9 +158,9 @@ class Replica:
         self.num_steps = self.num_draft_steps = 0
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
 
-    def work_with(self, token_ids: Seq[int]) -> int:
-        """Tokens that this replica would have to compute if it took such a prompt, but for those of its output."""
-        return self.scheduler.work + len(token_ids) - self.scheduler.num_cached(token_ids)
+    def work_with(self, sequence: Sequence) -> int:
+        """Tokens that this replica would have to compute if it took a prompt too, but for those of its output."""
+        return self.scheduler.work + sequence.num_tokens - self.scheduler.num_cached(sequence)
 
     def stats(self) -> ReplicaStats:
         scheduler = self.scheduler
@@ -200,7 +204,7 @@ class EngineCore:
         self.replicas = [Replica(config, num_blocks, block_size, look_ahead) for _ in range(config.dp_size)]
         self._requests: dict[str, Request] = {}
         self._by_sequence: dict[Sequence, tuple[Request, Completion]] = {}
-        self._compiling: dict[Request, Future[Any]] = {}
+        self._compiling: dict[Request, Future[Grammar]] = {}
         self._aborted: list[Request] = []
 
     @property
@@ -218,7 +222,7 @@ class EngineCore:
         *,
         seed: int,
         new_detokenizer: Callable[[], Detokenizer | None],
-        grammar: Future[Any] | None = None,
+        grammar: Future[Grammar] | None = None,
     ) -> None:
         """Queues a request with the replica that has the least work, a prefix that it has cached counting for it.
 
@@ -228,7 +232,9 @@ class EngineCore:
         params = prepared.params
         sequences = _sequences(request_id, prepared, seed)
         completions = [Completion(sequence, new_detokenizer()) for sequence in sequences]
-        request = Request(request_id, index, prepared.text, params, completions, time.monotonic())
+        request = Request(request_id, index, prepared.text, params, sequences[0], completions, time.monotonic())
+        if params.num_beams > 1:
+            request.search = BeamSearch(request.first, params, new_detokenizer)
         self._requests[request_id] = request
         self._by_sequence |= {completion.sequence: (request, completion) for completion in completions}
         if grammar is not None:
@@ -237,9 +243,9 @@ class EngineCore:
             self._queue(request)
 
     def _queue(self, request: Request) -> None:
-        token_ids = request.first.token_ids
-        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(token_ids))
-        self.replicas[request.replica].scheduler.add(request.first)
+        first = request.first
+        request.replica = min(range(len(self.replicas)), key=lambda i: self.replicas[i].work_with(first))
+        self.replicas[request.replica].scheduler.add(first)
 
     def abort(self, request_id: str, silently: bool = False) -> bool:
         """Ends a request; unless silently, the next `step` gives it for the last time. False if it is unknown."""
@@ -254,6 +260,9 @@ class EngineCore:
     def _end(self, request: Request, reason: str) -> None:
         """Ends what is unfinished of a request, from outside."""
         is_queued = self._compiling.pop(request, None) is None
+        if request.search is not None:
+            request.search.give_up(reason)
+            self._conclude(request, request.search)
         for completion in request.completions:
             if completion.sequence.finish_reason is None:
                 if is_queued:
@@ -279,25 +288,34 @@ class EngineCore:
         return any(replica.in_flight or replica.scheduler.has_work for replica in self.replicas)
 
     def _compiled(self, wait: bool) -> list[Request]:
-        """Queues the requests whose grammar is there; gives those that failed for it. wait: for the first."""
+        """Queues the requests whose grammar is there; gives those that failed for it. wait: a little, for the first."""
         if self._compiling and wait:
-            futures.wait(self._compiling.values(), return_when=futures.FIRST_COMPLETED)
+            futures.wait(self._compiling.values(), _PATIENCE_S, futures.FIRST_COMPLETED)
         failed = []
         for request, grammar in [item for item in self._compiling.items() if item[1].done()]:
-            try:
-                compiled = grammar.result()
-            except Exception as error:
+            error = self._constrain(request, grammar)
+            del self._compiling[request]
+            if error is None:
+                self._queue(request)
+            else:
                 for completion in request.completions:
-                    completion.sequence.end("error", " ".join(str(error).split()))
-                del self._compiling[request]
+                    completion.sequence.end("error", error)
                 self._retire(request)
                 failed.append(request)
-                continue
-            del self._compiling[request]
-            for completion in request.completions:
-                completion.sequence.constraint = compiled.matcher(completion.sequence.eos_token_ids)
-            self._queue(request)
         return failed
+
+    def _constrain(self, request: Request, grammar: Future[Grammar]) -> str | None:
+        """Lets a grammar take hold of a request's sequences; why it cannot."""
+        try:
+            compiled = grammar.result()
+        except ConfigError as error:
+            return str(error)
+        for completion in request.completions:
+            sequence = completion.sequence
+            sequence.constraint = constraint = Constraint(compiled, sequence.stop_token_ids)
+            if constraint.error is not None:
+                return constraint.error
+        return None
 
     def drain(self) -> list[Request]:
         """Waits for all steps in flight, so that nothing is under way on any rank; the requests that these moved on."""
@@ -336,22 +354,26 @@ class EngineCore:
         for sequence in moved:
             self._on_moved(sequence)
         for request in requests:
+            if request.search is not None:
+                self._search_on(replica, request, request.search, now)
             if request.ended:
                 self._retire(request)
         return list(requests)
 
     def _heed(self, replica: Replica, sequence: Sequence, now: float) -> str | None:
-        """Takes note of a sequence's new token; "stop" if the text or the grammar ends with it."""
+        """Takes note of a sequence's new token; why the sequence ends with it by its text or its grammar, or None."""
         replica.num_output_tokens += 1
         request, completion = self._by_sequence[sequence]
         if sequence is request.first:
             request.token_times.append(now)
-        token_id, detokenizer, stops = sequence.token_ids[-1], completion.detokenizer, False
-        if detokenizer is not None:
-            stops = detokenizer.append(token_id, look_for_stop=sequence.num_output_tokens >= sequence.min_tokens)
+        token_id, detokenizer, reason = sequence.token_ids[-1], completion.detokenizer, None
         if sequence.constraint is not None:
-            stops |= sequence.constraint.accept(token_id)
-        return "stop" if stops else None
+            reason, sequence.error = sequence.constraint.accept(token_id), sequence.constraint.error
+        if detokenizer is not None:
+            may_stop = sequence.num_output_tokens >= sequence.min_tokens
+            if detokenizer.append(token_id, look_for_stop=may_stop):
+                reason = reason or "stop"
+        return reason
 
     def _on_moved(self, sequence: Sequence) -> None:
         _, completion = self._by_sequence[sequence]
@@ -359,10 +381,41 @@ class EngineCore:
         if sequence.finish_reason is not None and detokenizer is not None and detokenizer.stopped_by is None:
             detokenizer.finish()
 
+    def _search_on(self, replica: Replica, request: Request, search: BeamSearch, now: float) -> None:
+        """Lets the beams of a request go on, or end, once it is known with what all of them may."""
+        if error := next((sequence.error for sequence in search.sequences if sequence.error), None):
+            search.give_up("error", error)
+            self._conclude(request, search)
+        elif search.is_ready:
+            request.token_times.append(now)
+            replica.num_output_tokens += len(search.beams)
+            chosen = search.choose()
+            if not chosen:
+                self._conclude(request, search)
+                return
+            completion = self._by_sequence[search.sequences[0]][1]
+            heirs = [(continuation.beam, continuation.token_id) for continuation in chosen]
+            sequences = replica.scheduler.advance_beams(search.sequences, heirs)
+            self._forget(search.sequences)
+            self._by_sequence |= dict.fromkeys(sequences, (request, completion))
+            search.follow(chosen, sequences)
+
+    def _conclude(self, request: Request, search: BeamSearch) -> None:
+        """A request's completions are what its search has found."""
+        for sequence in search.sequences:
+            self.replicas[request.replica].scheduler.finish(sequence, "abort")
+        self._forget(search.sequences)
+        request.completions = [Completion(h.sequence, h.detokenizer, h.logprob) for h in search.outputs()]
+        request.search = None
+        self._by_sequence |= {completion.sequence: (request, completion) for completion in request.completions}
+
+    def _forget(self, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            del self._by_sequence[sequence]
+
     def _retire(self, request: Request) -> None:
         del self._requests[request.request_id]
-        for completion in request.completions:
-            del self._by_sequence[completion.sequence]
+        self._forget([completion.sequence for completion in request.completions])
 
     def speculate(self, config: SpeculativeConfig | None, longest: int) -> None:
         """Lets every replica guess tokens ahead, or none; no step is in flight. longest: as `create_speculator`."""
@@ -382,29 +435,37 @@ _SIBLING_SEED = 0x9FB21C651E98DF25  # odd: n samples have n seeds
 
 
 def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Sequence]:
-    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1."""
+    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1.
+
+    One for a beam search, with which its beams begin.
+    """
     params = prepared.params
     eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
-    count = max(params.n, params.best_of or 1)
+    stops, forced = eos | frozenset(params.stop_token_ids), tuple(params.forced_token_ids or ())
+    count = 1 if params.num_beams > 1 else max(params.n, params.best_of or 1)
 
     def sequence(number: int, siblings: list[Sequence]) -> Sequence:
         assert params.temperature is not None and params.top_k is not None
         assert params.top_p is not None and params.min_p is not None
-        own_seed = (seed + number * _SIBLING_SEED) % 2**64
+        own_seed = (seed + number * _SIBLING_SEED) % 2**63  # one that a request may have
         is_ranked = count > params.n
         return Sequence(
             request_id,
             list(prepared.token_ids),
             max_tokens=prepared.max_tokens,
-            min_tokens=params.min_tokens,
-            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            min_tokens=max(params.min_tokens, len(forced)),  # what is forced is followed, whatever it is
+            stop_token_ids=stops,
             eos_token_ids=eos,
             sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
             logits=None if prepared.logits.is_neutral else prepared.logits,
             logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
             prompt_logprobs=None if number else params.prompt_logprobs,
-            forced=tuple(params.forced_token_ids or ()),
+            forced=forced,
+            num_candidates=num_candidates(params.num_beams, len(stops)) if params.num_beams > 1 else 0,
+            num_beams_to_come=params.num_beams - 1,
             priority=params.priority,
+            is_pooled=prepared.is_pooled,
+            num_asked=prepared.num_unasked,
             siblings=siblings,
         )
 

@@ -1,5 +1,6 @@
 """Text from token ids, one at a time."""
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,12 @@ class Detokenizer:
         from tokenizers.decoders import DecodeStream
 
         return DecodeStream(skip_special_tokens=self._skip_special_tokens)
+
+    def fork(self) -> "Detokenizer":
+        """Another that has taken the same tokens. It decodes all of them each time: not every stream can be copied."""
+        other = copy.copy(self)
+        other._stream, other._token_ids = None, self._token_ids[:]
+        return other
 
     def append(self, token_id: int, look_for_stop: bool) -> bool:
         """Takes one more token. True if the text has now reached a stop string: it ends before it, or after."""

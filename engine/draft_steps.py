@@ -111,7 +111,7 @@ class DraftSteps:
         sequence.drafted.append(token_id)
         ends = token_id in sequence.stop_token_ids
         if sequence.constraint is not None:
-            _, num_allowed = sequence.constraint.fill_for_drafts(sequence.drafted)
+            _, num_allowed = sequence.constraint.masks(sequence.drafted)
             ends |= num_allowed < len(sequence.drafted)
             del sequence.drafted[num_allowed:]
         if ends:

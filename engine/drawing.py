@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ..kernels import Ops
-from ..kernels.eager import apply_bitmask, bitmask_limits
 from ..mesh.collectives import Communicator
 from ..shardformer.shard import Range
 from .histories import Histories, HistoryWrites
@@ -28,6 +27,9 @@ from .step import GivenRows, SampleRequest, StepInput, StepOutput, TokenLogprobs
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to this rank's logits, float32 [num_rows, local_vocab]."""
+
+Norm = Callable[[Tensor], Tensor]
+"""Hidden states [num_rows, hidden] to the model's last ones."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,16 @@ class Drawn:
     raw: list[Tensor] = field(default_factory=list)  # logits of each `Told`, float32 [n, local_vocab]
     rows: list[Tensor] = field(default_factory=list)  # its samples, int64 [n]
     beams: Tensor | None = None  # ids of the likeliest tokens, then their scores: float64 [num_beams, 2 * top]
-    given: list[Tensor] = field(default_factory=list)
+    given: list[Tensor] = field(default_factory=list)  # of each `GivenRows`, as `Logprobs` gives it
+    pooled: list[Tensor] = field(default_factory=list)  # of each `PooledRows`, float32 [hidden]
     errors: list[tuple[int, str]] = field(default_factory=list)  # samples whose processors failed, and why
     told: list[Tensor] = field(default_factory=list)  # of each `Told`, as `Logprobs` gives it
 
     @property
     def numbers(self) -> list[Tensor]:
         """What is to come to the host: token ids first."""
-        return [self.draw.numbers, *self.told, *([] if self.beams is None else [self.beams]), *self.given]
+        beams = [] if self.beams is None else [self.beams]
+        return [self.draw.numbers, *self.told, *beams, *self.given, *self.pooled]
 
 
 class Drawing:
@@ -126,7 +130,7 @@ class Drawing:
         self.rules = LogitsRules(tp, vocabulary, self.histories)
         self.logprobs = Logprobs(tp, vocabulary)
         self.vocab_size, self._start = vocabulary[-1][1], vocabulary[tp.rank][0]
-        self._limits = bitmask_limits(device)
+        self._apply_bitmask = ops.apply_bitmask
 
     def plan(self, step: StepInput) -> DrawingPlan:
         """Called step by step, in their order."""
@@ -151,19 +155,24 @@ class Drawing:
         """Brings histories up to date. drawn: what the last step drew."""
         self.histories.apply(plan.histories, arrays, drawn)
 
-    def __call__(self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor]) -> Drawn:
+    def __call__(
+        self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor], norm: Norm
+    ) -> Drawn:
         """hidden: [num_tokens, hidden] of the step; arrays: those of `plan`, and "rows", on the device."""
         given = self._given(hidden, head, plan, arrays)
+        pooled = [norm(hidden[rows.row : rows.stop]).float().sum(dim=0) for rows in plan.step.pooled]
         samples = plan.step.samples
         if not samples:
-            return Drawn(Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given)
+            return Drawn(
+                Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given, pooled=pooled
+            )
         logits = head(hidden.index_select(0, arrays["rows"]))
         raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
         if plan.beams:
             logits.index_copy_(0, arrays["beams"], self.logprobs.normalised(logits.index_select(0, arrays["beams"])))
         self.rules.apply(logits, plan.rules, arrays)
         if plan.step.masks is not None:
-            apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start, self._limits)
+            self._apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start)
         errors = self.rules.process(logits, plan.rules)
         beams = None
         if plan.beams:
@@ -171,7 +180,7 @@ class Drawing:
             beams = self.logprobs.likeliest(logits.index_select(0, arrays["beams"]), most)
         draw = self.sampler(logits, plan.draws, arrays)
         rows = [arrays[f"told_{number}"] for number in range(len(plan.told))]
-        drawn = Drawn(draw, plan, raw, rows, beams, given, errors)
+        drawn = Drawn(draw, plan, raw, rows, beams, given, pooled, errors)
         drawn.told = self._tell(drawn)
         if draw.complete is not None:
             drawn.rows = [row.clone() for row in rows]  # of the step's arrays, which the next step's replace
@@ -216,6 +225,7 @@ def output_of(drawn: Drawn, numbers: Sequence[Tensor]) -> StepOutput:
         token_ids=token_ids,
         logprobs=tuple(logprobs) if plan.told or plan.beams else None,
         given=tuple(scores),
+        pooled=tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled),
         errors=tuple(drawn.errors),
     )
 

@@ -4,6 +4,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +24,7 @@ from .description import describe_bound
 from .detokenizer import Detokenizer
 from .draft_model import check_tokenizer, draft_config, open_draft
 from .executor import rank_name, warn_if_tp_spans_hosts
-from .output import RequestOutput
+from .output import EmbeddingOutput, RequestOutput, ScoreOutput
 from .plan import (
     check_backend_name,
     check_draft,
@@ -35,7 +36,9 @@ from .plan import (
     look_ahead,
     why_cpu,
 )
-from .prompts import Preparer, Prompt, default_params, find_tokenizer, pair
+from .prompts import PreparedRequest, Preparer, Prompt, default_params, find_tokenizer, in_batch, pair
+from .scoring import embedding_of, prepare_embeddings, prepare_scores, score_of
+from .structured import Grammar, GrammarCompiler
 from .worker import DraftInfo, RankInfo
 from .world import World
 
@@ -107,6 +110,7 @@ class InferenceEngine:
         self._spec, self.speculative = checkpoint.spec, config.speculative
         draft = self._open_draft(config.speculative)
         check_fit(config, checkpoint.spec, devices, first_rank, None if draft is None else draft.spec)
+        self._grammars: GrammarCompiler | None = None
         self._world = World(config, devices, place, checkpoint)
         try:
             with ExitStack() as files:
@@ -153,7 +157,9 @@ class InferenceEngine:
             length_reason=f" (the KV cache has {self.num_blocks} blocks of {self.block_size})"
             if self.max_model_len == self.num_blocks * self.block_size
             else "",
+            ranks_are_apart=self.config.world_size > 1,
         )
+        self._grammars = GrammarCompiler(self.tokenizer, checkpoint.spec.vocab_size, defaults.eos_token_ids or ())
         self._num_requests = 0
         self._fresh_ids = (f"request-{number}" for number in count())
         self._claimed: set[str] = set()  # ids of the requests that a running `generate` or `stream` waits for
@@ -210,7 +216,7 @@ class InferenceEngine:
 
     def add_request(self, prompt: Prompt, sampling_params: Any = None, request_id: str | None = None) -> str:
         """Queues one prompt for `step` to work on; gives the request's id. Raises as `generate` does."""
-        return self._world.everywhere(lambda: self._add([(prompt, sampling_params)], [request_id])[0])
+        return self._world.everywhere(lambda: self._add([self._prepare_one(prompt, sampling_params)], [request_id])[0])
 
     def step(self) -> list[RequestOutput]:
         """Does one step of work; gives the outputs of the requests that it moved on."""
@@ -226,22 +232,70 @@ class InferenceEngine:
             lambda: self._core.has_unfinished or any(o.request_id not in self._claimed for o in self._unclaimed)
         )
 
+    def score(
+        self,
+        texts: Prompt | Sequence[Prompt],
+        continuations: Prompt | Sequence[Prompt] | None = None,
+        *,
+        logprobs: int = 0,
+        progress: bool = True,
+    ) -> list[ScoreOutput]:
+        """How probable texts are: of each token, given those before it. The first is given.
+
+        texts: as the prompts of `generate`, up to `max_model_len` tokens each.
+        continuations: one for each text, of which only these tokens are scored; appended token by token, without
+            special tokens.
+        logprobs: so many of the likeliest tokens are told in each place; -1: all.
+        """
+        return self._world.everywhere(lambda: self._score(texts, continuations, logprobs, progress))
+
+    def embed(
+        self, texts: Prompt | Sequence[Prompt], pooling: str = "mean", normalize: bool = False, *, progress: bool = True
+    ) -> list[EmbeddingOutput]:
+        """Texts as vectors: the last hidden states (after the final norm) of all tokens, "mean", or of one of them,
+        "last" or "first".
+
+        texts: as the prompts of `generate`, up to `max_model_len` tokens each; normalize: to length 1.
+        """
+        return self._world.everywhere(lambda: self._embed(texts, pooling, normalize, progress))
+
     def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
+        return self._finish(self._prepare(prompts, sampling_params), "Generating", progress)
+
+    def _score(self, texts: Any, continuations: Any, logprobs: int, progress: bool) -> list[ScoreOutput]:
+        requests = prepare_scores(self._preparer, texts, continuations, logprobs)
+        outputs = self._finish(requests, "Scoring", progress)
+        return [score_of(request, output) for request, output in zip(requests, outputs, strict=True)]
+
+    def _embed(self, texts: Any, pooling: str, normalize: bool, progress: bool) -> list[EmbeddingOutput]:
+        requests = prepare_embeddings(self._preparer, texts, pooling)
+        outputs = self._finish(requests, "Embedding", progress)
+        return [embedding_of(request, output, normalize) for request, output in zip(requests, outputs, strict=True)]
+
+    def _prepare(self, prompts: Any, sampling_params: Any) -> list[PreparedRequest]:
+        return in_batch("prompts", pair(prompts, sampling_params), self._prepare_one)
+
+    def _prepare_one(self, prompt: Prompt, sampling_params: Any) -> PreparedRequest:
+        request = self._preparer.prepare(prompt, sampling_params)
+        self._check_room(request)
+        return request
+
+    def _finish(self, requests: Sequence[PreparedRequest], doing: str, progress: bool) -> list[RequestOutput]:
+        """Runs requests to their ends, under a progress bar; their outputs in the same order."""
         from tqdm import tqdm
 
-        requests = pair(prompts, sampling_params)
         finished: dict[int, RequestOutput] = {}
         started, num_tokens = time.monotonic(), 0
-        with tqdm(total=len(requests), desc="Generating", unit="request", disable=not progress) as bar:
+        with tqdm(total=len(requests), desc=doing, unit="request", disable=not progress) as bar:
             for output in self._run(requests, every_step=False):
                 finished[output.index] = output
-                num_tokens += len(output.token_ids)
+                num_tokens += len(output.token_ids) or output.num_prompt_tokens
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.1f} tokens/s", refresh=False)
                 bar.update()
         return [finished[index] for index in range(len(requests))]
 
     def _stream(self, prompts: Any, sampling_params: Any) -> Iterator[RequestOutput]:
-        yield from self._run(pair(prompts, sampling_params), every_step=True)
+        yield from self._run(self._prepare(prompts, sampling_params), every_step=True)
 
     def _step(self) -> list[RequestOutput]:
         if self._core.has_unfinished:
@@ -256,7 +310,7 @@ class InferenceEngine:
             self._unclaimed = [output for output in self._unclaimed if not wanted(output.request_id)]
         return taken
 
-    def _run(self, requests: Sequence[tuple[Prompt, Any]], every_step: bool) -> Iterator[RequestOutput]:
+    def _run(self, requests: Sequence[PreparedRequest], every_step: bool) -> Iterator[RequestOutput]:
         """Queues requests, steps until they have ended, gives their outputs; keeps others' for who waits for them."""
         unfinished: set[str] = set()
         try:
@@ -282,23 +336,14 @@ class InferenceEngine:
             self._take(unfinished.__contains__)
             self._claimed -= unfinished
 
-    def _add(self, requests: Sequence[tuple[Prompt, Any]], request_ids: Sequence[str | None] = ()) -> list[str]:
-        """Checks all of the requests, then queues all of them; their ids."""
-        prepared = []
-        for index, (prompt, params) in enumerate(requests):
-            try:
-                prepared.append(self._preparer.prepare(prompt, params))
-            except (ValueError, TypeError) as error:
-                if len(requests) == 1:
-                    raise
-                kind = next(kind for kind in (ConfigError, TypeError, ValueError) if isinstance(error, kind))
-                raise kind(f"prompts[{index}]: {error}") from None
-        given = request_ids or [None] * len(prepared)
+    def _add(self, requests: Sequence[PreparedRequest], request_ids: Sequence[str | None] = ()) -> list[str]:
+        """Queues all of the requests; their ids."""
+        given = request_ids or [None] * len(requests)
         ids = [request_id or next(i for i in self._fresh_ids if i not in self._core) for request_id in given]
         for request_id in ids:
             if request_id in self._core:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
-        for index, (request_id, request) in enumerate(zip(ids, prepared, strict=True)):
+        for index, (request_id, request) in enumerate(zip(ids, requests, strict=True)):
             params = request.params
             own_seed = self.config.seed + (self._num_requests + 1) * 0x5851F42D4C957F2D  # differs by request
             self._core.add(
@@ -307,9 +352,33 @@ class InferenceEngine:
                 request,
                 seed=own_seed if params.seed is None else params.seed,
                 new_detokenizer=partial(self._new_detokenizer, params),
+                grammar=self._grammar(params),
             )
             self._num_requests += 1
         return ids
+
+    def _check_room(self, request: PreparedRequest) -> None:
+        """Raises ConfigError if all outputs of a request, or all of its beams, cannot be worked on together."""
+        params, limit = request.params, self.config.max_num_seqs
+        for name, number in (("n", params.n), ("best_of", params.best_of or 1), ("num_beams", params.num_beams)):
+            if number > limit:
+                raise ConfigError(f"{name}={number} is more than max_num_seqs={limit}, which are worked on at a time")
+        if params.num_beams > 1:
+            num_shared = len(request.token_ids) // self.block_size
+            num_tokens = len(request.token_ids) + request.max_tokens - 1
+            num_own = -(-num_tokens // self.block_size) - num_shared
+            needed = num_shared + params.num_beams * num_own
+            if needed > self.num_blocks:
+                raise ConfigError(
+                    f"num_beams={params.num_beams} with {len(request.token_ids)} prompt tokens and "
+                    f"max_tokens={request.max_tokens} may need {needed} blocks of KV cache, and there are "
+                    f"{self.num_blocks} of {self.block_size} tokens; give fewer beams, a smaller max_tokens, or more "
+                    "num_kv_blocks"
+                )
+
+    def _grammar(self, params: SamplingParams) -> Future[Grammar] | None:
+        assert self._grammars is not None
+        return None if params.structured_outputs is None else self._grammars.submit(params.structured_outputs)
 
     def _new_detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
@@ -457,6 +526,8 @@ class InferenceEngine:
 
     def close(self) -> None:
         """Ends the ranks and frees their memory; can be called twice. Under torchrun every rank calls it."""
+        if self._grammars is not None:
+            self._grammars.close()
         self._world.close()
 
     def __enter__(self) -> "InferenceEngine":

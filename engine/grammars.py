@@ -17,7 +17,7 @@ _GBNF_TOKEN = re.compile(
     r"""(?P<comment>\#[^\n]*) | (?P<text>"(?:[^"\\]|\\.)*" | \[(?:[^\]\\]|\\.)*\]) | (?P<name>[\w-]+)""",
     re.VERBOSE | re.DOTALL,
 )
-_UNICODE_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+_ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
 def grammar_of(params: StructuredOutputsParams) -> str:
@@ -69,9 +69,10 @@ def _lark(grammar: str) -> str:
 
 
 def _plain_gbnf(grammar: str) -> str:
-    r"""The same in what the library's converter reads: no comment, no \u escape, no rule `start`, `|` at a line's end.
+    """The same in what the library's converter reads.
 
-    (Lark's first rule has that name; GBNF's is `root`.)
+    It has no comments, no escapes by code point, no `|` that begins a line, and no rule `start`, as Lark's first is
+    called (GBNF's is `root`).
     """
 
     def plain(token: re.Match[str]) -> str:
@@ -79,17 +80,15 @@ def _plain_gbnf(grammar: str) -> str:
             return ""
         if token["name"]:
             return "start-rule" if token["name"] == "start" else token["name"]
-        return _UNICODE_ESCAPE.sub(_character, token["text"])
+        return _ESCAPE.sub(_character, token["text"])
 
     return re.sub(r"\s*\n\s*\|", " |", _GBNF_TOKEN.sub(plain, grammar))
 
 
 def _character(escape: re.Match[str]) -> str:
     """An escape by code point as the character itself, or as an escape that Lark knows too; others as they are."""
-    digits = escape[1] or escape[2]
+    digits = escape[1] or escape[2] or escape[3]
     if digits is None:
         return escape[0]
-    code = int(digits, 16)
-    if code < 0x80:
-        return f"\\x{code:02x}"
-    return chr(code)
+    character = chr(int(digits, 16))
+    return character if character.isalnum() or character > "\x7f" else f"\\x{ord(character):02x}"

@@ -141,7 +141,7 @@ class ModelRunner:
     def _draw(self, hidden: Tensor, plan: DrawingPlan, sent: Sent) -> Drawn:
         assert self.drawing is not None
         self.drawing.begin(plan, sent.arrays, self.drawn)
-        drawn = self.drawing(hidden, self.stage.logits, plan, sent.arrays)
+        drawn = self.drawing(hidden, self.stage.logits, plan, sent.arrays, self.stage.last_hidden)
         self._keep(drawn)
         return drawn
 

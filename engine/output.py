@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp
+from typing import Any
 
 from .step import TokenLogprobs
 
@@ -34,7 +35,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None  # the stop string or token id that ended it, unless that is an end token
     delta: str = ""  # what `text` has gained since the request's last output
     logprobs: tuple[TokenLogprobs, ...] | None = None  # of each token, if asked for
-    cumulative_logprob: float | None = None  # their sum
+    cumulative_logprob: float | None = None  # their sum; of a beam: of its tokens', after penalties and bans
     error: str | None = None  # why, if finish_reason is "error"
 
 
@@ -47,10 +48,11 @@ class RequestOutput:
     prompt: str | None  # None for a prompt given as token ids
     prompt_token_ids: tuple[int, ...]
     num_cached_tokens: int  # prompt tokens whose keys and values were found in the prefix cache
-    outputs: tuple[CompletionOutput, ...]
+    outputs: tuple[CompletionOutput, ...]  # n; of beams, fewer if no more were found
     finished: bool
     timings: RequestTimings
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of each prompt token; None for the first
+    pooled: tuple[bytes, ...] = ()  # of `embed`: float32 [hidden], whose sum is that of the last hidden states
     num_drafted: int = 0  # tokens that were guessed ahead, by speculative decoding
     num_accepted: int = 0  # of these, those that were right
 
@@ -88,23 +90,61 @@ class RequestOutput:
 class ScoreOutput:
     """How probable a text is to the model."""
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]  # of each token from the second on
+    token_ids: tuple[int, ...]  # a continuation's at the end
+    logprobs: tuple[TokenLogprobs, ...]  # of each token from the second on, or of the continuation's
 
     @property
     def logprob(self) -> float:
-        """Natural logarithm of the probability of all tokens after the first."""
+        """Natural logarithm of the probability of these tokens, given those before them."""
         return sum(token.logprob for token in self.logprobs)
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability of a token; 1 where there is only one token."""
+        """exp of the mean negative log-probability of a token; 1 where a text has only one token."""
         return exp(-self.logprob / len(self.logprobs)) if self.logprobs else 1.0
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether greedy decoding gives these tokens."""
+        return all(token.rank == 1 for token in self.logprobs)
 
 
 @dataclass(frozen=True)
 class EmbeddingOutput:
     """A text as a vector."""
 
-    token_ids: tuple[int, ...]
-    embedding: Sequence[float]  # [hidden]
+    token_ids: tuple[int, ...]  # that were computed: of pooling "first" one
+    embedding: tuple[float, ...]  # [hidden]
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log-probability in its place, as vLLM gives it."""
+
+    logprob: float
+    rank: int  # 1: the likeliest
+    decoded_token: str | None  # None without a tokenizer
+
+
+def logprob_dicts(
+    token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], tokenizer: Any = None
+) -> list[dict[int, Logprob] | None]:
+    """What is told of each token as vLLM gives it: {token id: Logprob}, of the token and of the likeliest ones.
+
+    logprobs: of the last tokens of `token_ids`, or of all; None where nothing is told, as of a prompt's first token.
+    """
+    text = {} if tokenizer is None else _decoded(token_ids, logprobs, tokenizer)
+    dicts: list[dict[int, Logprob] | None] = []
+    for token_id, told in zip(token_ids[len(token_ids) - len(logprobs) :], logprobs, strict=True):
+        if told is None:
+            dicts.append(None)
+            continue
+        own = {token_id: Logprob(told.logprob, told.rank, text.get(token_id))}
+        top = zip(told.top_ids, told.top_logprobs, strict=True)
+        dicts.append(own | {i: Logprob(value, rank, text.get(i)) for rank, (i, value) in enumerate(top, start=1)} | own)
+    return dicts
+
+
+def _decoded(token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs | None], tokenizer: Any) -> dict[int, str]:
+    ids = {*token_ids}.union(*(told.top_ids for told in logprobs if told is not None))
+    return {token_id: tokenizer.decode([token_id]) for token_id in ids}

@@ -1,11 +1,12 @@
 """From what a user gives, a prompt and parameters in one of several forms, to token ids and settled parameters."""
 
-from collections.abc import Mapping, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..config import SamplingParams, as_sampling_params
+from ..config import ConfigError, SamplingParams, as_sampling_params
 from ..shardformer import Model
 from .logits_spec import LogitsSpec
 from .vocabulary import Vocabulary, error_line, out_of_range
@@ -22,8 +23,10 @@ class PreparedRequest:
     text: str | None  # None for a prompt of token ids
     token_ids: list[int]
     params: SamplingParams  # every field settled
-    max_tokens: int  # output tokens at most, also by what the context leaves
+    max_tokens: int  # output tokens at most, also by what the context leaves; 0: only the prompt is computed
     logits: LogitsSpec
+    num_unasked: int = 0  # its first tokens, of which neither log-probabilities nor hidden states are asked
+    is_pooled: bool = False  # the last hidden states of the others are asked for
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,14 @@ class Preparer:
     vocab_size: int
     max_model_len: int
     length_reason: str  # why max_model_len is what it is, for messages; may be empty
+    ranks_are_apart: bool = False  # in other processes, to which users' callables are sent
 
     def prepare(self, prompt: Prompt, params: Any) -> PreparedRequest:
         """Raises ValueError or TypeError, one line that names the field and the value, for what cannot be served."""
         given = as_sampling_params(params)
         resolved = given.resolve(self.defaults)
-        vocabulary = Vocabulary(self.tokenizer, self.vocab_size)
-        vocabulary.check(given)
+        self._vocabulary.check(given)
         text, token_ids = self._tokenize(prompt)
-        if not token_ids:
-            raise ValueError("prompt is empty: it must have at least one token")
         if resolved.truncate_prompt_tokens is not None:
             token_ids = token_ids[-self._num_kept(resolved) :]
         if len(token_ids) >= self.max_model_len:
@@ -53,7 +54,43 @@ class Preparer:
                 "truncate_prompt_tokens would keep its end"
             )
         limit = self._output_limit(len(token_ids), resolved)
-        return PreparedRequest(text, token_ids, resolved, limit, vocabulary.logits_spec(resolved, len(token_ids)))
+        logits = self._vocabulary.logits_spec(resolved, len(token_ids))
+        if self.ranks_are_apart:
+            pickle.dumps(logits.processors)  # refuses what cannot be
+        return PreparedRequest(text, token_ids, resolved, limit, logits)
+
+    def prepare_scored(self, text: Prompt, continuation: Prompt | None, logprobs: int) -> PreparedRequest:
+        """A text whose tokens are told of; only those of its continuation, where there is one. Raises as `prepare`."""
+        self._vocabulary.check(SamplingParams(logprobs=logprobs))
+        _, token_ids = self._tokenize(text)
+        num_unasked = 0
+        if continuation is not None:
+            num_unasked = len(token_ids) - 1  # the last one is asked what comes after it
+            _, more = self._tokenize(continuation, "continuation", add_special_tokens=False)
+            token_ids = token_ids + more
+        params = SamplingParams(prompt_logprobs=logprobs, detokenize=False).resolve(SamplingParams())
+        return PreparedRequest(None, self._fitting(token_ids), params, 0, LogitsSpec(), num_unasked)
+
+    def prepare_pooled(self, text: Prompt, pooling: str) -> PreparedRequest:
+        """A text whose last hidden states are asked for: of all tokens or of one. Raises as `prepare`."""
+        _, token_ids = self._tokenize(text)
+        self._fitting(token_ids)
+        if pooling == "first":
+            token_ids = token_ids[:1]  # it sees no others
+        num_unasked = len(token_ids) - 1 if pooling == "last" else 0
+        params = SamplingParams(detokenize=False).resolve(SamplingParams())
+        return PreparedRequest(None, token_ids, params, 0, LogitsSpec(), num_unasked, is_pooled=True)
+
+    @property
+    def _vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.tokenizer, self.vocab_size)
+
+    def _fitting(self, token_ids: list[int]) -> list[int]:
+        if len(token_ids) > self.max_model_len:
+            raise ValueError(
+                f"text has {len(token_ids)} tokens; max_model_len={self.max_model_len}{self.length_reason} is the most"
+            )
+        return token_ids
 
     def _num_kept(self, params: SamplingParams) -> int:
         """Tokens of the prompt that are kept at most, by `truncate_prompt_tokens`."""
@@ -75,9 +112,16 @@ class Preparer:
             f"with max_model_len={self.max_model_len}{self.length_reason} it may have at most {self.max_model_len - 1}"
         )
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokenize(self, prompt: Prompt, name: str = "prompt", **options: bool) -> tuple[str | None, list[int]]:
+        """Its text, unless it is token ids, and at least one token."""
+        text, token_ids = self._text_and_ids(prompt, **options)
+        if not token_ids:
+            raise ValueError(f"{name} is empty: it must have at least one token")
+        return text, token_ids
+
+    def _text_and_ids(self, prompt: Prompt, **options: bool) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
-            return prompt, self._encode(prompt)
+            return prompt, self._encode(prompt, **options)
         if not isinstance(prompt, Sequence):
             raise TypeError(f"prompt: {type(prompt).__name__} is not a text, a list of token ids, or a chat's messages")
         if prompt and isinstance(prompt[0], Mapping):
@@ -129,21 +173,41 @@ class Preparer:
         return limit
 
 
+def as_list(prompts: Any) -> list[Any]:
+    """The prompts of whatever `generate` was given. Raises TypeError."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
+        raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
+    if prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
+        return [prompts]  # one chat, or one list of token ids
+    return list(prompts)
+
+
 def pair(prompts: Any, params: Any) -> list[tuple[Prompt, Any]]:
     """One (prompt, parameters) for each prompt of whatever `generate` was given. Raises ValueError."""
-    if isinstance(prompts, str):
-        each: list[Prompt] = [prompts]
-    elif not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
-        raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
-    elif prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
-        each = [prompts]  # one chat, or one list of token ids
-    else:
-        each = list(prompts)
+    each = as_list(prompts)
     if not isinstance(params, Sequence) or isinstance(params, str):
         return [(prompt, params) for prompt in each]
     if len(params) != len(each):
         raise ValueError(f"sampling_params: {len(params)} given for {len(each)} prompts; give one, or one for each")
     return list(zip(each, params, strict=True))
+
+
+def in_batch(
+    name: str, items: Sequence[tuple[Any, ...]], prepare: Callable[..., PreparedRequest]
+) -> list[PreparedRequest]:
+    """All of them prepared; an error says which of several it is about."""
+    prepared = []
+    for index, item in enumerate(items):
+        try:
+            prepared.append(prepare(*item))
+        except (ValueError, TypeError) as error:
+            if len(items) == 1:
+                raise
+            kind = next(kind for kind in (ConfigError, TypeError, ValueError) if isinstance(error, kind))
+            raise kind(f"{name}[{index}]: {error}") from None
+    return prepared
 
 
 def find_tokenizer(model: Model, trust_remote_code: bool) -> Any:

@@ -1,6 +1,7 @@
 """A request's tokens and where they are on their way: plain Python, no torch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, Protocol
 
@@ -35,15 +36,14 @@ class SampleSpec:
     seed: int = 0  # of this request: with the position it gives the noise
 
 
-class Constraint(Protocol):
-    """What a grammar allows next; follows the sequence's output token by token."""
+class Constrains(Protocol):
+    """What a grammar allows next; see `constraint.py`."""
 
-    def fill_for_drafts(self, drafts: list[int]) -> tuple[Any, int]:
-        """Masks int32 [n + 1, ceil(vocab / 32)] for the next token and after each of the first n drafts, of which it
-        allows no more; and n."""
+    error: str | None
 
-    def accept(self, token_id: int) -> bool:
-        """Takes the next token; whether the output ends with it."""
+    def accept(self, token_id: int) -> str | None: ...
+
+    def masks(self, drafts: Seq[int]) -> tuple[Any, int]: ...
 
 
 @dataclass(eq=False)
@@ -64,10 +64,12 @@ class Sequence:
     logprobs: int | None = None  # how many of the likeliest tokens are told in each place; -1: all
     prompt_logprobs: int | None = None
     forced: tuple[int, ...] = ()  # the first output tokens
-    constraint: Constraint | None = None
+    constraint: Constrains | None = None
     priority: int = 0  # lower goes first
     num_candidates: int = 0  # of a beam: continuations that are told, of which its group chooses
-    is_pooled: bool = False  # its last hidden states are asked for
+    num_beams_to_come: int = 0  # the group's, that begin with its first token
+    is_pooled: bool = False  # its prompt's last hidden states are asked for
+    num_asked: int = 0  # tokens of its prompt of which nothing is asked, or what is asked of them is in a step
     siblings: list["Sequence"] = field(default_factory=list)  # same prompt, other noise: begun with its first token
 
     num_prompt_tokens: int = field(init=False)
@@ -89,9 +91,8 @@ class Sequence:
     drafted: list[int] = field(init=False, default_factory=list)  # of these, the tokens that are there
     num_draft_computed: int = field(init=False, default=0)  # of its tokens, then of `drafted`, in the draft's cache
     num_drafting: int = field(init=False, default=0)  # tokens in a step of the draft model that has not come back
-    num_asked: int = field(init=False, default=0)  # tokens of its prompt of which what was asked is in a step
     scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its output, if asked for
-    prompt_scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of its prompt from the second on
+    prompt_scores: list[TokenLogprobs] = field(init=False, default_factory=list)  # of tokens after those that are asked
     pooled_parts: list[bytes] = field(init=False, default_factory=list)  # float32 [hidden]: sums, of token after token
     candidates: TokenLogprobs | None = field(init=False, default=None)  # of a beam that is held
     is_held: bool = field(init=False, default=False)  # a beam that waits for the others of its group
@@ -101,6 +102,7 @@ class Sequence:
     error: str | None = field(init=False, default=None)  # why, if that is "error"
 
     def __post_init__(self) -> None:
+        assert self.prompt_logprobs is None or not self.is_pooled
         self.num_prompt_tokens = len(self.token_ids)
         for sibling in self.siblings:
             sibling.parent = self
@@ -128,24 +130,35 @@ class Sequence:
         return self.num_computed_tokens + self.num_in_flight
 
     @property
+    def num_reusable_tokens(self) -> int:
+        """How many of its tokens it may take from the cache: what is asked of the others must be computed."""
+        is_asked = self.prompt_logprobs is not None or self.is_pooled
+        return self.num_asked if is_asked and self.num_asked < self.num_prompt_tokens - 1 else self.num_tokens
+
+    @property
     def is_in_flight(self) -> bool:
         """Whether a step has it, so that its blocks are read or written."""
         return self.num_in_flight > 0 or self.num_drafting > 0
 
     @property
-    def needs_whole_prompt(self) -> bool:
-        """Whether it must compute what others have in the cache, since more is asked of it."""
-        return (self.prompt_logprobs is not None or self.is_pooled) and self.num_asked < self.num_prompt_tokens - 1
-
-    @property
     def needs_host(self) -> bool:
         """Whether its next step takes what the driver makes of the token before."""
-        return bool(self.constraint or self.num_candidates or self.forced or self.siblings)
+        is_forced = self.num_output_tokens < len(self.forced)
+        return bool(self.constraint or self.num_candidates or is_forced or self.siblings)
 
     @property
     def num_expected_tokens(self) -> int:
         """Tokens that it is expected to draw and compute after those pending; the last one drawn is never computed."""
         return max(0, min(self.max_tokens, EXPECTED_TOKENS) - self.num_output_tokens - 1)
+
+    def fork(self) -> "Sequence":
+        """Another with the same tokens so far, that holds nothing yet. Of its prompt nothing is asked any more."""
+        other = replace(
+            self, token_ids=self.token_ids[:], siblings=[], prompt_logprobs=None, is_pooled=False, num_beams_to_come=0
+        )
+        other.num_prompt_tokens, other.order = self.num_prompt_tokens, self.order
+        other.num_cached_tokens = self.num_cached_tokens
+        return other
 
     def forget_drafted(self) -> None:
         """What comes next is drafted anew."""

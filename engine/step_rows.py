@@ -67,7 +67,7 @@ class StepRows:
         """
         has_rules = sequence.slot is not None and sequence.logits is not None and not sequence.logits.processors
         if sequence.constraint is not None:
-            masks, num_valid = sequence.constraint.fill_for_drafts(sequence.drafted)
+            masks, num_valid = sequence.constraint.masks(sequence.drafted)
             assert num_valid == len(sequence.drafted)
             self._masked.append(len(self.samples))
             self._masks.append(masks[-1].tobytes())
@@ -79,7 +79,7 @@ class StepRows:
 
     def _mask(self, sequence: Sequence) -> None:
         assert sequence.constraint is not None
-        masks, num_valid = sequence.constraint.fill_for_drafts(list(sequence.drafts))
+        masks, num_valid = sequence.constraint.masks(sequence.drafts)
         assert num_valid == len(sequence.drafts)
         self._masked += range(len(self.samples), len(self.samples) + 1 + num_valid)
         self._masks.append(masks.tobytes())
@@ -100,22 +100,22 @@ class StepRows:
         sequence.num_told_tokens = keep + len(tokens)
 
     def add_given(self, sequence: Sequence, first: int, count: int) -> None:
-        """What is asked of the prompt, of which the step has `count` tokens from `first` on, not asked before."""
+        """What is asked of the prompt and was not before, the step having `count` of the sequence's tokens from its
+        `first` on."""
         start = sequence.num_scheduled_tokens - count
+        num_askable = sequence.num_prompt_tokens - (0 if sequence.is_pooled else 1)
+        begin, stop = max(start, sequence.num_asked), min(start + count, num_askable)
+        if begin >= stop:
+            return
+        row = first + begin - start
         if sequence.prompt_logprobs is not None:
-            begin = max(start, sequence.num_asked)
-            stop = min(start + count, sequence.num_prompt_tokens - 1)
-            if begin < stop:
-                targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
-                self.given.append(GivenRows(first + begin - start, targets, sequence.prompt_logprobs))
-                self.scored.append(sequence)
-                sequence.num_asked = stop
+            targets = array("q", sequence.token_ids[begin + 1 : stop + 1])
+            self.given.append(GivenRows(row, targets, sequence.prompt_logprobs))
+            self.scored.append(sequence)
         if sequence.is_pooled:
-            begin = max(start, sequence.num_asked)
-            if begin < start + count:
-                self.pooled.append(PooledRows(first + begin - start, first + count))
-                self.in_pool.append(sequence)
-                sequence.num_asked = start + count
+            self.pooled.append(PooledRows(row, row + stop - begin))
+            self.in_pool.append(sequence)
+        sequence.num_asked = stop
 
 
 def _sample_request(sequence: Sequence, row: int, position: int) -> SampleRequest:

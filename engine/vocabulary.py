@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import SamplingParams
 from .logits_spec import LogitsSpec
+from .portable import Portable
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Vocabulary:
             allowed=None if allowed is None else self._known(allowed),
             suppressed=self._known(params.suppress_tokens or ()),
             begin_suppressed=self._known(params.begin_suppress_tokens or ()),
-            processors=tuple(params.logits_processors),
+            processors=tuple(
+                Portable(processor, f"SamplingParams.logits_processors[{place}]")
+                for place, processor in enumerate(params.logits_processors)
+            ),
         )
 
     def _known(self, ids: Iterable[int]) -> tuple[int, ...]:

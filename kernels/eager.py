@@ -480,27 +480,20 @@ def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int)
     return best.values, best.indices + start
 
 
-def bitmask_limits(device: torch.device) -> Tensor:
-    """What `apply_bitmask` looks up: float32 [256, 8], for each byte and bit inf if the bit is set, else -inf."""
-    bits = torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device) & 1
-    return torch.where(bits.bool(), float("inf"), float("-inf"))
-
-
-def apply_bitmask(logits: Tensor, rows: Tensor | None, mask: Tensor, start: int, limits: Tensor) -> None:
+def apply_bitmask(logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
     """Sets the logits of tokens whose bit is not set to -inf, in place.
 
     logits: float32 [num_rows, local_vocab], of tokens from `start` on; rows: int64 [n], those that have a mask, None:
-    all of them; mask: int32 [n, ceil(vocab / 32)], contiguous, bit ``i % 32`` of word ``i // 32`` for token i; limits:
-    `bitmask_limits`. (A minimum with values that are looked up byte by byte is several times faster on a CPU than
-    `masked_fill_`, which takes its elements one by one.)
+    all of them; mask: int32 [n, ceil(vocab / 32)], contiguous, bit ``i % 32`` of word ``i // 32`` for token i.
     """
-    stop = start + logits.shape[1]
-    octets = mask.view(torch.uint8)[:, start // 8 : (stop + 7) // 8]  # [n, local_vocab / 8]
-    limit = limits.index_select(0, octets.flatten().int()).view(len(mask), -1)[:, start % 8 : start % 8 + stop - start]
+    first, count = start % 32, logits.shape[1]
+    words = mask[:, start // 32 : (start + count + 31) // 32]
+    bits = words.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=mask.device) & 1
+    banned = bits.flatten(1)[:, first : first + count] == 0
     if rows is None:
-        torch.minimum(logits, limit, out=logits)
+        logits.masked_fill_(banned, float("-inf"))
     else:
-        logits.index_copy_(0, rows, torch.minimum(logits.index_select(0, rows), limit))
+        logits.index_copy_(0, rows, logits.index_select(0, rows).masked_fill_(banned, float("-inf")))
 
 
 def _mix32(bits: Tensor) -> Tensor:

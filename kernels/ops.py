@@ -34,6 +34,7 @@ class Ops:
     combine: Callable[[Tensor, Tensor, ExpertPlan], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    apply_bitmask: Callable[[Tensor, Tensor | None, Tensor, int], None]
 
 
 EAGER = Ops(
@@ -55,6 +56,7 @@ EAGER = Ops(
     combine=eager_moe.combine,
     counter_noise=eager.counter_noise,
     sample_shard=eager.sample_shard,
+    apply_bitmask=eager.apply_bitmask,
 )
 
 
@@ -97,6 +99,9 @@ def _compiled(dtype: torch.dtype) -> Ops:
         plan_experts=compiled.plan_experts,
         bind_grouped_linear=compiled.bind_grouped_linear,
         combine=compiled.combine,
+        counter_noise=compiled.counter_noise,
+        sample_shard=compiled.sample_shard,
+        apply_bitmask=compiled.apply_bitmask,
     )
 
 

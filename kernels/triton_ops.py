@@ -5,6 +5,7 @@ This imports triton, which not every machine has and no CPU needs: `ops.select_o
 
 from . import linear
 from .activation import activation, gated_activation
+from .bitmask import apply_bitmask
 from .embedding import embedding
 from .experts import combine, plan_experts
 from .grouped_linear import bind_grouped_linear
@@ -34,4 +35,5 @@ TRITON = Ops(
     combine=combine,
     counter_noise=counter_noise,
     sample_shard=sample_shard,
+    apply_bitmask=apply_bitmask,
 )

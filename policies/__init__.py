@@ -12,7 +12,6 @@ from .base import (
     Module,
     MultiHeadSpec,
     NormSpec,
-    Policy,
     QKNorm,
     Residual,
     RotarySpec,
@@ -21,6 +20,7 @@ from .base import (
 from .experts import MoESpec, RouterSpec, SharedExpertSpec
 from .generic import GenericSpec
 from .latent import LatentSpec
+from .policy import Policy
 from .registry import find_policy, has_policy, nearest_supported, supported_architectures
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .base import Fused, Layout, Policy
+from .policy import Fused, Layout, Policy
 
 
 def alibi_slopes(num_heads: int) -> tuple[float, ...]:

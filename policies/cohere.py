@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from .base import Policy, QKNorm, Residual, layer_type
+from .base import QKNorm, Residual
+from .policy import Policy, layer_type
 
 COHERE = Policy(
     architectures=("CohereForCausalLM",),

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from .base import Policy, read
 from .experts import MoESpec, RouterSpec, SharedExpertSpec
 from .latent import LatentSpec, read_latent
+from .policy import Policy, read
 
 
 def _latent_v2(config: Any, layer: int, rotary: Callable[[int], int]) -> LatentSpec:

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .base import Fused, Layout, Policy, Residual
+from .base import Residual
+from .policy import Fused, Layout, Policy
 
 
 def _qkv(config: Any) -> Fused:

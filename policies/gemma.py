@@ -6,7 +6,8 @@ layer.
 
 from dataclasses import replace
 
-from .base import Policy, QKNorm, read
+from .base import QKNorm
+from .policy import Policy, read
 
 GEMMA = Policy(
     architectures=("GemmaForCausalLM",),

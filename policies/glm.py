@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from .base import Policy
+from .policy import Policy
 
 GLM = Policy(
     architectures=("GlmForCausalLM",),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .base import Fused, Policy
+from .policy import Fused, Policy
 
 
 def _scale(config: Any, layer: int) -> float:

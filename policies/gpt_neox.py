@@ -1,6 +1,7 @@
 """GPT-NeoX and Pythia: query, key and value in one tensor, head by head; attention and MLP side by side."""
 
-from .base import Fused, Layout, Policy, Residual
+from .base import Residual
+from .policy import Fused, Layout, Policy
 
 GPT_NEOX = Policy(
     architectures=("GPTNeoXForCausalLM",),

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from .base import Policy, read
 from .experts import MoESpec, RouterSpec
+from .policy import Policy, read
 
 
 def _experts(config: Any, layer: int) -> MoESpec:

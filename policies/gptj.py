@@ -1,6 +1,7 @@
 """GPT-J: attention and MLP side by side behind one norm; a part of each head rotates, neighbour by neighbour."""
 
-from .base import Policy, Residual
+from .base import Residual
+from .policy import Policy
 
 GPTJ = Policy(
     architectures=("GPTJForCausalLM",),

@@ -1,6 +1,6 @@
 """Granite 3: a multiplier for embeddings, scores, residuals and logits."""
 
-from .base import Policy
+from .policy import Policy
 
 GRANITE = Policy(
     architectures=("GraniteForCausalLM",),

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from math import log
 from typing import Any
 
-from .base import AttentionKind, Dim, Module, TensorSpec, read
+from .base import AttentionKind, Dim, Module, TensorSpec
+from .policy import read
 
 
 @dataclass(frozen=True)

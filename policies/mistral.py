@@ -1,5 +1,5 @@
 """Mistral: Llama with a sliding window."""
 
-from .base import Policy
+from .policy import Policy
 
 MISTRAL = Policy(architectures=("MistralForCausalLM", "MinistralForCausalLM"), has_windows=True)

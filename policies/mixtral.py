@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from .base import Policy
 from .experts import MoESpec, RouterSpec
+from .policy import Policy
 
 
 def _experts(config: Any, layer: int) -> MoESpec:

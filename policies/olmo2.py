@@ -1,6 +1,7 @@
 """OLMo 2: norms after attention and MLP alone, and of all heads of query and key together."""
 
-from .base import Policy, QKNorm
+from .base import QKNorm
+from .policy import Policy
 
 OLMO2 = Policy(
     architectures=("Olmo2ForCausalLM",),

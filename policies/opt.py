@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from .base import Policy, Residual
+from .base import Residual
+from .policy import Policy
 
 
 def _projection(name: str) -> Any:

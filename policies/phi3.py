@@ -1,6 +1,6 @@
 """Phi-3, Phi-3.5 and Phi-4 (text): query, key and value in one tensor, gate and up in another."""
 
-from .base import Fused, Policy
+from .policy import Fused, Policy
 
 PHI3 = Policy(
     architectures=("Phi3ForCausalLM",),

@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-from .base import read
 from .experts import MoESpec, RouterSpec, SharedExpertSpec
+from .policy import read
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 

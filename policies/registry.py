@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from difflib import SequenceMatcher
 
-from .base import Policy
 from .bloom import BLOOM
 from .cohere import COHERE, COHERE2
 from .deepseek import DEEPSEEK_V2, DEEPSEEK_V3
@@ -21,6 +20,7 @@ from .mixtral import MIXTRAL
 from .olmo2 import OLMO2
 from .opt import OPT
 from .phi3 import PHI3
+from .policy import Policy
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
 from .qwen_moe import QWEN2_MOE, QWEN3_MOE

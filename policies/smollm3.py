@@ -1,6 +1,6 @@
 """SmolLM3: some layers do not rotate."""
 
-from .base import Policy
+from .policy import Policy
 
 SMOLLM3 = Policy(
     architectures=("SmolLM3ForCausalLM",),

@@ -1,6 +1,6 @@
 """StarCoder2: norms about the mean, biases, an MLP without a gate."""
 
-from .base import Policy
+from .policy import Policy
 
 STARCODER2 = Policy(
     architectures=("Starcoder2ForCausalLM",),

@@ -50,6 +50,10 @@ class Stage(nn.Module):
         """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
         raise NotImplementedError
 
+    def last_hidden(self, hidden: Tensor) -> Tensor:
+        """Last stage: [num_rows, hidden] -> what transformers calls `last_hidden_state`, of which logits are made."""
+        raise NotImplementedError
+
     def let_go(self) -> None:
         """Takes all modules apart, for the last time: some refer to themselves, and such a circle would keep weights,
         cache and process groups until the garbage collector comes by."""

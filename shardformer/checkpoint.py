@@ -2,6 +2,7 @@
 
 import json
 import re
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
@@ -14,7 +15,7 @@ from ..policies import DecoderSpec, ModelSpec, Policy, RotarySpec, find_policy, 
 from .conversion import converted
 from .generic import read_generic, transformers_class
 from .sources import GGUFSource, ModuleSource, MXFP4Source, PickledSource, RandomSource, SafetensorsSource
-from .weights import CheckpointError, WeightSource, check_checkpoint
+from .weights import CheckpointError, WeightSource, check_checkpoint, check_tied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -68,9 +69,29 @@ def _open_module(model: nn.Module, policy: str) -> Checkpoint:
     dtype = next((p.dtype for p in model.parameters()), torch.float32)  # its config may remember another
     spec = replace(spec, dtype=str(dtype).removeprefix("torch."))
     source = ModuleSource(model)
+    _check_module(model, source)
     unused = re.compile("|".join(f"(?:{pattern})" for pattern in spec.ignored) or "$.")
     source.shapes = {name: shape for name, shape in source.shapes.items() if not unused.fullmatch(name)}
     return _checked(config, spec, source, name)
+
+
+def _check_module(model: Any, source: ModuleSource) -> None:
+    """Proves that a module is what its class and config say, since no more than its weights are taken from it."""
+    kind, name = transformers_class([type(model).__name__]), type(model).__name__
+    if type(model) is not kind:
+        raise ValueError(f"model: {name} is a class of {type(model).__module__}, not of transformers")
+    with torch.device("meta"):
+        plain = kind._from_config(deepcopy(model.config), dtype=model.dtype)
+    modules = dict(model.named_modules())
+    for path, module in plain.named_modules():
+        found = type(modules.get(path, module))
+        if found is not type(module):
+            raise ValueError(
+                f"model: {path} of this {name} is a {found.__name__}; its config makes it a {type(module).__name__}"
+            )
+    state = dict(model.named_parameters(remove_duplicate=False))
+    tied = model.all_tied_weights_keys
+    check_tied(source, {copy: own for copy, own in tied.items() if state.get(copy) is not state.get(own)})
 
 
 def _open_config(config: Any, policy: str) -> Checkpoint:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from .sources.virtual import Virtual, VirtualSource, concatenate, stack
-from .weights import CheckpointError, WeightSource, same
+from .weights import CheckpointError, WeightSource, check_tied
 
 if TYPE_CHECKING:
     from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -60,13 +60,8 @@ def converted(source: WeightSource, config: Any, trust_remote_code: bool = False
     for target, (converter, found) in collected.items():
         tensors |= _Conversion(converter, target, shapes, config).apply(found)
 
-    virtual = VirtualSource(source, tensors)
+    check_tied(VirtualSource(source, tensors), model.all_tied_weights_keys)
     for copy, own in model.all_tied_weights_keys.items():
-        if copy in tensors and own in tensors and not same(virtual, copy, own):
-            raise CheckpointError(
-                f"tensors {copy} and {own} differ, though the config ties them (tie_word_embeddings); if both are "
-                f"meant, set it to false in config.json"
-            )
         if copy in tensors:
             tensors.setdefault(own, tensors[copy])
             del tensors[copy]

@@ -158,3 +158,7 @@ class PipelineStage(Stage):
     def logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(hidden)
         return logits
+
+    def last_hidden(self, hidden: Tensor) -> Tensor:
+        normalised: Tensor = self.head.norm(hidden)
+        return normalised

@@ -101,7 +101,17 @@ def check_checkpoint(
         raise CheckpointError(f"{where}: {'; '.join(found)}")
 
 
-def same(source: WeightSource, first: str, second: str) -> bool:
+def check_tied(source: WeightSource, tied: Mapping[str, str]) -> None:
+    """Proves that tensors which a model ties are the same wherever a source has both. tied: another name -> its own."""
+    for copy, own in tied.items():
+        if copy in source.shapes and own in source.shapes and not _same(source, copy, own):
+            raise CheckpointError(
+                f"tensors {copy} and {own} differ, though the config ties them (tie_word_embeddings); if both are "
+                f"meant, set it to false in config.json"
+            )
+
+
+def _same(source: WeightSource, first: str, second: str) -> bool:
     """Whether two tensors hold the same numbers; read a few rows at a time."""
     shape = source.shapes[first]
     if shape != source.shapes[second]:
@@ -173,7 +183,7 @@ def _return_freed_memory() -> None:
 
 def _fill(blank: Tensor, pieces: Sequence[Piece], source: WeightSource, device: torch.device) -> nn.Parameter:
     assert _tile(blank.shape, [piece.box for piece in pieces]), (pieces, blank.shape)
-    parameter = nn.Parameter(torch.empty_like(blank, device=device), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(blank.shape, dtype=blank.dtype, device=device), requires_grad=False)
     for piece in pieces:
         part = parameter.data[tuple(slice(*box) for box in piece.box)]
         source.read(piece.tensor, piece.ranges, part.T if piece.transposed else part)

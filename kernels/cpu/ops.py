@@ -43,6 +43,9 @@ class CpuOps:
         self._panel: int = library.grouped_panel()
         self._step: int = library.grouped_step(self._dtype)
         self._combine = _function(library, "combine", "ipppp" + "llli")
+        self._counter_noise = _function(library, "counter_noise", "ppp" + "llli")
+        self._sample_shard = _function(library, "sample_shard", "ppppp" + "lllli")
+        self._apply_bitmask = _function(library, "apply_bitmask", "ppp" + "lllli")
         self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
         self.max_head_dim: int = library.max_head_dim()
@@ -292,6 +295,46 @@ class CpuOps:
             self._threads,
         )
         return out
+
+    def counter_noise(self, keys: Tensor, token_ids: Tensor) -> Tensor:
+        assert keys.is_contiguous() and token_ids.is_contiguous() and token_ids.dtype == keys.dtype == torch.int32
+        rows, n = len(keys), token_ids.shape[-1]
+        out = torch.empty(rows, n)
+        ids_row = n if token_ids.dim() == 2 else 0
+        self._counter_noise(keys.data_ptr(), token_ids.data_ptr(), out.data_ptr(), rows, n, ids_row, self._threads)
+        return out
+
+    def sample_shard(self, logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        assert logits.stride(1) == 1 and temperatures.is_contiguous() and keys.is_contiguous()
+        assert logits.dtype == temperatures.dtype == torch.float32 and keys.dtype == torch.int32
+        rows, n = logits.shape
+        values, token_ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
+        self._sample_shard(
+            logits.data_ptr(),
+            temperatures.data_ptr(),
+            keys.data_ptr(),
+            values.data_ptr(),
+            token_ids.data_ptr(),
+            rows,
+            n,
+            logits.stride(0),
+            start,
+            self._threads,
+        )
+        return values, token_ids
+
+    def apply_bitmask(self, logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
+        assert logits.is_contiguous() and mask.is_contiguous() and logits.dtype == torch.float32
+        assert mask.dtype == torch.int32 and start + logits.shape[1] <= 32 * mask.shape[1]
+        self._apply_bitmask(
+            logits.data_ptr(),
+            _address(rows),
+            mask.data_ptr(),
+            *mask.shape,
+            logits.shape[1],
+            start,
+            self._threads,
+        )
 
 
 def _norm_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:

@@ -64,6 +64,8 @@ class _Reader:
     """A model without data, and how its layers attend."""
 
     def __init__(self, config: Any, model_class: Any) -> None:
+        if not model_class.can_generate():
+            raise Refused("it cannot generate")
         _check_config(config)
         self.config, self.model_class = config, model_class
         self.longest = _longest(config)

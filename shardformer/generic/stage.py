@@ -143,6 +143,9 @@ class GenericStage(Stage):
         (head,) = self._head
         return run_head(head, hidden.unsqueeze(0)).squeeze(0)
 
+    def last_hidden(self, hidden: Tensor) -> Tensor:
+        return hidden
+
 
 # ---- making a stage of a model ---------------------------------------------------------------------------------------
 

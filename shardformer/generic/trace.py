@@ -5,11 +5,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .interfaces import TRACED, Ended, Mask, NotHandedOn, register
 
@@ -206,11 +208,26 @@ def fix_frequencies(model: nn.Module) -> dict[nn.Module, Any]:
 @contextmanager
 def _fixed_frequencies(model: nn.Module) -> Iterator[None]:
     kinds = fix_frequencies(model)
+    for module in kinds:
+        vars(module)["forward"] = partial(_run_within_length, module.forward)
     try:
         yield
     finally:
         for module, kind in kinds.items():
             vars(module)["rope_type"] = kind
+            del vars(module)["forward"]
+
+
+class _WithinLength(TorchFunctionMode):
+    """Whether positions without data are beyond some length: they are not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return False if func is Tensor.__bool__ and args[0].is_meta else func(*args, **(kwargs or {}))
+
+
+def _run_within_length(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    with _WithinLength():
+        return forward(*args, **kwargs)
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import GenerationConfig
 
-from meshlm.config import ConfigError, SamplingParams, as_sampling_params
+from meshlm.config import ConfigError, SamplingParams, StructuredOutputsParams, as_sampling_params
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,67 @@ from meshlm.config import ConfigError, SamplingParams, as_sampling_params
             {"stop": "END", "detokenize": False},
             "SamplingParams: stop=['END'] is looked for in the text, but detokenize=False makes none",
         ),
+        ({"n": 0}, "SamplingParams.n: 0 is not valid: must be in [1, 16384]"),
+        ({"best_of": 16385}, "SamplingParams.best_of: 16385 is not valid: must be in [1, 16384]"),
+        ({"num_beams": 0}, "SamplingParams.num_beams: 0 is not valid: must be at least 1"),
+        (
+            {"early_stopping": "always"},
+            "SamplingParams.early_stopping: 'always' is not valid: must be true, false or 'never'",
+        ),
+        ({"early_stopping": 1}, "SamplingParams.early_stopping: 1 is not valid: must be true, false or 'never'"),
+        ({"length_penalty": math.inf}, "SamplingParams.length_penalty: inf is not valid: must be a finite number"),
+        ({"repetition_penalty": 0}, "SamplingParams.repetition_penalty: 0 is not valid: must be greater than 0"),
+        ({"presence_penalty": 2.1}, "SamplingParams.presence_penalty: 2.1 is not valid: must be in [-2, 2]"),
+        ({"frequency_penalty": -3}, "SamplingParams.frequency_penalty: -3 is not valid: must be in [-2, 2]"),
+        ({"no_repeat_ngram_size": -1}, "SamplingParams.no_repeat_ngram_size: -1 is not valid: must be at least 0"),
+        ({"logprobs": -2}, "SamplingParams.logprobs: -2 is not valid: must be at least -1"),
+        ({"logprobs": True}, "SamplingParams.logprobs: True is not valid: must not be true or false"),
+        ({"prompt_logprobs": 1.5}, "SamplingParams.prompt_logprobs: 1.5 is not valid: must be an integer, at least -1"),
+        ({"priority": "high"}, "SamplingParams.priority: 'high' is not valid: must be an integer"),
+        (
+            {"truncate_prompt_tokens": 0},
+            "SamplingParams.truncate_prompt_tokens: 0 is not valid: must be at least 1, or -1 for as many as leave "
+            "room for max_tokens",
+        ),
+        ({"allowed_token_ids": []}, "SamplingParams.allowed_token_ids: [] is not valid: must hold a token id"),
+        ({"allowed_token_ids": [-1]}, "SamplingParams.allowed_token_ids[0]: -1 is not valid: must be at least 0"),
+        ({"forced_token_ids": ()}, "SamplingParams.forced_token_ids: () is not valid: must hold a token id"),
+        ({"suppress_tokens": 3}, "SamplingParams.suppress_tokens: 3 is not valid: must be a list"),
+        (
+            {"logit_bias": {5: 101}},
+            "SamplingParams.logit_bias: {5: 101} is not valid: the bias of token 5 must be a number in [-100, 100]",
+        ),
+        (
+            {"logit_bias": {"5": math.nan}},
+            "SamplingParams.logit_bias: {'5': nan} is not valid: the bias of token 5 must be a number in [-100, 100]",
+        ),
+        ({"logit_bias": {"a": 1}}, "SamplingParams.logit_bias: {'a': 1} is not valid: 'a' is not a token id"),
+        ({"logit_bias": {-1: 1}}, "SamplingParams.logit_bias: {-1: 1} is not valid: -1 is not a token id"),
+        (
+            {"logit_bias": [5]},
+            "SamplingParams.logit_bias: [5] is not valid: must be a mapping of token ids to numbers",
+        ),
+        ({"bad_words": ["a", " "]}, "SamplingParams.bad_words: ['a', ' '] is not valid: must not hold an empty string"),
+        (
+            {"bad_words": [[]]},
+            "SamplingParams.bad_words: [[]] is not valid: [] is neither a string nor a list of token ids",
+        ),
+        ({"bad_words": [[1, -1]]}, "SamplingParams.bad_words: [[1, -1]] is not valid: [1, -1] must hold token ids"),
+        (
+            {"bad_words": 7},
+            "SamplingParams.bad_words: 7 is not valid: must be a list of strings, or of lists of token ids",
+        ),
+        ({"logits_processors": 7}, "SamplingParams.logits_processors: 7 is not valid: must hold callables, not int"),
+        (
+            {"logits_processors": [len]},
+            f"SamplingParams.logits_processors: {[len]!r} is not valid: must hold callables of (prompt_token_ids, "
+            "output_token_ids, logits)",
+        ),
+        (
+            {"structured_outputs": 7},
+            "SamplingParams.structured_outputs: 7 is not valid: must be StructuredOutputsParams, a dict of its fields "
+            "or None, not int",
+        ),
         ({"seed": -1}, "SamplingParams.seed: -1 is not valid: must be in [0, 9223372036854775807]"),
         ({"temprature": 1}, "SamplingParams.temprature: unknown field; the nearest known one is temperature"),
     ],
@@ -48,8 +110,57 @@ def test_values_are_normalised_and_hashable() -> None:
     assert hash(params) == hash(pickle.loads(pickle.dumps(params)))
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "kept"),
+    [
+        ("logit_bias", {"7": -100, 3: 1}, {7: -100.0, 3: 1.0}),
+        ("logit_bias", {}, {}),
+        ("bad_words", "darn", ("darn",)),
+        ("bad_words", ["darn", [3, 4], (5,)], ("darn", (3, 4), (5,))),
+        ("allowed_token_ids", [3, 1], (3, 1)),
+        ("early_stopping", True, True),
+        ("early_stopping", "never", "never"),
+        ("logprobs", -1, -1),
+        ("truncate_prompt_tokens", -1, -1),
+        ("priority", -5, -5),
+        ("structured_outputs", {"regex": "a+"}, StructuredOutputsParams(regex="a+")),
+        ("structured_outputs", StructuredOutputsParams(choice=["a"]), StructuredOutputsParams(choice=["a"])),
+        ("logits_processors", max, (max,)),
+    ],
+)
+def test_what_is_kept(name: str, given: Any, kept: Any) -> None:
+    params = SamplingParams(**{name: given})
+    assert getattr(params, name) == kept
+    again = SamplingParams(**{name: getattr(params, name)})
+    assert again == params == pickle.loads(pickle.dumps(params)) and hash(again) == hash(params)
+    assert getattr(params.resolve(SamplingParams()), name) == kept
+
+
 GREEDY_MODEL = SamplingParams(temperature=0.0, eos_token_ids=[2])
 SAMPLING_MODEL = SamplingParams(temperature=0.6, top_k=20, top_p=0.9, max_tokens=64, eos_token_ids=[2, 3])
+
+PENALISED_MODEL = SamplingParams(
+    repetition_penalty=1.1, bad_words=[[5, 6]], suppress_tokens=[9], length_penalty=2.0, early_stopping=True
+)
+NEUTRAL = {
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "no_repeat_ngram_size": 0,
+    "logit_bias": {},
+    "bad_words": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "n": 1,
+}
+MAY_BE_NONE = {"seed", "max_total_tokens", "best_of", "allowed_token_ids", "structured_outputs", "forced_token_ids"} | {
+    "logprobs",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
+}
 
 
 @pytest.mark.parametrize(
@@ -72,80 +183,25 @@ SAMPLING_MODEL = SamplingParams(temperature=0.6, top_k=20, top_p=0.9, max_tokens
         ({"min_tokens": 200}, SAMPLING_MODEL, {"min_tokens": 200, "max_tokens": 200}),
         ({"max_tokens": 3}, SamplingParams(min_tokens=5), {"min_tokens": 3, "max_tokens": 3}),
         ({"detokenize": False}, SamplingParams(stop="END"), {"stop": ()}),
+        ({"forced_token_ids": [1] * 200}, GREEDY_MODEL, {"max_tokens": 200}),
+        ({"forced_token_ids": [1] * 200}, SAMPLING_MODEL, {"max_tokens": 200, "temperature": 0.6}),
+        ({"structured_outputs": {"regex": "a"}}, SamplingParams(min_tokens=5), {"min_tokens": 0}),
+        # what nobody speaks of changes nothing
+        ({}, GREEDY_MODEL, NEUTRAL),
+        ({}, PENALISED_MODEL, {"repetition_penalty": 1.1, "bad_words": ((5, 6),), "suppress_tokens": (9,)}),
+        ({"repetition_penalty": 1.0}, PENALISED_MODEL, {"repetition_penalty": 1.0, "suppress_tokens": (9,)}),
+        ({"bad_words": [], "suppress_tokens": None}, PENALISED_MODEL, {"bad_words": (), "suppress_tokens": (9,)}),
+        # beams do not sample, even if the model does
+        ({"num_beams": 3}, SAMPLING_MODEL, {"temperature": 0.0, "num_beams": 3, "length_penalty": 1.0}),
+        ({"num_beams": 3, "n": 3}, PENALISED_MODEL, {"length_penalty": 2.0, "early_stopping": True, "n": 3}),
+        ({"n": 2, "best_of": 4}, SAMPLING_MODEL, {"temperature": 0.6, "n": 2, "best_of": 4}),
     ],
 )
 def test_resolve(given: dict[str, Any], model: SamplingParams, expected: dict[str, Any]) -> None:
     resolved = SamplingParams(**given).resolve(model)
     assert {name: getattr(resolved, name) for name in expected} == expected
-    assert {name for name, value in resolved if value is None} <= {"seed", "max_total_tokens"}
-    assert resolved.resolve(SAMPLING_MODEL) == resolved.resolve(GREEDY_MODEL) == resolved
-
-
-@pytest.mark.parametrize(
-    ("settings", "expected"),
-    [
-        ({"do_sample": False, "temperature": 0.7, "top_k": 5}, {"temperature": 0.0}),
-        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
-        (
-            {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.1},
-            {"temperature": 0.7, "top_k": 0, "top_p": 0.9, "min_p": 0.1},
-        ),
-        ({"max_new_tokens": 8, "min_new_tokens": 2}, {"max_tokens": 8, "min_tokens": 2}),
-        ({"max_length": 100}, {"max_total_tokens": 100}),
-        ({"max_length": 100, "max_new_tokens": 8}, {"max_tokens": 8}),
-        ({"stop_strings": "END"}, {"stop": ("END",)}),
-        ({"eos_token_id": 2}, {"eos_token_ids": (2,)}),
-        ({"eos_token_id": [2, 0]}, {"eos_token_ids": (2, 0)}),
-        ({"use_cache": False, "pad_token_id": 1, "return_dict_in_generate": True, "num_beams": 1}, {}),
-        ({"do_sample": False, "epsilon_cutoff": 0.1}, {"temperature": 0.0}),
-    ],
-)
-def test_from_generation_config(settings: dict[str, Any], expected: dict[str, Any]) -> None:
-    params = SamplingParams.from_generation_config(GenerationConfig(**settings))
-    assert params.model_dump(exclude_unset=True) == expected
-
-
-def test_from_the_global_defaults_of_generate() -> None:
-    defaults = GenerationConfig._get_default_generation_params()
-    assert SamplingParams.from_generation_config(GenerationConfig(**defaults)).temperature == 0.0
-    assert SamplingParams.from_generation_config(GenerationConfig(do_sample=True)).top_k == defaults["top_k"]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_beams", 4),
-        ("num_return_sequences", 2),
-        ("repetition_penalty", 1.2),
-        ("no_repeat_ngram_size", 3),
-        ("bad_words_ids", [[1]]),
-        ("min_length", 5),
-        ("typical_p", 0.5),
-        ("suppress_tokens", [4]),
-        ("prompt_lookup_num_tokens", 3),
-    ],
-)
-def test_an_unsupported_setting_is_refused_except_in_a_models_own_config(name: str, value: Any) -> None:
-    config = GenerationConfig(do_sample=True, eos_token_id=2)
-    setattr(config, name, value)
-    with pytest.raises(ConfigError) as error:
-        SamplingParams.from_generation_config(config)
-    assert str(error.value) == f"GenerationConfig.{name}={value!r} is not supported"
-    assert SamplingParams.from_generation_config(config, strict=False).eos_token_ids == (2,)
-
-
-def test_a_models_own_config_never_raises() -> None:
-    config = GenerationConfig(do_sample=True, top_p=0.9, max_new_tokens=4)
-    config.temperature, config.min_new_tokens, config.eos_token_id = math.nan, 9, [-1]
-    params = SamplingParams.from_generation_config(config, strict=False)
-    assert params.model_dump(exclude_unset=True) == {"max_tokens": 4, "top_k": 50, "top_p": 0.9}
-
-
-def test_an_unset_do_sample_is_the_models_decision() -> None:
-    params = SamplingParams.from_generation_config(GenerationConfig(max_new_tokens=4))
-    assert params.resolve(SAMPLING_MODEL).temperature == 0.6
-    assert params.resolve(GREEDY_MODEL).temperature == 0.0
-    assert SamplingParams.from_generation_config(GenerationConfig(top_k=9), strict=False).temperature == 0.0
+    assert {name for name, value in resolved if value is None} <= MAY_BE_NONE
+    assert resolved.resolve(PENALISED_MODEL) == resolved.resolve(SAMPLING_MODEL) == resolved
 
 
 def test_as_sampling_params() -> None:
@@ -157,3 +213,9 @@ def test_as_sampling_params() -> None:
     with pytest.raises(TypeError) as error:
         as_sampling_params(3)
     assert str(error.value) == "sampling params must be SamplingParams, GenerationConfig, a dict or None, not int"
+
+
+def test_every_field_is_explained() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "sampling.md").read_text()
+    rows = {line.split("|")[1].strip() for line in document.splitlines() if line.startswith("| `")}
+    assert {f"`{name}`" for name in SamplingParams.model_fields} <= rows

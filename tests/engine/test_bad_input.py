@@ -70,7 +70,8 @@ def refused(engine: InferenceEngine, call: Callable[[], Any], kind: type[Excepti
         ([[]], "prompt is empty: it must have at least one token"),
         (
             list(range(40)),
-            "prompt has 40 tokens; with max_model_len=40 it may have at most 39, which leaves one to generate",
+            "prompt has 40 tokens; with max_model_len=40 it may have at most 39, which leaves one to generate; "
+            "truncate_prompt_tokens would keep its end",
         ),
         ([1, 101], "prompt: token id 101 is out of range; the vocabulary has 0 to 100"),
         ([-1], "prompt: token id -1 is out of range; the vocabulary has 0 to 100"),
@@ -129,6 +130,14 @@ PARAMS: list[tuple[dict[str, Any], str]] = [
     ({"max_token": 3}, "SamplingParams.max_token: unknown field; the nearest known one is max_tokens"),
     ({"stop": "x"}, "stop=['x']: stop strings need a tokenizer, and the engine has none"),
     ({"stop_token_ids": [101]}, "stop_token_ids: token id 101 is out of range; the vocabulary has 0 to 100"),
+    ({"logit_bias": {101: 1}}, "logit_bias: token id 101 is out of range; the vocabulary has 0 to 100"),
+    ({"bad_words": ["x"]}, "bad_words=['x']: strings need a tokenizer, and the engine has none; give token ids"),
+    ({"forced_token_ids": [1] * 39}, "forced_token_ids has 39 tokens; after a prompt of 2 there is room for 38"),
+    (
+        {"num_beams": 2, "temperature": 0.5},
+        "SamplingParams: num_beams=2 with temperature=0.5: beam search does not sample; give temperature=0, or "
+        "num_beams=1",
+    ),
     ({"max_total_tokens": 2}, "max_total_tokens=2 leaves nothing to generate after a prompt of 2 tokens"),
 ]
 
@@ -145,9 +154,9 @@ def test_sampling_params(engine: InferenceEngine, params: dict[str, Any], messag
 
 
 def test_generation_configs_that_ask_for_what_is_not_there(engine: InferenceEngine) -> None:
-    given = GenerationConfig(num_beams=4)
+    given = GenerationConfig(guidance_scale=2.0)
     assert refused(engine, lambda: engine.generate([1], given, progress=False)) == (
-        "GenerationConfig.num_beams=4 is not supported"
+        "GenerationConfig.guidance_scale=2.0 is not supported"
     )
 
 
@@ -391,7 +400,7 @@ def test_a_request_larger_than_the_cache(model: LlamaForCausalLM) -> None:
         assert engine.max_model_len == 16
         assert refused(engine, lambda: engine.generate([1] * 16, progress=False)) == (
             "prompt has 16 tokens; with max_model_len=16 (the KV cache has 4 blocks of 4) it may have at most 15, "
-            "which leaves one to generate"
+            "which leaves one to generate; truncate_prompt_tokens would keep its end"
         )
         longest = engine.generate([1] * 10, {"max_tokens": 99}, progress=False)[0]
         assert (len(longest.token_ids), longest.finish_reason) == (6, "length")

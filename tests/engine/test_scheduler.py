@@ -10,13 +10,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from meshlm import SamplingParams
 from meshlm.config import SpeculativeConfig
+from meshlm.engine.beam_search import BeamSearch, num_candidates
 from meshlm.engine.block_manager import BlockManager
 from meshlm.engine.logits_spec import LogitsSpec
 from meshlm.engine.scheduler import ScheduledStep, Scheduler
 from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
 from meshlm.engine.speculation.speculator import DrafterSpeculator, DraftModelSpeculator
-from meshlm.engine.step import StepOutput, drawn_before
+from meshlm.engine.step import StepOutput, TokenLogprobs, drawn_before
 from meshlm.engine.step_rows import noise_key
 
 
@@ -48,8 +50,8 @@ def has_work(scheduler: Scheduler) -> bool:
     return bool(scheduler.waiting or scheduler.running or scheduler.ended_in_flight)
 
 
-def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int]) -> list[Sequence]:
-    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids)))
+def back(scheduler: Scheduler, step: ScheduledStep, token_ids: Iterable[int], **asked: Any) -> list[Sequence]:
+    return scheduler.update(step, StepOutput(step.input.step_id, tuple(token_ids), **asked))
 
 
 def run_step(scheduler: Scheduler, token: int = 7) -> dict[str, int]:
@@ -207,6 +209,67 @@ def test_a_sequence_in_flight_is_not_preempted() -> None:
     scheduler.check()
 
 
+# ---- priorities -----------------------------------------------------------------------------------------------------
+
+
+def test_lower_priorities_are_served_first_and_equal_ones_as_they_came() -> None:
+    scheduler = make(max_num_seqs=1)
+    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -5), ("e", 0), ("f", -5)):
+        add(scheduler, name, [1, 2], max_tokens=1, priority=priority)
+    served = []
+    while has_work(scheduler):
+        served += run_step(scheduler)
+    assert served == ["d", "f", "b", "e", "a", "c"]
+
+
+def test_who_comes_first_in_the_budget() -> None:
+    scheduler = make(max_num_batched_tokens=4)
+    add(scheduler, "low", range(10), priority=1)
+    assert run_step(scheduler) == {"low": 4}
+    add(scheduler, "same", range(40, 43), priority=1)
+    add(scheduler, "high", range(20, 23))
+    assert run_step(scheduler) == {"high": 3, "low": 1}
+    assert run_step(scheduler) == {"high": 1, "low": 3}
+    assert run_step(scheduler) == {"high": 1, "low": 2, "same": 1}, "of equal ones, who runs before who waits"
+
+
+@pytest.mark.parametrize("short_of", ["places", "blocks"])
+def test_a_waiting_sequence_preempts_those_of_lower_priority_only(short_of: str) -> None:
+    limits = {"max_num_seqs": 3} if short_of == "places" else {"num_blocks": 9, "block_size": 2}
+    scheduler = make(enable_prefix_caching=False, **limits)
+    first, second, third = (add(scheduler, f"p{p}", [p] * 2, max_tokens=3, priority=p) for p in (2, 0, 1))
+    assert run_step(scheduler) == {"p0": 2, "p1": 2, "p2": 2}
+    high = add(scheduler, "high", [9] * 8, max_tokens=2)
+    assert run_step(scheduler) == {"p0": 1, "high": 8, "p1": 1}
+    assert [s.num_preemptions for s in (first, second, third, high)] == [1, 0, 0, 0]
+    while has_work(scheduler):
+        run_step(scheduler)
+    assert [s.num_output_tokens for s in (first, second, third, high)] == [3, 3, 3, 2]
+
+
+def test_equal_priorities_do_not_preempt_each_other() -> None:
+    scheduler = make(max_num_seqs=1)
+    add(scheduler, "a", [1, 2], max_tokens=4, priority=1)
+    run_step(scheduler)
+    add(scheduler, "b", [3], max_tokens=1, priority=1)
+    for _ in range(3):
+        assert run_step(scheduler) == {"a": 1}
+    assert run_step(scheduler) == {"b": 1} and scheduler.num_preemptions == 0
+
+
+def test_of_equal_priorities_the_latest_to_come_gives_way_though_it_was_admitted_first() -> None:
+    scheduler = make(num_blocks=6, block_size=2, enable_prefix_caching=False)
+    low, early = add(scheduler, "low", [1, 2], priority=1), add(scheduler, "early", [3, 4])
+    run_step(scheduler)
+    late = add(scheduler, "late", [5, 6])
+    while not scheduler.num_preemptions:
+        run_step(scheduler)
+    assert (low.num_preemptions, early.num_preemptions, late.num_preemptions) == (1, 0, 0)
+    while not late.num_preemptions and not early.num_preemptions:
+        run_step(scheduler)
+    assert (early.num_preemptions, late.num_preemptions) == (0, 1)
+
+
 # ---- endings --------------------------------------------------------------------------------------------------------
 
 
@@ -336,7 +399,7 @@ def test_work_is_what_will_be_computed(
     for i, (which, num_known, num_own, max_tokens) in enumerate(queued):
         prefix = prompts[which][:num_known] if which < len(prompts) else []
         prompt = [*prefix, *(next(fresh) for _ in range(num_own))]
-        before, cached = scheduler.work, scheduler.num_cached(prompt)
+        before, cached = scheduler.work, scheduler.num_cached(Sequence("", prompt, 1))
         assert cached == (len(prefix) // 4 * 4 if caching else 0)
         add(scheduler, f"queued {i}", prompt, max_tokens=max_tokens)
         assert scheduler.work - before == len(prompt) - cached + max_tokens - 1
@@ -443,6 +506,8 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
     """What the request gives with nobody else about."""
     prompt, output = sequence.token_ids[: sequence.num_prompt_tokens], list[int]()
     max_tokens, min_tokens, stops = sequence.max_tokens, sequence.min_tokens, sequence.stop_token_ids
+    if not max_tokens:
+        return output, "length"
     while True:
         token = draw(sequence, (*prompt, *output))
         output.append(token)
@@ -450,6 +515,47 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
             return output, "stop"
         if len(output) == max_tokens:
             return output, "length"
+
+
+def likeliest(tokens: tuple[int, ...]) -> TokenLogprobs:
+    """What the model tells of the tokens that may come after these; they are not equally likely."""
+    logprobs = {token: -float(1 + hash((tokens, token)) % 1009) for token in range(VOCABULARY)}
+    top = sorted(logprobs, key=lambda token: -logprobs[token])
+    return TokenLogprobs(0.0, 0, tuple(top), tuple(logprobs[token] for token in top))
+
+
+def begin_search(prompt: list[int], num_beams: int, max_tokens: int, priority: int = 0) -> BeamSearch:
+    root = Sequence(
+        "beams",
+        list(prompt),
+        max_tokens,
+        stop_token_ids=frozenset({0}),
+        logits=LogitsSpec(presence_penalty=1.0),
+        num_candidates=num_candidates(num_beams, 1),
+        num_beams_to_come=num_beams - 1,
+        priority=priority,
+    )
+    params = SamplingParams(num_beams=num_beams, n=num_beams).resolve(SamplingParams())
+    return BeamSearch(root, params, lambda: None)
+
+
+def search_alone(prompt: list[int], num_beams: int, max_tokens: int, priority: int = 0) -> list[list[int]]:
+    """What such a search gives with nobody else about."""
+    search = begin_search(prompt, num_beams, max_tokens)
+    while True:
+        for sequence in search.sequences:
+            sequence.candidates = likeliest(tuple(sequence.token_ids))
+        chosen = search.choose()
+        if not chosen:
+            return found_by(search)
+        heirs = [search.sequences[continuation.beam].fork() for continuation in chosen]
+        for heir, continuation in zip(heirs, chosen, strict=True):
+            heir.token_ids.append(continuation.token_id)
+        search.follow(chosen, heirs)
+
+
+def found_by(search: BeamSearch) -> list[list[int]]:
+    return [hypothesis.sequence.output_token_ids for hypothesis in search.outputs()]
 
 
 def guess(sequence: Sequence, tokens: tuple[int, ...]) -> int:
@@ -523,26 +629,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.guesses, self.drafts = guesses, drafts
         self.switch_speculation(bool(guesses))
         self.slots: dict[int, tuple[LogitsSpec, list[int]]] = {}
-        self.num_accepted = self.num_copied = self.num_draft_steps = 0
+        self.num_accepted = self.num_copied = self.num_held_preempted = self.num_draft_steps = 0
+        self.searches: list[tuple[BeamSearch, tuple[Any, ...]]] = []  # and how it began
+        self.searching: list[BeamSearch] = []
         self.drawn: tuple[int, ...] = ()  # by the last step
         self.looked_ahead = False
         self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
         self.sequences: list[Sequence] = []
+        self.unasked: dict[Sequence, int] = {}
         self.cut: dict[Sequence, int] = {}  # ended from outside -> its output then
-        self.flight: deque[tuple[ScheduledStep, tuple[int, ...]]] = deque()
+        self.flight: deque[tuple[ScheduledStep, StepOutput]] = deque()
         self.cache: dict[int, tuple[int, int]] = {}
         self.draft_cache: dict[int, tuple[int, int]] = {}
 
     @rule(
         prefix=st.integers(0, 8),
         tail=st.lists(st.integers(0, VOCABULARY - 1), max_size=4),
-        max_tokens=st.integers(1, 6),
+        max_tokens=st.integers(0, 6),
         min_tokens=st.integers(0, 3),
         stops=st.sampled_from([frozenset[int](), frozenset({0})]),
         num_forced=st.sampled_from([0, 0, 2]),
         num_siblings=st.sampled_from([0, 0, 1, 2]),
         priority=st.sampled_from([0, 0, 1]),
         spec=st.sampled_from([None, LogitsSpec(presence_penalty=1.0), LogitsSpec(suppressed=(9,))]),
+        asks=st.sampled_from(["", "", "logprobs", "hidden"]),
+        num_unasked=st.integers(0, 12),
     )
     def add(
         self,
@@ -555,10 +666,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_siblings: int = 0,
         priority: int = 0,
         spec: LogitsSpec | None = None,
+        asks: str = "",
+        num_unasked: int = 0,
     ) -> None:
         prompt = [*([1, 2, 0, 1, 1, 2, 0, 0][:prefix]), *tail] or [1]
         siblings: list[Sequence] = []
-        for seed in range(min(num_siblings, self.max_num_seqs - 1), -1, -1):
+        for seed in range(min(num_siblings, self.max_num_seqs - 1) if max_tokens else 0, -1, -1):
             sequence = Sequence(
                 f"s{len(self.sequences)}",
                 list(prompt),
@@ -570,11 +683,54 @@ class SchedulerMachine(RuleBasedStateMachine):
                 logits=spec,
                 priority=priority,
                 siblings=[] if seed else siblings[::-1],
+                prompt_logprobs=0 if asks == "logprobs" and not seed else None,
+                is_pooled=asks == "hidden" and not seed,
+                num_asked=min(num_unasked, len(prompt) - 1) if asks and not seed else 0,
             )
             siblings.append(sequence)
             self.sequences.append(sequence)
             self.known[sequence] = list(prompt)
+            self.unasked[sequence] = sequence.num_asked
         self.scheduler.add(sequence)
+
+    @rule(
+        prefix=st.integers(1, 8),
+        num_beams=st.integers(2, 4),
+        max_tokens=st.integers(1, 6),
+        priority=st.sampled_from([0, 0, 1]),
+    )
+    def add_search(self, prefix: int, num_beams: int, max_tokens: int, priority: int = 0) -> None:
+        if num_beams > self.max_num_seqs:
+            return
+        began = ([1, 2, 0, 1, 1, 2, 0, 0][:prefix], num_beams, max_tokens, priority)
+        search = begin_search(*began)
+        self.searches.append((search, began))
+        self.searching.append(search)
+        (root,) = search.sequences
+        self.known[root] = list(root.token_ids)
+        self.scheduler.add(root)
+
+    def search_on(self, search: BeamSearch) -> None:
+        beams, chosen = search.sequences, search.choose()
+        if not chosen:
+            self.end_search(search)
+            return
+        self.num_held_preempted += sum(beam.status is SequenceStatus.WAITING for beam in beams)
+        heirs = self.scheduler.advance_beams(beams, [(c.beam, c.token_id) for c in chosen])
+        search.follow(chosen, heirs)
+        self.known |= {heir: list(heir.token_ids) for heir in heirs}
+
+    def end_search(self, search: BeamSearch) -> None:
+        self.searching.remove(search)
+        for sequence in search.sequences:
+            self.scheduler.finish(sequence, "abort")
+
+    @precondition(lambda self: self.searching)
+    @rule(data=st.data())
+    def abort_search(self, data: st.DataObject) -> None:
+        search = data.draw(st.sampled_from(self.searching))
+        self.searches = [(other, began) for other, began in self.searches if other is not search]
+        self.end_search(search)
 
     @precondition(lambda self: not self.flight and self.guesses)
     @rule(on=st.booleans())
@@ -591,7 +747,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.flight.append((step, self.execute(step)))
 
-    def execute(self, step: ScheduledStep) -> tuple[int, ...]:
+    def execute(self, step: ScheduledStep) -> StepOutput:
         """What the ranks do: copy blocks, write the new tokens to their slots, read each context by its table, draw."""
         given, start = step.input, 0
         before: list[tuple[int, ...]] = []  # of each token: those that it sees
@@ -623,11 +779,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert start == given.num_tokens
         for update in given.histories:
             spec, tokens = self.slots.get(update.slot, (LogitsSpec(), []))
-            told = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
+            more = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
             assert update.spec is None or not update.keep
-            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + told)
+            self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + more)
         drawers = [sequence for sequence, drafts in step.draws for _ in range(1 + len(drafts))]
-        drawn = []
+        drawn: list[int] = []
+        told: list[TokenLogprobs | None] = []
         for sample, sequence in zip(given.samples, drawers, strict=True):
             tokens_before = before[sample.row]
             assert len(tokens_before) == sample.position
@@ -636,23 +793,38 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert spec is sequence.logits
                 assert not spec.needs_history or tuple(tokens[: sample.position]) == tokens_before
             drawn.append((guess if given.model else draw)(sequence, tokens_before))
+            told.append(likeliest(tokens_before) if sample.num_candidates else None)
             assert sample.forced in (-1, drawn[-1])
         if given.model:
-            return tuple(drawn)
+            return StepOutput(given.step_id, tuple(drawn))
         first = 0
         for sequence, drafts in step.draws:
             for i in range(1 + len(drafts)):
                 if i and drafts[i - 1] != drawn[first + i - 1]:
                     break
-                self.known[sequence].append(drawn[first + i])
+                if not sequence.num_candidates:
+                    self.known[sequence].append(drawn[first + i])
             first += 1 + len(drafts)
         self.drawn = tuple(drawn)
-        return self.drawn
+        rows = [range(asked.row, asked.row + len(asked.targets)) for asked in given.given]
+        return StepOutput(
+            step_id=given.step_id,
+            token_ids=self.drawn,
+            logprobs=tuple(told),
+            given=tuple(
+                tuple(
+                    TokenLogprobs(hash((before[row], target)), 1, (), ())
+                    for row, target in zip(span, asked.targets, strict=True)
+                )
+                for span, asked in zip(rows, given.given, strict=True)
+            ),
+            pooled=tuple(bytes(len(before[row]) for row in range(pool.row, pool.stop)) for pool in given.pooled),
+        )
 
     @precondition(lambda self: self.flight)
     @rule()
     def complete(self) -> None:
-        step, drawn = self.flight.popleft()
+        step, output = self.flight.popleft()
         # Blocks of a step in flight belong to it until now, whatever happened to its sequences.
         given = step.input
         cache = self.draft_cache if given.model else self.cache
@@ -664,12 +836,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 slot = table[p // self.size] * self.size + p % self.size
                 assert cache[slot] == (tokens[p], p), "overwritten while in flight"
         before = {s: s.num_output_tokens for s in self.sequences}
-        grown = back(self.scheduler, step, drawn)
+        grown = self.scheduler.update(step, output)
         most = {s: 1 + len(drafts) for s, drafts in step.draws if not given.model}
         for s in self.sequences:
             gained = s.num_output_tokens - before[s]
-            assert 1 <= gained <= most[s] if s in grown else gained == 0
+            assert 1 <= gained <= most[s] if s in grown and s.max_tokens else gained == 0
             self.num_accepted += max(0, gained - 1)
+        for search in [search for search in self.searching if search.is_ready]:
+            self.search_on(search)
 
     @precondition(lambda self: self.unended())
     @rule(data=st.data(), reason=st.sampled_from(["abort", "stop"]))
@@ -710,12 +884,24 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.complete()
             self.whole()
         assert self.scheduler.blocks.num_free_blocks == self.num_blocks
+        assert not self.searching
+        for search, began in self.searches:
+            assert found_by(search) == search_alone(*began)
         for s in self.sequences:
             output, reason = alone(s)
             if s in self.cut:
                 assert s.output_token_ids == output[: self.cut[s]]
             else:
                 assert (s.output_token_ids, s.finish_reason) == (output, reason)
+                self.answered(s)
+
+    def answered(self, sequence: Sequence) -> None:
+        """What was asked of its prompt came once, of each token in its place."""
+        prompt, first = tuple(sequence.token_ids[: sequence.num_prompt_tokens]), self.unasked[sequence]
+        after = range(first + 1, len(prompt)) if sequence.prompt_logprobs is not None else ()
+        assert [score.logprob for score in sequence.prompt_scores] == [hash((prompt[:p], prompt[p])) for p in after]
+        pooled = range(first + 1, len(prompt) + 1) if sequence.is_pooled else ()
+        assert [length for part in sequence.pooled_parts for length in part] == list(pooled)
 
 
 SchedulerMachine.TestCase.settings = settings(
@@ -770,3 +956,43 @@ def test_the_simulation_does_guess(num_stages: int, look_ahead: bool, drafts: bo
     assert scheduler.num_preemptions > 0 and machine.num_copied > 0
     assert 0 < scheduler.num_accepted < scheduler.num_drafted
     assert (machine.num_draft_steps > 0) == drafts
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_the_simulation_does_share_blocks_and_preempt_beams(num_stages: int) -> None:
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=2,
+        num_tokens=26,
+        num_stages=num_stages,
+        look_ahead=False,
+        budget=16,
+        max_num_seqs=8,
+        caching=False,
+    )
+    for prefix in range(3, 9):
+        machine.add_search(prefix=prefix, num_beams=4, max_tokens=6)
+        machine.add(prefix=prefix, tail=[1], max_tokens=6, min_tokens=6, stops=frozenset())
+    machine.teardown()
+    assert machine.num_copied > 0 and machine.num_held_preempted > 0
+
+
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
+def test_the_simulation_does_accept_drafts_and_share_blocks(num_stages: int, look_ahead: bool) -> None:
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=4,
+        num_tokens=60,
+        num_stages=num_stages,
+        look_ahead=look_ahead,
+        budget=64,
+        max_num_seqs=6,
+        caching=True,
+        guesses=3,
+    )
+    for priority in (1, 1, 0):
+        spec = LogitsSpec(presence_penalty=1.0)
+        machine.add(5, [1], 6, 0, frozenset(), num_forced=2, num_siblings=2, priority=priority, spec=spec)
+    machine.teardown()
+    assert machine.num_accepted > 0 and machine.num_copied > 0
+    assert sum(s.num_accepted for s in machine.sequences) <= sum(s.num_drafted for s in machine.sequences)

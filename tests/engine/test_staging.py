@@ -92,7 +92,9 @@ def sample(row: int) -> SampleRequest:
 
 def step_of(query_lens: Any, contexts: Any, tables: Any, samples: Any) -> StepInput:
     tokens = array("q", range(100, 100 + sum(query_lens)))
-    return StepInput(1, tokens, query_lens, contexts, tuple(array("i", t) for t in tables), tuple(map(sample, samples)))
+    ends = np.cumsum(query_lens) - 1
+    drawn = tuple(sample(int(ends[sequence])) for sequence in samples)
+    return StepInput(1, tokens, query_lens, contexts, tuple(array("i", t) for t in tables), drawn)
 
 
 STEPS = {
@@ -123,7 +125,7 @@ def test_a_step_is_laid_out(name: str, padding: int) -> None:
     assert arrays["key_lens"].tolist() == [*key_lens, *[0] * padding]
     starts = arrays["query_starts"].tolist()
     assert np.diff(starts).tolist() == [*step.query_lens, *[1] * padding]
-    assert arrays["rows"].tolist() == [starts[s.sequence + 1] - 1 for s in step.samples]
+    assert arrays["rows"].tolist() == [s.row for s in step.samples]
     width = max(map(len, step.block_tables))
     padded = [[*t, *[0] * (width - len(t))] for t in step.block_tables]
     assert arrays["block_tables"].tolist() == padded + [[0] * width] * padding

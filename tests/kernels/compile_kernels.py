@@ -133,6 +133,11 @@ def sampling(num_tokens: int) -> None:
     ops.sample_shard(torch.randn(num_tokens, 32064), torch.ones(num_tokens), keys, 32064)
 
 
+def masking(num_tokens: int) -> None:
+    mask = torch.zeros(num_tokens, 2004, dtype=torch.int32)
+    ops.apply_bitmask(torch.randn(num_tokens, 32064), torch.arange(num_tokens), mask, 32064)
+
+
 STEPS: list[Callable[[int], None]] = [
     norms,
     long_norms,
@@ -148,6 +153,7 @@ STEPS: list[Callable[[int], None]] = [
     crowded_experts,
     float32_experts,
     sampling,
+    masking,
 ]
 
 if __name__ == "__main__":

@@ -1,16 +1,36 @@
-"""`kernels/sample.py` against its definitions."""
+"""`kernels/sample.py` and `kernels/cpu/sample.cpp` against their definitions."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from meshlm.kernels import eager
+from meshlm.kernels.cpu import CpuOps, Unavailable
 
-kernel = pytest.importorskip("meshlm.kernels.sample")
+triton_kernel: Any = None
+with suppress(ImportError):
+    from meshlm.kernels import sample as triton_kernel
 
 NAN, INF = float("nan"), float("inf")
+
+
+@pytest.fixture(params=["triton", "C++"])
+def kernel(request: pytest.FixtureRequest, device: torch.device) -> Any:
+    """`counter_noise` and `sample_shard`."""
+    if request.param == "triton":
+        if triton_kernel is None:
+            pytest.skip("no triton here")
+        return triton_kernel
+    if device.type != "cpu":
+        pytest.skip("runs on the CPU")
+    try:
+        return CpuOps(torch.float32)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def keys_of(count: int, device: torch.device) -> Tensor:
@@ -20,7 +40,7 @@ def keys_of(count: int, device: torch.device) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(0, 5), (3, 0), (1, 1), (2, 1023), (3, 1024), (2, 2500)], ids=str)
 def test_counter_noise(
-    shape: tuple[int, int], device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+    kernel: Any, shape: tuple[int, int], device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
 ) -> None:
     """Bits that differed anywhere would make another number altogether."""
     rows, n = shape
@@ -31,7 +51,7 @@ def test_counter_noise(
     assert_same(kernel.counter_noise(keys, own), eager.counter_noise(keys, own))
 
 
-def test_noise_at_both_ends(device: torch.device, assert_same: Callable[[Tensor, Tensor], None]) -> None:
+def test_noise_at_both_ends(kernel: Any, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]) -> None:
     """Keys whose hash of token 0 is a given number, by running the mixer backwards."""
 
     def unmixed(bits: int) -> int:
@@ -53,7 +73,7 @@ def test_noise_at_both_ends(device: torch.device, assert_same: Callable[[Tensor,
 @pytest.mark.parametrize("start", [0, 32000])
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1), (3, 7), (5, 1023), (4, 1024), (4, 1025), (7, 4500)], ids=str)
 def test_sample_shard(
-    shape: tuple[int, int], start: int, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+    kernel: Any, shape: tuple[int, int], start: int, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
 ) -> None:
     torch.manual_seed(0)
     rows, vocabulary = shape
@@ -70,7 +90,7 @@ def test_sample_shard(
     assert torch.equal(token_ids[greedy] - start, logits[greedy].argmax(dim=-1))
 
 
-def test_shards_agree_with_the_whole(device: torch.device) -> None:
+def test_shards_agree_with_the_whole(kernel: Any, device: torch.device) -> None:
     torch.manual_seed(1)
     logits, keys = torch.randn(6, 3001, device=device), keys_of(6, device)
     temperatures = torch.tensor([0.0, 1.0, 2.0, 0.5, 0.0, 1.0], device=device)
@@ -97,7 +117,7 @@ def test_shards_agree_with_the_whole(device: torch.device) -> None:
 )
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_unusual_rows(
-    temperature: float, places: dict[int, float], value: float, place: int, device: torch.device
+    kernel: Any, temperature: float, places: dict[int, float], value: float, place: int, device: torch.device
 ) -> None:
     logits = torch.full((2, 3000), -INF, device=device)
     for at, logit in places.items():
@@ -111,7 +131,9 @@ def test_unusual_rows(
 
 
 @pytest.mark.cuda
-def test_sample_shard_of_a_real_size(device: torch.device, assert_same: Callable[[Tensor, Tensor], None]) -> None:
+def test_sample_shard_of_a_real_size(
+    kernel: Any, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
+) -> None:
     torch.manual_seed(0)
     logits, keys = torch.randn(256, 128256, device=device), keys_of(256, device)
     temperatures = torch.rand(256, device=device).round(decimals=1)
@@ -122,7 +144,7 @@ def test_sample_shard_of_a_real_size(device: torch.device, assert_same: Callable
 
 
 @pytest.mark.cuda
-def test_a_cuda_graph_replays_the_draw(device: torch.device) -> None:
+def test_a_cuda_graph_replays_the_draw(kernel: Any, device: torch.device) -> None:
     logits, keys, temperatures = torch.randn(4, 5000, device=device), keys_of(4, device), torch.ones(4, device=device)
     kernel.sample_shard(logits, temperatures, keys, 0)  # compiles
     graph = torch.cuda.CUDAGraph()

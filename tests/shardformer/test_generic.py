@@ -118,6 +118,22 @@ def test_attention_is_read_from_the_layers(model_type: str, fields: dict[str, An
             },
             32,
         ),
+        (
+            "phimoe",  # asks how far positions go
+            {
+                "head_dim": 8,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "short_mscale": 1.3,
+                    "long_mscale": 1.5,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+            32,
+        ),
     ],
 )
 def test_longest_sequence(model_type: str, fields: dict[str, Any], longest: int) -> None:
@@ -184,7 +200,7 @@ def test_our_tables_are_for_families_without_one() -> None:
         ("bart", {}, "there is no table to divide 'bart' by"),
         ("bert", {}, "bert.encoder.layer.0.attention.self attends neither causally nor in a sliding window"),
         ("doge", {}, "failed in DogeAttention"),
-        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
+        ("arcee", {"quantization_config": {"quant_method": "gptq"}}, "its weights are quantised"),
     ],
 )
 def test_refused_by_name(model_type: str, fields: dict[str, Any], reason: str) -> None:
@@ -194,6 +210,12 @@ def test_refused_by_name(model_type: str, fields: dict[str, Any], reason: str) -
     ) as error:
         read(model_type, **fields)
     assert reason in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_a_policy_of_its_own_may_do_is_refused_by_name() -> None:
+    reason = r"its weights are quantised \(config\.quantization_config\); it has a policy of its own"
+    with pytest.raises(ValueError, match=f"^policy='generic': GptOssForCausalLM: {reason}$"):
+        read("gpt_oss", quantization_config={"quant_method": "mxfp4"})
 
 
 Change = Callable[[Any, torch.Tensor], torch.Tensor]
@@ -229,11 +251,45 @@ def number(self: Any, out: torch.Tensor) -> torch.Tensor:
     return out + torch.arange(out.shape[1], device=out.device).view(-1, 1)
 
 
-@pytest.mark.parametrize("how", [shift, average, number])
-def test_tokens_that_meet_outside_attention_are_found(monkeypatch: pytest.MonkeyPatch, how: Change) -> None:
+def count(self: Any, out: torch.Tensor) -> torch.Tensor:
+    """As if by the length of a sequence."""
+    return out * out.shape[1]
+
+
+def exchange(self: Any, out: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    """Rotation by another token's position."""
+    return tuple(x.roll(1, dims=1) for x in out)
+
+
+def stretch(self: Any, out: tuple[torch.Tensor, torch.Tensor]) -> Any:
+    """Rotation that depends on how far the step's tokens go."""
+    return tuple(x * (1 + 10 * x[..., -1].max()) for x in out)
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"),
+    [
+        (modeling_llama.LlamaMLP, shift),
+        (modeling_llama.LlamaMLP, average),
+        (modeling_llama.LlamaMLP, number),
+        (modeling_llama.LlamaMLP, count),
+        (modeling_llama.LlamaRotaryEmbedding, exchange),
+        (modeling_llama.LlamaRotaryEmbedding, stretch),
+    ],
+)
+def test_tokens_that_meet_outside_attention_are_found(
+    monkeypatch: pytest.MonkeyPatch, kind: type[nn.Module], how: Any
+) -> None:
     model = transformers.LlamaForCausalLM(tiny_config("llama"))
-    change(monkeypatch, modeling_llama.LlamaMLP, how)
+    change(monkeypatch, kind, how)
     with pytest.raises(ValueError, match="its layers mix tokens outside attention, or count positions"):
+        InferenceEngine(model, GENERIC)
+
+
+def test_weights_that_are_no_numbers_are_said_to_be() -> None:
+    model = transformers.LlamaForCausalLM(tiny_config("llama"))
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"^LlamaForCausalLM: a trial of its layers 0 to 1 in float32 gives NaN"):
         InferenceEngine(model, GENERIC)
 
 

@@ -856,14 +856,36 @@ def test_modules_that_are_not_for_us() -> None:
         open_checkpoint(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^model: a Linear has no transformers config$"):
         open_checkpoint(torch.nn.Linear(2, 2))
-    from transformers import ArceeConfig, ArceeModel, LlamaModel
+    from transformers import ArceeForSequenceClassification, ArceeModel, BertForMaskedLM, LlamaModel
 
     with pytest.raises(ValueError, match=r"^architecture LlamaModel is not supported; nearest supported: "):
         open_checkpoint(LlamaModel(llama_config()))
-    with torch.device("meta"):
-        model = ArceeModel(ArceeConfig(**SIZES))
-    with pytest.raises(ValueError, match=r"^architecture ArceeModel is not supported: it has no LM head .*; nearest "):
-        open_checkpoint(model)
+    for kind in (ArceeModel, ArceeForSequenceClassification, BertForMaskedLM):
+        with torch.device("meta"):
+            model = kind(kind.config_class(is_decoder=True, **SIZES))
+        with pytest.raises(
+            ValueError, match=rf"^architecture {kind.__name__} is not supported: it cannot generate; nearest "
+        ):
+            open_checkpoint(model)
+
+
+@pytest.mark.parametrize("policy", ["auto", "generic"])
+def test_modules_are_what_their_config_says(policy: str) -> None:
+    model = make_llama(tie_word_embeddings=True)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())  # the same numbers
+    open_checkpoint(model, policy=policy)
+    model.lm_head.weight.data[3, 3] += 1
+    with pytest.raises(CheckpointError, match=r"^tensors lm_head.weight and model.embed_tokens.weight differ, though"):
+        open_checkpoint(model, policy=policy)
+
+    model = make_llama()
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    with pytest.raises(ValueError, match=r"^model: model.layers.1.mlp.act_fn of this LlamaForCausalLM is a GELU; its "):
+        open_checkpoint(model, policy=policy)
+
+    own = type("LlamaForCausalLM", (LlamaForCausalLM,), {})  # which may do anything
+    with pytest.raises(ValueError, match=r"^model: LlamaForCausalLM is a class of \S+, not of transformers$"):
+        open_checkpoint(own(llama_config()), policy=policy)
 
 
 @pytest.mark.slow  # reads a GGUF file

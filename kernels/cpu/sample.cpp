@@ -1,0 +1,142 @@
+// counter_noise, sample_shard and apply_bitmask: `kernels/eager.py`.
+#include <limits>
+#include <vector>
+
+#include "vector.h"
+
+constexpr float NEVER = -std::numeric_limits<float>::infinity();
+constexpr long TILE = 4096;  // tokens of a row that one thread looks at
+
+// The natural logarithm of positive normal numbers, to about 1 unit in the last place (Cephes' logf: x = 2^e m, a
+// polynomial in m - 1, which is between sqrt(1/2) and sqrt(2)).
+static inline vfloat log(vfloat x) {
+  vint e = ((vint)x - 0x3F3504F3) >> 23;
+  vfloat f = (vfloat)((vint)x - (e << 23)) - 1.0f, n = __builtin_convertvector(e, vfloat), z = f * f;
+  vfloat p = splat(7.0376836292e-2f);
+  p = p * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  return f + (p * f * z - n * 2.12194440e-4f - 0.5f * z) + n * 0.693359375f;
+}
+
+static inline vuint mix32(vuint bits) {
+  bits ^= bits >> 16;
+  bits *= 0x7FEB352Du;
+  bits ^= bits >> 15;
+  bits *= 0x846CA68Bu;
+  return bits ^ (bits >> 16);
+}
+
+// Noise of tokens by a key's two words. Whole vectors only, and one piece of code for all that call it, so that a token
+// has the same noise wherever it stands.
+__attribute__((noinline)) static vfloat gumbel(uint32_t first, uint32_t second, vuint token_ids) {
+  vuint bits = mix32(mix32(token_ids * 0x9E3779B9u + first) ^ second);
+  vfloat uniform = (__builtin_convertvector((vint)(bits >> 1), vfloat) + 0.5f) * 0x1p-31f;
+  vfloat largest = splat(1 - 0x1p-24f);
+  uniform = uniform > largest ? largest : uniform;
+  // -log1p(-u) = log(w) * u / (w - 1) with w = 1 - u as rounded, whose error both factors share (Kahan, in Goldberg
+  // 1991, theorem 4).
+  vfloat rest = 1.0f - uniform, gap = rest - 1.0f;
+  vint whole = gap == 0.0f;
+  vfloat exponential = log(rest) * (uniform / (whole ? splat(-1.0f) : gap));
+  return -log(whole ? uniform : exponential);
+}
+
+static inline vint lanes() {
+  vint v;
+  for (int i = 0; i < W; i++) v[i] = i;
+  return v;
+}
+
+// keys: [rows, 2]; token_ids: [n], or [rows, n] where ids_row is n and not 0; out: [rows, n].
+extern "C" void counter_noise(const void* keys, const void* token_ids, void* out, long rows, long n, long ids_row,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * n > SERIAL)
+  for (long r = 0; r < rows; r++) {
+    const uint32_t* key = (const uint32_t*)keys + 2 * r;
+    const uint32_t* ids = (const uint32_t*)token_ids + r * ids_row;
+    float* to = (float*)out + r * n;
+    for (long i = 0; i < n; i += W) {
+      long count = n - i < W ? n - i : W;
+      vuint some = {};
+      std::memcpy(&some, ids + i, 4 * count);
+      vfloat noise = gumbel(key[0], key[1], some);
+      std::memcpy(to + i, &noise, 4 * count);
+    }
+  }
+}
+
+struct Best {
+  float value;
+  long place;
+};
+
+// Of equals the first; NaN is above all.
+static inline bool beats(float a, float b) { return a > b || (a != a && b == b); }
+
+static Best best_of(const float* logits, float temperature, const uint32_t* key, uint32_t start, long n) {
+  vfloat best = splat(NEVER);
+  vint places = {}, at = lanes();
+  for (long i = 0; i < n; i += W, at += W) {
+    vfloat scores = splat(NEVER);
+    if (n - i >= W) scores = load(logits + i);
+    else std::memcpy(&scores, logits + i, 4 * (n - i));
+    if (temperature) scores = scores / temperature + gumbel(key[0], key[1], (vuint)at + start);
+    vint better = (scores > best) | ((scores != scores) & (best == best));
+    best = better ? scores : best;
+    places = better ? at : places;
+  }
+  Best found = {best[0], places[0]};
+  for (int i = 1; i < W; i++)
+    if (beats(best[i], found.value) || (!beats(found.value, best[i]) && places[i] < found.place))
+      found = {best[i], places[i]};
+  return found;
+}
+
+// logits: [rows, n], of tokens from `start` on; temperatures: [rows]; keys: [rows, 2]; values, token_ids: [rows].
+extern "C" void sample_shard(const void* logits, const void* temperatures, const void* keys, void* values,
+                             void* token_ids, long rows, long n, long stride, long start, int threads) {
+  long tiles = (n + TILE - 1) / TILE;
+  std::vector<Best> found(rows * tiles);
+#pragma omp parallel for num_threads(threads) if (rows * n > SERIAL)
+  for (long t = 0; t < rows * tiles; t++) {
+    long r = t / tiles, first = t % tiles * TILE, count = n - first < TILE ? n - first : TILE;
+    found[t] = best_of((const float*)logits + r * stride + first, ((const float*)temperatures)[r],
+                       (const uint32_t*)keys + 2 * r, uint32_t(start + first), count);
+    found[t].place += first;
+  }
+  for (long r = 0; r < rows; r++) {
+    Best best = found[r * tiles];
+    for (long t = 1; t < tiles; t++)
+      if (beats(found[r * tiles + t].value, best.value)) best = found[r * tiles + t];
+    ((float*)values)[r] = best.value;
+    ((int64_t*)token_ids)[r] = start + best.place;
+  }
+}
+
+// logits: [.., n], of tokens from `start` on; rows: which of them each mask is for, null: the first, the second, ...;
+// mask: [num_masks, words], bit i % 32 of word i // 32 for token i.
+extern "C" void apply_bitmask(void* logits, const void* rows, const void* mask, long num_masks, long words, long n,
+                              long start, int threads) {
+#pragma omp parallel for num_threads(threads) if (num_masks * n > SERIAL)
+  for (long m = 0; m < num_masks; m++) {
+    const uint32_t* bits = (const uint32_t*)mask + m * words;
+    float* row = (float*)logits + (rows ? ((const int64_t*)rows)[m] : m) * n;
+    for (long i = 0; i < n;) {
+      long token = start + i, shift = token % 32, count = 32 - shift < n - i ? 32 - shift : n - i;
+      uint32_t some = bits[token / 32] >> shift;
+      if (some == 0 && count == 32) {
+        for (int j = 0; j < 32; j++) row[i + j] = NEVER;
+      } else if (~some) {
+        for (long j = 0; j < count; j++)
+          if (!(some >> j & 1)) row[i + j] = NEVER;
+      }
+      i += count;
+    }
+  }
+}
