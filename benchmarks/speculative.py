@@ -116,10 +116,12 @@ class Run:
         return self.num_tokens / (self.num_tokens - self.num_accepted)
 
 
-def run(engine: InferenceEngine, prompts: Sequence[Any], params: Sequence[SamplingParams]) -> tuple[Run, list[Any]]:
-    started = time.perf_counter()
+def run(
+    engine: InferenceEngine, prompts: Sequence[Any], params: Sequence[SamplingParams], clock: Callable[[], float]
+) -> tuple[Run, list[Any]]:
+    started = clock()
     outputs = engine.generate(list(prompts), list(params), progress=False)
-    seconds = time.perf_counter() - started
+    seconds = clock() - started
     num_tokens = sum(len(output.token_ids) for output in outputs)
     drafted, accepted = (sum(getattr(o, name) for o in outputs) for name in ("num_drafted", "num_accepted"))
     return Run(num_tokens / seconds, num_tokens, drafted, accepted), [output.token_ids for output in outputs]
@@ -127,6 +129,7 @@ def run(engine: InferenceEngine, prompts: Sequence[Any], params: Sequence[Sampli
 
 def measure(engine: InferenceEngine, methods: dict[str, SpeculativeConfig], task: str, batch: int, args: Any) -> Any:
     """Medians of every method; {method: figures}."""
+    clock = time.process_time if args.cpu_time else time.perf_counter
     runs: dict[str, list[Run]] = {name: [] for name in ("off", *methods)}
     num_changed = 0
     for round_ in range(args.rounds + 1):
@@ -139,11 +142,11 @@ def measure(engine: InferenceEngine, methods: dict[str, SpeculativeConfig], task
             for _ in range(batch)
         ]
         engine.disable_spec_decoding()
-        off, expected = run(engine, prompts, params)
+        off, expected = run(engine, prompts, params, clock)
         found = {"off": off}
         for name, config in methods.items():
             engine.enable_spec_decoding(config)
-            found[name], tokens = run(engine, prompts, params)
+            found[name], tokens = run(engine, prompts, params, clock)
             num_changed += sum(a != b for a, b in zip(tokens, expected, strict=True))
         if round_:  # the first round warms up
             for name, it in found.items():
@@ -178,8 +181,13 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tp-size", type=int, default=1)
     parser.add_argument("--pp-size", type=int, default=1)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count this process's CPU time: one rank, on a machine that is busy"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     args = parser.parse_args()
+    if args.cpu_time and args.tp_size * args.pp_size > 1:
+        parser.error("--cpu-time counts this process only, and other ranks have their own")
     model = args.model or str(demo_model_path())
     sizes = {"tp_size": args.tp_size, "pp_size": args.pp_size}
     common = {"num_speculative_tokens": args.num_speculative_tokens, "adaptive": not args.fixed}
