@@ -95,7 +95,7 @@ class SamplingParams(BaseModel):
         default=None, description="what the output must be: JSON, a regular expression, a grammar, a choice"
     )
     forced_token_ids: Annotated[TokenIds, AfterValidator(not_empty)] | None = Field(
-        default=None, description="the output begins with these, to be scored"
+        default=None, description="the output begins with these, whatever they are; stops are heeded from the last on"
     )
 
     logprobs: int | None = Field(default=None, ge=-1, description="likeliest tokens to tell of for each; -1: all")

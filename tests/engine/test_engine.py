@@ -134,6 +134,46 @@ def test_stop_strings(engine: InferenceEngine) -> None:
     assert output.finish_reason == "stop" and output.text == free.text[: free.text.index(free.text[-2:])]
 
 
+def test_what_stopped_it_and_text_with_the_stop_string(engine: InferenceEngine) -> None:
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    free = engine.generate("Once", params, progress=False)[0]
+    stop, token = free.text[5:9], free.token_ids[2]
+    cases: list[tuple[dict[str, Any], str | int | None, str]] = [
+        ({"stop": ["never there", stop]}, stop, free.text[: free.text.index(stop)]),
+        ({"stop": stop, "include_stop_str_in_output": True}, stop, free.text[: free.text.index(stop) + len(stop)]),
+        ({"stop_token_ids": [token]}, token, engine.tokenizer.decode(free.token_ids[:3], skip_special_tokens=True)),
+        ({"eos_token_ids": [token], "ignore_eos": False}, None, engine.tokenizer.decode(free.token_ids[:3])),
+        ({}, None, free.text),
+    ]
+    values = [params.model_copy(update=given) for given, _, _ in cases]
+    outputs = engine.generate(["Once"] * len(cases), values, progress=False)
+    for output, (_, reason, text) in zip(outputs, cases, strict=True):
+        assert (output.outputs[0].stop_reason, output.text) == (reason, text)
+    assert [output.finish_reason for output in outputs] == ["stop"] * 4 + ["length"]
+
+
+def test_long_prompts_are_cut_on_request(engine: InferenceEngine) -> None:
+    prompt = [(7 * i) % 1000 for i in range(200)]  # and max_model_len is 128
+    for values, kept in ({"truncate_prompt_tokens": 20}, 20), ({"truncate_prompt_tokens": -1}, 122):
+        params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, **values)
+        output, plain = engine.generate([prompt, prompt[-kept:]], [params, GREEDY], progress=False)
+        assert output.prompt_token_ids == tuple(prompt[-kept:])
+        assert output.token_ids == plain.token_ids and len(output.token_ids) == 6
+    with pytest.raises(ValueError, match="truncate_prompt_tokens would keep its end"):
+        engine.generate(prompt, GREEDY, progress=False)
+
+
+def test_texts_are_scored_and_continued(engine: InferenceEngine, tokenizer: Any) -> None:
+    text, more = "Once upon", " a time"
+    ids, after = tokenizer.encode(text), tokenizer.encode(more)
+    whole, continued = engine.score(text + more, progress=False), engine.score(text, more, progress=False)
+    assert whole[0].token_ids == continued[0].token_ids == (*ids, *after)
+    expected = sum(token.logprob for token in whole[0].logprobs[-len(after) :])
+    assert continued[0].logprob == pytest.approx(expected, abs=1e-4) and len(continued[0].logprobs) == len(after)
+    with pytest.raises(ValueError, match=r"texts\[1\]: prompt: the tokenizer cannot encode the text"):
+        engine.embed(["fine", "\ud800"], progress=False)
+
+
 def test_text_can_be_left_out(engine: InferenceEngine) -> None:
     output = engine.generate("Once", GREEDY.model_copy(update={"detokenize": False}), progress=False)[0]
     assert output.text == "" and len(output.token_ids) == 6

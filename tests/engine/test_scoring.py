@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from math import exp
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import Tensor
@@ -174,6 +175,17 @@ def test_embeddings(tiny_engine: InferenceEngine, tiny_model: LlamaForCausalLM, 
             expected = pool(states)
             expected = expected / expected.norm() if normalize else expected
             torch.testing.assert_close(torch.tensor(output.embedding), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma2", "roberta"])
+def test_embeddings_of_other_families(family: str) -> None:
+    """A projection after the norm; another norm; and transformers' own layers."""
+    model, text = families.tiny_model(family), tokens(9, seed=9)
+    with InferenceEngine(model, InferenceConfig(device="cpu", block_size=4, num_kv_blocks=12)) as engine:
+        (output,) = engine.embed(text, progress=False)
+    with torch.inference_mode():
+        hidden = model.base_model(torch.tensor([text]), position_ids=torch.arange(9)[None]).last_hidden_state[0]
+    torch.testing.assert_close(torch.tensor(output.embedding), hidden.mean(dim=0), atol=2e-5, rtol=1e-5)
 
 
 # ---- what cannot be -------------------------------------------------------------------------------------------------

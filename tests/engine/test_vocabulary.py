@@ -55,7 +55,6 @@ NEUTRAL = LogitsSpec(num_prompt_tokens=4, end_ids=(2,))
         ({"begin_suppress_tokens": [3, 2]}, {"begin_suppressed": (2, 3)}, False),
         ({"min_tokens": 3, "stop_token_ids": [7]}, {"min_tokens": 3, "end_ids": (2, 7)}, False),
         ({"min_tokens": 3, "stop_token_ids": [7], "ignore_eos": True}, {"min_tokens": 3, "end_ids": (7,)}, False),
-        ({"logits_processors": [max]}, {"processors": (max,)}, True),
     ],
     ids=str,
 )
@@ -64,6 +63,12 @@ def test_logits_spec(values: dict[str, Any], changes: dict[str, Any], history: b
     assert made == replace(NEUTRAL, **changes) == pickle.loads(pickle.dumps(made))
     assert made.is_neutral == (not changes) and made.needs_history == history
     assert hash(made) is not None
+
+
+def test_processors_can_be_sent_to_other_processes() -> None:
+    made = spec(logits_processors=[max])
+    (there,) = pickle.loads(pickle.dumps(made)).processors
+    assert made.needs_history and there(3, 5) == 5
 
 
 def test_bans_that_can_never_hold_are_neutral() -> None:
