@@ -952,6 +952,32 @@ def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahea
     assert any(s.num_cached_tokens for s in sequences)
 
 
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, True), (2, False)])
+def test_the_simulation_does_guess(num_stages: int, look_ahead: bool, drafts: bool) -> None:
+    """Likewise: drafts are right and wrong, while blocks are shared, copied and taken away."""
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=2,
+        num_tokens=30,
+        num_stages=num_stages,
+        look_ahead=look_ahead,
+        budget=16,
+        max_num_seqs=5,
+        caching=True,
+        guesses=3,
+        drafts=drafts,
+    )
+    for i in range(8):
+        spec = LogitsSpec(presence_penalty=1.0) if i % 2 else None
+        machine.add(5, [i % 3, i // 3 % 3], 6, 6, frozenset(), num_siblings=i % 3, spec=spec)
+    machine.teardown()
+    scheduler = machine.scheduler
+    assert scheduler.num_preemptions > 0 and machine.num_copied > 0
+    assert 0 < scheduler.num_accepted < scheduler.num_drafted
+    assert (machine.num_draft_steps > 0) == drafts
+
+
 @pytest.mark.parametrize("num_stages", [1, 2])
 def test_the_simulation_does_share_blocks_and_preempt_beams(num_stages: int) -> None:
     machine = SchedulerMachine()
