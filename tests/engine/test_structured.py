@@ -1,10 +1,14 @@
 """Grammars, matchers and masks of structured output, with the demo model's tokenizer."""
 
+import json
+import random
+import string
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import pytest
 from pydantic import BaseModel
@@ -331,3 +335,127 @@ def test_a_matcher_that_cannot_go_on_says_why(
     assert matcher.error is not None and matcher.error.startswith("structured output cannot go on: ")
     assert not matcher.is_finished and not matcher.accept(tokenizer.encode("a")[0]) and not matcher.fill(new_mask())
     assert follow(make(regex="a"), [*tokenizer.encode("a"), END])  # others can
+
+
+# --------------------------------------------------------------------------------------------------------------
+# every finished output validates
+
+
+def a_schema(rng: random.Random, depth: int = 0) -> dict[str, Any]:
+    scalars = [_string, _string, _integer, _number, _other]
+    return rng.choice(scalars if depth > 2 else [*scalars, _object, _object, _array, _any_of])(rng, depth)
+
+
+def _string(rng: random.Random, depth: int) -> dict[str, Any]:
+    low = rng.randint(0, 4)
+    return rng.choice(
+        [
+            {"type": "string"},
+            {"type": "string", "minLength": low, "maxLength": low + rng.randint(0, 8)},
+            {"type": "string", "pattern": rng.choice(["^[a-z]{2,5}$", "é+", "^(日本|\\d+)-x", "^$|^q"])},
+            {"type": "string", "format": rng.choice(["date", "date-time", "uuid", "ipv4", "email"])},
+        ]
+    )
+
+
+def _integer(rng: random.Random, depth: int) -> dict[str, Any]:
+    low = rng.randint(-500, 500)
+    bounds = {"minimum": low, rng.choice(["maximum", "exclusiveMaximum"]): low + rng.randint(20, 5000)}
+    return {"type": "integer", **rng.choice([{}, bounds, {"multipleOf": rng.randint(2, 9)}])}
+
+
+def _number(rng: random.Random, depth: int) -> dict[str, Any]:
+    low = round(rng.uniform(-10, 10), 2)
+    return {"type": "number", **rng.choice([{}, {"exclusiveMinimum": low, "maximum": low + 3.5}])}
+
+
+def _other(rng: random.Random, depth: int) -> dict[str, Any]:
+    values = ["é😀", 'q"\\', "", 7, -2.5, None, True, [1, {"k": "v"}], {"x": []}]
+    return rng.choice(
+        [
+            {"type": "boolean"},
+            {"type": "null"},
+            {"const": rng.choice(values)},
+            {"enum": rng.sample(values, 3)},
+            {"type": rng.sample(["string", "integer", "null", "boolean", "array", "object"], 2)},
+        ]
+    )
+
+
+def _name(rng: random.Random) -> str:
+    return "".join(rng.choices(string.ascii_letters + 'é日 "\\/_', k=rng.randint(1, 6)))
+
+
+def _object(rng: random.Random, depth: int) -> dict[str, Any]:
+    properties = {_name(rng): a_schema(rng, depth + 1) for _ in range(rng.randint(0, 4))}
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    schema["required"] = [name for name in properties if rng.random() < 0.6]
+    if rng.random() < 0.7:
+        schema["additionalProperties"] = rng.choice([False, a_schema(rng, 3)])
+    return schema
+
+
+def _array(rng: random.Random, depth: int) -> dict[str, Any]:
+    low = rng.randint(0, 2)
+    schema: dict[str, Any] = {"type": "array", "items": a_schema(rng, depth + 1)}
+    if rng.random() < 0.6:
+        schema |= {"minItems": low, "maxItems": low + rng.randint(0, 3)}
+    if rng.random() < 0.3:
+        schema["prefixItems"] = [a_schema(rng, depth + 1)]
+    return schema
+
+
+def _any_of(rng: random.Random, depth: int) -> dict[str, Any]:
+    return {"anyOf": [a_schema(rng, depth + 1) for _ in range(rng.randint(2, 3))]}
+
+
+def a_whole_schema(rng: random.Random) -> dict[str, Any]:
+    """One in four is recursive, or of kinds that a tag tells apart."""
+    if rng.random() < 0.75:
+        return a_schema(rng)
+    if rng.random() < 0.5:
+        node = {
+            "type": "object",
+            "properties": {"v": a_schema(rng, 2), "next": {"$ref": "#/$defs/n"}},
+            "required": ["v"],
+        }
+        return {"$ref": "#/$defs/n", "$defs": {"n": {"anyOf": [{"type": "null"}, node]}}}
+    kinds = [{"kind": {"const": tag}, "x": a_schema(rng, 2)} for tag in "ab"]
+    return {"oneOf": [{"type": "object", "properties": p, "required": ["kind", "x"]} for p in kinds]}
+
+
+FORMATS = jsonschema.FormatChecker(["uuid", "ipv4", "email"])  # of dates it wants the years that Python has
+RANDOM_TOKENS = 40
+MOST_TOKENS = 400
+
+
+def write_at_random(matcher: Matcher, rng: random.Random, closing: list[int]) -> list[int]:
+    """Token ids of a finished output: anything that may come, and after `RANDOM_TOKENS` what closes the document."""
+    output: list[int] = []
+    mask = new_mask()
+    while matcher.fill(mask) and len(output) < MOST_TOKENS:
+        bits = mask.view(np.uint32)
+        closed = [i for i in closing if bits[i // 32] >> np.uint32(i % 32) & 1]
+        if len(output) < RANDOM_TOKENS or not closed:
+            token_id = int(rng.choice(allowed(mask)))
+        else:
+            token_id = closed[0] if closed[0] in closing[:2] else rng.choice(closed)
+        assert matcher.accept(token_id)
+        output.append(token_id)
+    assert matcher.error is None and matcher.is_finished, (matcher.error, output)
+    return output
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_every_finished_output_validates(make: MakeMatcher, tokenizer: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    closing = [END, *(tokenizer.encode(text)[0] for text in '"}]@é.-xa01nt,:')]  # in this order the first two
+    for _ in range(25):
+        schema = a_whole_schema(rng)
+        output = write_at_random(make(json=schema), rng, closing)
+        text = tokenizer.decode(output[:-1] if output[-1] == END else output)
+        validator = jsonschema.Draft202012Validator(schema, format_checker=FORMATS)
+        try:
+            validator.validate(json.loads(text))
+        except (ValueError, jsonschema.ValidationError) as error:
+            pytest.fail(f"{json.dumps(schema, ensure_ascii=False)}\n{text!r}\n{error}")
