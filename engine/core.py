@@ -12,7 +12,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
+from ..config import ConfigError, InferenceConfig, SamplingParams, SpeculativeConfig
 from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
 from .constraint import Constraint
@@ -24,6 +24,8 @@ from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
 from .speculation.speculator import create_speculator
 from .structured import Grammar
+
+_PATIENCE_S = 0.1  # of a step that can only wait for grammars: Ctrl-C, other requests and a close come in between
 
 
 @dataclass(eq=False)
@@ -286,25 +288,34 @@ class EngineCore:
         return any(replica.in_flight or replica.scheduler.has_work for replica in self.replicas)
 
     def _compiled(self, wait: bool) -> list[Request]:
-        """Queues the requests whose grammar is there; gives those that failed for it. wait: for the first."""
+        """Queues the requests whose grammar is there; gives those that failed for it. wait: a little, for the first."""
         if self._compiling and wait:
-            futures.wait(self._compiling.values(), return_when=futures.FIRST_COMPLETED)
+            futures.wait(self._compiling.values(), _PATIENCE_S, futures.FIRST_COMPLETED)
         failed = []
         for request, grammar in [item for item in self._compiling.items() if item[1].done()]:
-            try:
-                compiled = grammar.result()
-            except Exception as error:
+            error = self._constrain(request, grammar)
+            del self._compiling[request]
+            if error is None:
+                self._queue(request)
+            else:
                 for completion in request.completions:
-                    completion.sequence.end("error", " ".join(str(error).split()))
-                del self._compiling[request]
+                    completion.sequence.end("error", error)
                 self._retire(request)
                 failed.append(request)
-                continue
-            del self._compiling[request]
-            for completion in request.completions:
-                completion.sequence.constraint = Constraint(compiled, completion.sequence.stop_token_ids)
-            self._queue(request)
         return failed
+
+    def _constrain(self, request: Request, grammar: Future[Grammar]) -> str | None:
+        """Lets a grammar take hold of a request's sequences; why it cannot."""
+        try:
+            compiled = grammar.result()
+        except ConfigError as error:
+            return str(error)
+        for completion in request.completions:
+            sequence = completion.sequence
+            sequence.constraint = constraint = Constraint(compiled, sequence.stop_token_ids)
+            if constraint.error is not None:
+                return constraint.error
+        return None
 
     def drain(self) -> list[Request]:
         """Waits for all steps in flight, so that nothing is under way on any rank; the requests that these moved on."""

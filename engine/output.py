@@ -35,7 +35,7 @@ class CompletionOutput:
     stop_reason: str | int | None = None  # the stop string or token id that ended it, unless that is an end token
     delta: str = ""  # what `text` has gained since the request's last output
     logprobs: tuple[TokenLogprobs, ...] | None = None  # of each token, if asked for
-    cumulative_logprob: float | None = None  # their sum
+    cumulative_logprob: float | None = None  # their sum; of a beam: of its tokens', after penalties and bans
     error: str | None = None  # why, if finish_reason is "error"
 
 
@@ -48,7 +48,7 @@ class RequestOutput:
     prompt: str | None  # None for a prompt given as token ids
     prompt_token_ids: tuple[int, ...]
     num_cached_tokens: int  # prompt tokens whose keys and values were found in the prefix cache
-    outputs: tuple[CompletionOutput, ...]
+    outputs: tuple[CompletionOutput, ...]  # n; of beams, fewer if no more were found
     finished: bool
     timings: RequestTimings
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # of each prompt token; None for the first

@@ -29,6 +29,8 @@ from array import array
 from bisect import insort
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from itertools import groupby
 
 from .block_manager import BlockManager
 from .draft_steps import DraftSteps
@@ -41,6 +43,22 @@ _FORCED_AT_ONCE = 32  # tokens of a sequence in one step: each has a row of logi
 
 Heed = Callable[[Sequence], str | None]
 """Asked after each token that a sequence got: why it ends with this one, or None."""
+
+
+@dataclass
+class Chosen:
+    """What a step takes, while it is put together."""
+
+    budget: int  # tokens that it may still take
+    share: int  # with so many more it has enough; drafts come on top
+    num_behind: int  # sequences that run and are still to be asked, whose own tokens come before anybody's drafts
+    counts: dict[Sequence, int] = field(default_factory=dict)  # sequence -> its tokens
+    copies: list[tuple[int, int]] = field(default_factory=list)
+    is_short_of_blocks: bool = False  # nobody else is admitted
+
+    @property
+    def is_full(self) -> bool:
+        return self.budget <= 0 or self.share <= 0
 
 
 class Scheduler:
@@ -128,38 +146,41 @@ class Scheduler:
             if step is not None:
                 self._next_step += 1
                 return step
-        chosen: dict[Sequence, int] = {}  # sequence -> new tokens
-        copies: list[tuple[int, int]] = []
-        budget = self.max_num_batched_tokens
+        budget, pending = self.max_num_batched_tokens, self.num_pending_tokens
         # In flight counts as pending until it is back.
-        share = -(-self.num_pending_tokens // self.num_stages) if self.num_stages > 1 else budget
-        spent = 0  # of the share: drafts come on top
-        short_of_blocks = False
+        chosen = Chosen(budget, -(-pending // self.num_stages) if self.num_stages > 1 else budget, len(self.running))
+        by_priority = sorted(self.running, key=lambda running: running.priority)
+        for priority, sequences in groupby(by_priority, key=lambda running: running.priority):
+            self._admit(chosen, before=priority)
+            for sequence in sequences:
+                self._go_on(sequence, chosen)
+        self._admit(chosen)
+        return self._step(chosen) if chosen.counts else None
 
-        for place, sequence in enumerate(sorted(self.running, key=lambda running: running.priority)):
-            if not budget or spent >= share:
-                break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            count = min(self._num_schedulable(sequence), budget)
-            if not count:
-                continue
-            if not self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
-                short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
-                continue
-            spent += count
-            num_behind = len(self.running) - place - 1  # whose own tokens come before anybody's drafts
-            budget -= self._take(sequence, count, budget - num_behind, chosen, copies)
+    def _go_on(self, sequence: Sequence, chosen: "Chosen") -> None:
+        """Takes a sequence that was running, if it has something to compute and finds room."""
+        chosen.num_behind -= 1
+        if chosen.is_full or sequence.status is not SequenceStatus.RUNNING:
+            return
+        count = min(self._num_schedulable(sequence), chosen.budget)
+        if not count:
+            return
+        if self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
+            self._take(sequence, count, chosen)
+        else:
+            chosen.is_short_of_blocks |= sequence.status is SequenceStatus.RUNNING  # else it gave way itself
 
-        while not short_of_blocks:
-            first = next((waiting for waiting in self.waiting if not waiting.is_held), None)
-            if first is None or not budget or spent >= share:
+    def _admit(self, chosen: "Chosen", before: int | None = None) -> None:
+        """Lets waiting sequences run, in their order, as long as there is room. before: only if their priority is."""
+        while not chosen.is_full and not chosen.is_short_of_blocks:
+            sequence = next((waiting for waiting in self.waiting if not waiting.is_held), None)
+            if sequence is None or (before is not None and sequence.priority >= before):
                 break
-            sequence = first
             prefix = self._match(sequence)
             if not self._can_admit(sequence, prefix):
                 worst = self._victim(chosen)
                 if worst is None or not _gives_way(worst, sequence):
+                    chosen.is_short_of_blocks = True
                     break
                 self._preempt(worst)
                 continue
@@ -170,11 +191,7 @@ class Scheduler:
             if sequence.num_cached_tokens is None:
                 sequence.num_cached_tokens = sequence.num_computed_tokens
             self._run(sequence)
-            count = min(sequence.num_pending_tokens, budget)
-            spent += count
-            budget -= self._take(sequence, count, budget, chosen, copies)
-
-        return self._step(chosen, copies) if chosen else None
+            self._take(sequence, min(sequence.num_pending_tokens, chosen.budget), chosen)
 
     def _match(self, sequence: Sequence) -> list[int]:
         """Blocks of the cache that it begins with."""
@@ -235,19 +252,19 @@ class Scheduler:
         self.num_matched_tokens -= sequence.num_matched_tokens
         sequence.num_matched_tokens = 0
 
-    def _take(
-        self, sequence: Sequence, count: int, budget: int, chosen: dict[Sequence, int], copies: list[tuple[int, int]]
-    ) -> int:
+    def _take(self, sequence: Sequence, count: int, chosen: "Chosen") -> None:
         stop = sequence.num_scheduled_tokens + count
-        sequence.drafts = self._draft(sequence, budget - count) if stop == sequence.num_tokens else ()
+        for_drafts = chosen.budget - count - chosen.num_behind
+        sequence.drafts = self._draft(sequence, for_drafts) if stop == sequence.num_tokens else ()
+        chosen.share -= count
         sequence.forget_drafted()
         count += len(sequence.drafts)
         copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
         if copy is not None:
-            copies.append(copy)
+            chosen.copies.append(copy)
         sequence.num_in_flight += count
-        chosen[sequence] = count
-        return count
+        chosen.counts[sequence] = count
+        chosen.budget -= count
 
     def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses for which there is room: in the budget, in what may come of the output, and in the blocks."""
@@ -265,16 +282,15 @@ class Scheduler:
             drafts = drafts[:-1]
         return tuple(drafts)
 
-    def _victim(self, chosen: dict[Sequence, int]) -> Sequence | None:
-        """Who gives way first: of the lowest priority, the latest to come; of its beams, one that is held."""
-        free = [s for s in reversed(self.running) if not s.is_in_flight and s not in chosen]
-        return max(free, key=lambda running: (running.priority, running.order, running.is_held), default=None)
+    def _victim(self, chosen: "Chosen") -> Sequence | None:
+        """Who gives way first, of those that are in no step."""
+        return _last([s for s in self.running if not s.is_in_flight and s not in chosen.counts])
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, chosen: dict[Sequence, int]) -> bool:
-        """Preempts others until the sequence's tokens fit; False if it must give way itself, or wait."""
+    def _make_room(self, sequence: Sequence, num_tokens: int, chosen: "Chosen") -> bool:
+        """Preempts others until the sequence's tokens fit; False if it gives way itself, or waits for who should."""
         while not self.blocks.can_extend(sequence, num_tokens):
             victim = self._victim(chosen)
-            if victim is None:
+            if victim is None or (victim is sequence and _last(self.running) is not sequence):
                 return False
             self._preempt(victim)
             if victim is sequence:
@@ -291,10 +307,11 @@ class Scheduler:
         self._stop_running(sequence)
         self._wait(sequence)
 
-    def _step(self, chosen: dict[Sequence, int], copies: Seq[tuple[int, int]]) -> ScheduledStep:
+    def _step(self, chosen: "Chosen") -> ScheduledStep:
+        counts = chosen.counts
         token_ids: array[int] = array("q")
         rows = StepRows()
-        for sequence, count in chosen.items():
+        for sequence, count in counts.items():
             first, stop = len(token_ids), sequence.num_scheduled_tokens
             known = [*sequence.token_ids[stop - count : stop], *sequence.drafts]
             token_ids.extend(known or [drawn_before(self._drawing[sequence])])
@@ -309,18 +326,18 @@ class Scheduler:
         step = StepInput(
             step_id=self._next_step,
             token_ids=token_ids,
-            query_lens=tuple(chosen.values()),
-            context_lens=tuple(sequence.num_scheduled_tokens - count for sequence, count in chosen.items()),
-            block_tables=tuple(array("i", sequence.block_table) for sequence in chosen),
+            query_lens=tuple(counts.values()),
+            context_lens=tuple(sequence.num_scheduled_tokens - count for sequence, count in counts.items()),
+            block_tables=tuple(array("i", sequence.block_table) for sequence in counts),
             samples=tuple(rows.samples),
-            copies=tuple(copies),
+            copies=tuple(chosen.copies),
             histories=tuple(rows.histories),
             masks=rows.masks,
             given=tuple(rows.given),
             pooled=tuple(rows.pooled),
         )
-        drafts = tuple(sequence.drafts for sequence in chosen)
-        return ScheduledStep(step, tuple(chosen), drafts, tuple(rows.draws), tuple(rows.scored), tuple(rows.in_pool))
+        drafts = tuple(sequence.drafts for sequence in counts)
+        return ScheduledStep(step, tuple(counts), drafts, tuple(rows.draws), tuple(rows.scored), tuple(rows.in_pool))
 
     # ---- and back -----------------------------------------------------------------------------------------------
 
@@ -511,6 +528,11 @@ class Scheduler:
 
 def _num_places(sequence: Sequence) -> int:
     return 1 + len(sequence.siblings) + sequence.num_beams_to_come
+
+
+def _last(running: Seq[Sequence]) -> Sequence | None:
+    """Of the lowest priority, the latest to come; of its beams, one that is held; the latest admitted."""
+    return max(reversed(running), key=lambda s: (s.priority, s.order, s.is_held), default=None)
 
 
 def _gives_way(running: Sequence, waiting: Sequence) -> bool:

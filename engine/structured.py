@@ -6,13 +6,12 @@ The grammars, their compiler and the walk over the vocabulary are llguidance's (
 parser, whose cost hardly depends on the schema's size).
 """
 
-import os
 import re
 import reprlib
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +22,7 @@ from ..config import ConfigError, StructuredOutputsParams
 from .grammars import grammar_of
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+    from llguidance import LLMatcher, LLTokenizer
 
 Mask = NDArray[np.int32]  # [..., ceil(vocab_size / 32)], bit i % 32 of word i // 32: whether token i may come
 
@@ -32,7 +31,6 @@ _CACHED = 256  # grammars; one takes from kilobytes to a few megabytes
 _COMPILE_SECONDS = 20.0
 _COMPILE_STACK = 2**29  # bytes, of address space only: the library recurses, and a stack that ends ends the process
 _LONGEST_REASON = 300  # characters
-_FILLING_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -65,10 +63,10 @@ class GrammarCompiler:
         self._tokenizer, self._vocab_size, self._eos_token_ids = tokenizer, vocab_size, tuple(eos_token_ids)
         self._vocabulary: _Vocabulary | ConfigError | None = None  # made with the first grammar
         self._making_vocabulary = threading.Lock()
+        self._lock = threading.Lock()  # of what follows
         self._grammars: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
-        self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(_COMPILED_AT_ONCE, "grammar")
-        self._executor: LLExecutor | None = None
+        self._waiting: deque[tuple[StructuredOutputsParams, Future[Grammar]]] = deque()
+        self._running: set[Future[Grammar]] = set()
 
     def submit(self, params: StructuredOutputsParams) -> "Future[Grammar]":
         """The grammar, when it is compiled: at once if it was asked for before. The future cannot be cancelled.
@@ -78,46 +76,61 @@ class GrammarCompiler:
         with self._lock:
             future = self._grammars.get(params)
             if future is None:
-                future = Future()
+                future = self._grammars[params] = Future()
                 future.set_running_or_notify_cancel()  # others may wait for it too
-                _submit_with_stack(self._pool, self._run, params, future)
-                self._grammars[params] = future
+                self._waiting.append((params, future))
+                self._begin()
                 while len(self._grammars) > _CACHED:
                     self._grammars.popitem(last=False)
             self._grammars.move_to_end(params)
             return future
 
-    def fill(self, matchers: Sequence["Matcher"], masks: Mask) -> list[bool]:
-        """`Matcher.fill` of masks[i] for each matcher, in parallel; all of them of this compiler, each once."""
-        if len(matchers) < 2:
-            return [matcher.fill(row) for matcher, row in zip(matchers, masks, strict=True)]
-        if self._executor is None:
-            from llguidance import LLExecutor
-
-            self._executor = LLExecutor(min(_FILLING_THREADS, os.cpu_count() or 1))
-        rows = np.empty((len(matchers), matchers[0].vocabulary.num_library_words), np.uint32)
-        inner = [(matcher.inner, index) for index, matcher in enumerate(matchers)]
-        self._executor.unsafe_compute_mask_ptr(inner, rows.ctypes.data, rows.strides[0], len(rows))
-        return [matcher.settle(row, mask) for matcher, row, mask in zip(matchers, rows, masks, strict=True)]
-
     def close(self) -> None:
-        """Compiles no more. What is under way goes on to its end."""
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        """Compiles no more; what is not compiled yet raises ConfigError."""
+        with self._lock:
+            ended = [*self._running, *(future for _, future in self._waiting)]
+            self._running.clear()
+            self._waiting.clear()
+        for future in ended:
+            future.set_exception(ConfigError("structured_outputs: the engine was closed before they were compiled"))
+
+    def _begin(self) -> None:
+        """Lets those compile that have waited longest; called with the lock.
+
+        The library cannot be interrupted: what is given up goes on in its thread, which neither counts here nor keeps
+        the process from its end.
+        """
+        while self._waiting and len(self._running) < _COMPILED_AT_ONCE:
+            params, future = self._waiting.popleft()
+            self._running.add(future)
+            _start_with_stack(threading.Thread(target=self._run, args=(params, future), name="grammar", daemon=True))
 
     def _run(self, params: StructuredOutputsParams, future: "Future[Grammar]") -> None:
-        def give_up() -> None:
-            _settle(future, _refusal(params, f"it takes more than {_COMPILE_SECONDS:g} s to compile"))
-
-        timer = threading.Timer(_COMPILE_SECONDS, give_up)
+        slow = _refusal(params, f"it takes more than {_COMPILE_SECONDS:g} s to compile")
+        timer = threading.Timer(_COMPILE_SECONDS, self._end, (future, slow))
+        timer.daemon = True
         timer.start()
+        outcome: Grammar | ConfigError
         try:
-            _settle(future, self._compile(params))
+            outcome = self._compile(params)
         except ConfigError as error:
-            _settle(future, error)
+            outcome = error
         except BaseException as error:  # a panic of the library is no Exception
-            _settle(future, _refusal(params, str(error)))
-        finally:
-            timer.cancel()
+            outcome = _refusal(params, str(error))
+        timer.cancel()
+        self._end(future, outcome)
+
+    def _end(self, future: "Future[Grammar]", outcome: "Grammar | ConfigError") -> None:
+        """Called when it is compiled and when its time is up, whichever comes first."""
+        with self._lock:
+            if future not in self._running:
+                return
+            self._running.remove(future)
+            self._begin()
+        if isinstance(outcome, ConfigError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)
 
     def _compile(self, params: StructuredOutputsParams) -> "Grammar":
         vocabulary = self._get_vocabulary()
@@ -177,23 +190,15 @@ class Matcher:
         of some grammars only the mask shows it."""
         return self.error is None and (self._ended or self._exhausted or self.inner.is_stopped())
 
-    @property
-    def is_accepting(self) -> bool:
-        """The output is a whole sentence, though text may follow."""
-        return self._ended or self.inner.is_accepting()
-
     def fill(self, mask: Mask) -> bool:
-        """Writes what tokens may come next into a row [ceil(vocab_size / 32)]. False: no text may, see `settle`."""
-        row = np.empty(self.vocabulary.num_library_words, np.uint32)
-        self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        return self.settle(row, mask)
-
-    def settle(self, row: NDArray[np.uint32], mask: Mask) -> bool:
-        """Makes a mask of one of the library's, which knows neither the request's end tokens nor the model's padding.
+        """Writes what tokens may come next into a row [ceil(vocab_size / 32)].
 
         False: no text may come, the sequence is finished or in error. The row then allows its end tokens, and if it has
         none, everything: whatever a step that is under way draws there is thrown away.
         """
+        # The library's row knows neither the request's end tokens nor the model's padding.
+        row = np.empty(self.vocabulary.num_library_words, np.uint32)
+        self.inner.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         allowed = mask.view(np.uint32)
         allowed[:] = row[: len(allowed)]
         eos = self.vocabulary.eos
@@ -243,31 +248,23 @@ class Matcher:
             if not self.inner.rollback(num_tokens):
                 self._fail(_one_line(self.inner.get_error()))
 
-    def fill_for_drafts(self, drafts: Sequence[int], masks: Mask) -> int:
-        """Masks for a row drawn now and one after each draft: masks [len(drafts) + 1, ceil(vocab_size / 32)].
+    def fill_after(self, drafts: Sequence[int], masks: Mask, num_known: int = 0) -> int:
+        """What may come after each draft: masks [len(drafts), ceil(vocab_size / 32)]; the state stays.
 
-        Returns how many drafts, from the first, may come; as many rows and one more are filled. The state stays.
+        Returns how many drafts, from the first, may come and be followed by text; as many rows are filled. num_known:
+        rows that are filled already.
         """
-        num_valid = 0
-        exhausted = self._exhausted
-        text_may_follow = self.fill(masks[0])
-        for draft, mask in zip(drafts, masks[1:], strict=True):
+        num_valid = num_accepted = 0
+        for draft, mask in zip(drafts, masks, strict=True):
             if not self.accept(draft):
                 break
+            num_accepted += 1
+            if num_accepted > num_known and not self.fill(mask):
+                break
             num_valid += 1
-            self.fill(mask)
-        self.rollback(num_valid)
-        self._exhausted = exhausted or not text_may_follow
+        self.rollback(num_accepted)
+        self._exhausted = False  # else none was accepted, or the sequence has ended
         return num_valid
-
-    def fork(self, count: int) -> list["Matcher"]:
-        """Matchers of sequences that go on from here, each on its own."""
-        return [self._copy() for _ in range(count)]
-
-    def _copy(self) -> "Matcher":
-        copy = Matcher(self.inner.deep_copy(), self.vocabulary, self.end_token_ids)
-        copy.error, copy._ended, copy._exhausted = self.error, self._ended, self._exhausted
-        return copy
 
     def _fail(self, reason: str) -> None:
         self.error = self.error or f"structured output cannot go on: {reason}"
@@ -292,23 +289,13 @@ def _make_vocabulary(tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[in
     return _Vocabulary(library, vocab_size, eos)
 
 
-def _submit_with_stack(pool: ThreadPoolExecutor, function: Any, *arguments: Any) -> None:
-    """As pool.submit; if that starts a thread, with a stack of `_COMPILE_STACK`."""
+def _start_with_stack(thread: threading.Thread) -> None:
+    """With a stack of `_COMPILE_STACK`."""
     before = threading.stack_size(_COMPILE_STACK)
     try:
-        pool.submit(function, *arguments)
+        thread.start()
     finally:
         threading.stack_size(before)
-
-
-def _settle(future: "Future[Grammar]", outcome: "Grammar | ConfigError") -> None:
-    try:
-        if isinstance(outcome, ConfigError):
-            future.set_exception(outcome)
-        else:
-            future.set_result(outcome)
-    except InvalidStateError:  # the time was up, or came up just now
-        pass
 
 
 def _refusal(params: StructuredOutputsParams, reason: str) -> ConfigError:

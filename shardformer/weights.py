@@ -183,7 +183,7 @@ def _return_freed_memory() -> None:
 
 def _fill(blank: Tensor, pieces: Sequence[Piece], source: WeightSource, device: torch.device) -> nn.Parameter:
     assert _tile(blank.shape, [piece.box for piece in pieces]), (pieces, blank.shape)
-    parameter = nn.Parameter(torch.empty_like(blank, device=device), requires_grad=False)
+    parameter = nn.Parameter(torch.empty(blank.shape, dtype=blank.dtype, device=device), requires_grad=False)
     for piece in pieces:
         part = parameter.data[tuple(slice(*box) for box in piece.box)]
         source.read(piece.tensor, piece.ranges, part.T if piece.transposed else part)

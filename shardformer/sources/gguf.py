@@ -2,6 +2,7 @@
 
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ class GGUFSource(WeightSource):
         self._processor = processor(config={name: getattr(config, name) for name in heads})
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        names = get_gguf_hf_weights_map(model, self._processor)  # GGUF's name -> transformers'
+        # GGUF's name -> transformers'. Without its children, of which transformers makes maps too, taking seconds: of
+        # these models every tensor is found under its whole name.
+        whole = SimpleNamespace(config=config, state_dict=model.state_dict, named_children=tuple)
+        names = get_gguf_hf_weights_map(whole, self._processor)
         self._names = {}
         self.shapes = {}
         for tensor in self._reader.tensors:

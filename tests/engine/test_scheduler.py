@@ -209,6 +209,67 @@ def test_a_sequence_in_flight_is_not_preempted() -> None:
     scheduler.check()
 
 
+# ---- priorities -----------------------------------------------------------------------------------------------------
+
+
+def test_lower_priorities_are_served_first_and_equal_ones_as_they_came() -> None:
+    scheduler = make(max_num_seqs=1)
+    for name, priority in (("a", 1), ("b", 0), ("c", 1), ("d", -5), ("e", 0), ("f", -5)):
+        add(scheduler, name, [1, 2], max_tokens=1, priority=priority)
+    served = []
+    while has_work(scheduler):
+        served += run_step(scheduler)
+    assert served == ["d", "f", "b", "e", "a", "c"]
+
+
+def test_who_comes_first_in_the_budget() -> None:
+    scheduler = make(max_num_batched_tokens=4)
+    add(scheduler, "low", range(10), priority=1)
+    assert run_step(scheduler) == {"low": 4}
+    add(scheduler, "same", range(40, 43), priority=1)
+    add(scheduler, "high", range(20, 23))
+    assert run_step(scheduler) == {"high": 3, "low": 1}
+    assert run_step(scheduler) == {"high": 1, "low": 3}
+    assert run_step(scheduler) == {"high": 1, "low": 2, "same": 1}, "of equal ones, who runs before who waits"
+
+
+@pytest.mark.parametrize("short_of", ["places", "blocks"])
+def test_a_waiting_sequence_preempts_those_of_lower_priority_only(short_of: str) -> None:
+    limits = {"max_num_seqs": 3} if short_of == "places" else {"num_blocks": 9, "block_size": 2}
+    scheduler = make(enable_prefix_caching=False, **limits)
+    first, second, third = (add(scheduler, f"p{p}", [p] * 2, max_tokens=3, priority=p) for p in (2, 0, 1))
+    assert run_step(scheduler) == {"p0": 2, "p1": 2, "p2": 2}
+    high = add(scheduler, "high", [9] * 8, max_tokens=2)
+    assert run_step(scheduler) == {"p0": 1, "high": 8, "p1": 1}
+    assert [s.num_preemptions for s in (first, second, third, high)] == [1, 0, 0, 0]
+    while has_work(scheduler):
+        run_step(scheduler)
+    assert [s.num_output_tokens for s in (first, second, third, high)] == [3, 3, 3, 2]
+
+
+def test_equal_priorities_do_not_preempt_each_other() -> None:
+    scheduler = make(max_num_seqs=1)
+    add(scheduler, "a", [1, 2], max_tokens=4, priority=1)
+    run_step(scheduler)
+    add(scheduler, "b", [3], max_tokens=1, priority=1)
+    for _ in range(3):
+        assert run_step(scheduler) == {"a": 1}
+    assert run_step(scheduler) == {"b": 1} and scheduler.num_preemptions == 0
+
+
+def test_of_equal_priorities_the_latest_to_come_gives_way_though_it_was_admitted_first() -> None:
+    scheduler = make(num_blocks=6, block_size=2, enable_prefix_caching=False)
+    low, early = add(scheduler, "low", [1, 2], priority=1), add(scheduler, "early", [3, 4])
+    run_step(scheduler)
+    late = add(scheduler, "late", [5, 6])
+    while not scheduler.num_preemptions:
+        run_step(scheduler)
+    assert (low.num_preemptions, early.num_preemptions, late.num_preemptions) == (1, 0, 0)
+    while not late.num_preemptions and not early.num_preemptions:
+        run_step(scheduler)
+    assert (early.num_preemptions, late.num_preemptions) == (0, 1)
+
+
 # ---- endings --------------------------------------------------------------------------------------------------------
 
 

@@ -5,47 +5,53 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from meshlm import InferenceConfig, InferenceEngine
 
 folder = Path(sys.argv[1])
 task = json.loads((folder / "task.json").read_text())
 prompts, params = task["prompts"], task["params"]
-short = params | {"max_tokens": 16}
-report = {}
 
-with InferenceEngine(task["model"], InferenceConfig(**task["config"])) as engine:
+
+def report_of(engine: InferenceEngine) -> dict[str, Any]:
+    report: dict[str, Any] = {}
     try:
         engine.generate([prompts[0], [task["vocab_size"]]], params, progress=False)
     except ValueError as error:
         report["error"] = str(error)
     report["generated"] = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
 
-    latest = {output.index: output for output in engine.stream([prompts[4], prompts[14]], short)}
+    latest = {output.index: output for output in engine.stream(prompts[2:4], params)}
     report["streamed"] = [latest[index].token_ids for index in sorted(latest)]
-    for _ in engine.stream(prompts[8], params):
+    for _ in engine.stream(prompts[1], params):
         break  # aborts it
 
-    ids = [engine.add_request(prompts[4], short), engine.add_request(prompts[14], short)]
+    ids = [engine.add_request(prompt, params) for prompt in prompts[4:6]]
     finished = {}
     while engine.has_unfinished():
         finished |= {output.request_id: output.token_ids for output in engine.step() if output.finished}
         if len(ids) == 2:
-            ids.append(engine.add_request(prompts[20], short))
+            ids.append(engine.add_request(prompts[6], params))
     report["stepped"] = [finished[request_id] for request_id in ids]
     report["ids"] = ids
-    report["scored"] = [output.logprob for output in engine.score(prompts[4:8], progress=False)]
+    report["scored"] = [output.logprob for output in engine.score(prompts[2:6], progress=False)]
     report["embedded"] = [output.embedding for output in engine.embed(prompts[4:6], "last", True, progress=False)]
     try:
         engine.score([prompts[4], []], progress=False)
     except ValueError as error:
         report["score_error"] = str(error)
-    shaped = short | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
-    report["shaped"] = [
-        output.token_ids for output in engine.generate([prompts[4], prompts[14]], shaped, progress=False)
-    ]
+    shaped = params | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
+    report["shaped"] = [output.token_ids for output in engine.generate(prompts[:2], shaped, progress=False)]
     engine.check()
     report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
     report["mesh"] = engine.describe_mesh()
+    return report
 
-(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(report))
+
+reports = []
+for config in task["configs"]:
+    with InferenceEngine(task["model"], InferenceConfig(**config)) as engine:
+        reports.append(report_of(engine))
+
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(reports))

@@ -1,6 +1,7 @@
 """Run by test_paged_attention.py: compiles the kernel, from its launcher's own arguments, for a GPU that is not there.
 
-compile_paged_attention.py CAPABILITY CACHE: for sm_<CAPABILITY>; triton's cache goes to the folder CACHE.
+compile_paged_attention.py CAPABILITY CACHE PART: for sm_<CAPABILITY>; triton's cache goes to the folder CACHE; PART:
+which half of the work to do.
 """
 
 import os
@@ -21,6 +22,7 @@ from meshlm.kernels.batch import PagedBatch
 from meshlm.kernels.eager import AttentionFeatures
 
 CAPABILITY = int(sys.argv[1])
+PART = sys.argv[3]
 SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448}[CAPABILITY]
 ALL = AttentionFeatures(window=1024, softcap=50.0, sinks=torch.zeros(32), alibi_slopes=torch.zeros(32))
 
@@ -72,18 +74,25 @@ def attend(
     module.paged_attention(query, keys, keys[..., -latent:] if latent else values, batch, 0.1, features)
 
 
-if __name__ == "__main__":
-    compiled = compile_only()
+def assert_fits(compiled: dict[str, dict[int, int]]) -> None:
+    for name, variants in compiled.items():
+        assert all(shared <= SHARED_BYTES for shared in variants.values()), f"{name}: {variants} bytes of shared memory"
+    assert set(compiled) == {"_attend", "_combine"}
+
+
+def heads_that_differ(compiled: dict[str, dict[int, int]]) -> None:
     for head_dim, dtype in ((80, torch.bfloat16), (256, torch.bfloat16), (128, torch.float32)):
         for features in (module.PLAIN, ALL):
             attend([(1, 5000), (1, 3)], head_dim, dtype, features)
             attend([(200, 0), (1, 5000)], head_dim, dtype, features)
+    assert_fits(compiled)
+
+
+def latents_and_numbers_of_tokens(compiled: dict[str, dict[int, int]]) -> None:
     for dtype in (torch.bfloat16, torch.float32):
         attend([(1, 5000), (1, 3)], 576, dtype, latent=512)
         attend([(200, 0), (1, 5000)], 576, dtype, latent=512)
-    for name, variants in compiled.items():
-        assert all(shared <= SHARED_BYTES for shared in variants.values()), f"{name}: {variants} bytes of shared memory"
-    assert set(compiled) == {"_attend", "_combine"}
+    assert_fits(compiled)
     for mixed in (False, True):
         compiled.clear()
         for count in (1, 2, 3, 16, 33):
@@ -91,3 +100,7 @@ if __name__ == "__main__":
             attend([*decodes, (100 * count, 0)] if mixed else decodes, 64, torch.bfloat16)
         most = 4 if mixed else 2  # narrow and wide, split and not
         assert len(compiled["_attend"]) <= most and len(compiled["_combine"]) <= 1, "compiled for each number of tokens"
+
+
+if __name__ == "__main__":
+    {"heads": heads_that_differ, "latents": latents_and_numbers_of_tokens}[PART](compile_only())

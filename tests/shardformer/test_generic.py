@@ -212,6 +212,12 @@ def test_refused_by_name(model_type: str, fields: dict[str, Any], reason: str) -
     assert reason in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_a_policy_of_its_own_may_do_is_refused_by_name() -> None:
+    reason = r"its weights are quantised \(config\.quantization_config\); it has a policy of its own"
+    with pytest.raises(ValueError, match=f"^policy='generic': GptOssForCausalLM: {reason}$"):
+        read("gpt_oss", quantization_config={"quant_method": "mxfp4"})
+
+
 Change = Callable[[Any, torch.Tensor], torch.Tensor]
 
 
