@@ -126,13 +126,14 @@ def test_on_every_mesh(tiny_engine: InferenceEngine, expected: Tokens, way: str)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 5},
-    "few blocks": {"num_kv_blocks": 14, "max_num_seqs": 8},
+    "few blocks": {"num_kv_blocks": 14, "max_num_seqs": 8, "max_model_len": 56},
     "blocks of one token": {"block_size": 1},
     "async scheduling": {"async_scheduling": True},
     "async scheduling, few blocks, chunks": {
         "async_scheduling": True,
         "num_kv_blocks": 14,
         "max_num_seqs": 8,
+        "max_model_len": 56,
         "max_num_batched_tokens": 7,
     },
     "another seed of the engine": {"seed": 5},
