@@ -591,6 +591,26 @@ class OracleModel(DraftModelSpeculator):
         return min(wanted and self.max_tokens, most, hash(tuple(sequence.token_ids)) % (self.max_tokens + 1))
 
 
+def test_places_are_kept_for_the_beams_to_come() -> None:
+    scheduler = make(max_num_seqs=4)
+    (root,) = begin_search([1, 2], num_beams=4, max_tokens=3).sequences
+    scheduler.add(root)
+    add(scheduler, "other", [3])
+    assert run_step(scheduler) == {"beams": 2}
+
+
+def test_a_beam_comes_back_without_a_spare_block_for_those_that_wait_for_it() -> None:
+    scheduler = make(num_blocks=4, block_size=2, enable_prefix_caching=False)
+    (root,) = begin_search([1, 2, 3], num_beams=2, max_tokens=3).sequences
+    scheduler.add(root)
+    step = next_step(scheduler)
+    scheduler.update(step, StepOutput(step.input.step_id, (1,), (likeliest((1, 2, 3)),)))
+    first, second = scheduler.advance_beams([root], [(0, 1), (0, 2)])
+    assert first is root and first.block_table == second.block_table
+    scheduler._preempt(second)
+    assert next_step(scheduler).sequences == (first, second) and scheduler.num_preemptions == 1
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Any order of events; the KV cache is a dict from slot to (token, position), written as a rank would."""
 
@@ -930,6 +950,32 @@ def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahea
     assert machine.scheduler.num_preemptions > 0
     assert machine.looked_ahead == look_ahead
     assert any(s.num_cached_tokens for s in sequences)
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, True), (2, False)])
+def test_the_simulation_does_guess(num_stages: int, look_ahead: bool, drafts: bool) -> None:
+    """Likewise: drafts are right and wrong, while blocks are shared, copied and taken away."""
+    machine = SchedulerMachine()
+    machine.start(
+        block_size=2,
+        num_tokens=30,
+        num_stages=num_stages,
+        look_ahead=look_ahead,
+        budget=16,
+        max_num_seqs=5,
+        caching=True,
+        guesses=3,
+        drafts=drafts,
+    )
+    for i in range(8):
+        spec = LogitsSpec(presence_penalty=1.0) if i % 2 else None
+        machine.add(5, [i % 3, i // 3 % 3], 6, 6, frozenset(), num_siblings=i % 3, spec=spec)
+    machine.teardown()
+    scheduler = machine.scheduler
+    assert scheduler.num_preemptions > 0 and machine.num_copied > 0
+    assert 0 < scheduler.num_accepted < scheduler.num_drafted
+    assert (machine.num_draft_steps > 0) == drafts
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])
