@@ -139,7 +139,7 @@ def correlated(drawn: Tensor, model: LlamaForCausalLM) -> list[tuple[int, int]]:
 
 def test_a_temperature_that_is_5_percent_off_is_seen(tiny_local: InferenceEngine, tiny_model: LlamaForCausalLM) -> None:
     params = PARAMS["plain"]
-    drawn = draws(tiny_local, params, 10240)[:, 0]
+    drawn = draws(tiny_local, params, 20480)[:, 0]
     assert p_value(drawn, exact(tiny_model, params)[0]) > SIGNIFICANCE
     for factor in (0.95, 1.05):
         wrong = {**params, "temperature": factor * params["temperature"]}
