@@ -25,10 +25,10 @@ from meshlm import InferenceEngine
 
 SIGNIFICANCE = 1e-6
 FEWEST = 5.0  # draws that are expected of a cell; what is expected less often is one cell together
-PROMPT = [11, 22, 33, 44, 55, 66, 77, 88]  # the next of 101 tokens are far apart, and 21 of them are likely
+PROMPT = [94, 20, 98, 32, 75, 93, 23, 75]  # 45 of 101 tokens are likely, some of them its own
 
 PARAMS: dict[str, dict[str, Any]] = {
-    "plain": {"temperature": 1.5},
+    "plain": {"temperature": 1.2},
     "top-k": {"temperature": 2.5, "top_k": 7},
     "top-p": {"temperature": 1.5, "top_p": 0.8},
     "min-p": {"temperature": 2.0, "min_p": 0.1},
