@@ -9,6 +9,8 @@ parser, whose cost hardly depends on the schema's size).
 import re
 import reprlib
 import threading
+import time
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
@@ -29,6 +31,7 @@ Mask = NDArray[np.int32]  # [..., ceil(vocab_size / 32)], bit i % 32 of word i /
 _COMPILED_AT_ONCE = 2
 _CACHED = 256  # grammars; one takes from kilobytes to a few megabytes
 _COMPILE_SECONDS = 20.0
+_EXIT_SECONDS = 5.0
 _COMPILE_STACK = 2**29  # bytes, of address space only: the library recurses, and a stack that ends ends the process
 _LONGEST_REASON = 300  # characters
 
@@ -67,6 +70,8 @@ class GrammarCompiler:
         self._grammars: OrderedDict[StructuredOutputsParams, Future[Grammar]] = OrderedDict()
         self._waiting: deque[tuple[StructuredOutputsParams, Future[Grammar]]] = deque()
         self._running: set[Future[Grammar]] = set()
+        self._threads: set[threading.Thread] = set()  # of these, and of what was given up
+        weakref.finalize(self, _await_threads, self._waiting, self._threads)  # when the process ends
 
     def submit(self, params: StructuredOutputsParams) -> "Future[Grammar]":
         """The grammar, when it is compiled: at once if it was asked for before. The future cannot be cancelled.
@@ -98,12 +103,14 @@ class GrammarCompiler:
         """Lets those compile that have waited longest; called with the lock.
 
         The library cannot be interrupted: what is given up goes on in its thread, which neither counts here nor keeps
-        the process from its end.
+        the process for long from its end.
         """
         while self._waiting and len(self._running) < _COMPILED_AT_ONCE:
             params, future = self._waiting.popleft()
             self._running.add(future)
-            _start_with_stack(threading.Thread(target=self._run, args=(params, future), name="grammar", daemon=True))
+            thread = threading.Thread(target=self._run, args=(params, future), name="grammar", daemon=True)
+            self._threads.add(thread)
+            _start_with_stack(thread)
 
     def _run(self, params: StructuredOutputsParams, future: "Future[Grammar]") -> None:
         slow = _refusal(params, f"it takes more than {_COMPILE_SECONDS:g} s to compile")
@@ -119,6 +126,7 @@ class GrammarCompiler:
             outcome = _refusal(params, str(error))
         timer.cancel()
         self._end(future, outcome)
+        self._threads.discard(threading.current_thread())
 
     def _end(self, future: "Future[Grammar]", outcome: "Grammar | ConfigError") -> None:
         """Called when it is compiled and when its time is up, whichever comes first."""
@@ -287,6 +295,14 @@ def _make_vocabulary(tokenizer: Any, vocab_size: int, eos_token_ids: Sequence[in
         kind = type(tokenizer).__name__
         raise ConfigError(f"structured output does not work with this tokenizer ({kind}): {_one_line(error)}") from None
     return _Vocabulary(library, vocab_size, eos)
+
+
+def _await_threads(waiting: "deque[Any]", threads: set[threading.Thread]) -> None:
+    """A thread that comes back from the library while the interpreter is taken down would crash the process."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    waiting.clear()
+    while threads and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _start_with_stack(thread: threading.Thread) -> None:

@@ -192,6 +192,18 @@ def test_a_length_penalty_beyond_all_measure_breaks_nothing(shared: InferenceEng
 # ---- the bookkeeping alone ------------------------------------------------------------------------------------------
 
 
+def choose(search: BeamSearch, *told: dict[int, float]) -> list[tuple[int, int]]:
+    """What the beams go on with, given the log-probabilities of what may follow each."""
+    for sequence, logprobs in zip(search.sequences, told, strict=True):
+        sequence.candidates = TokenLogprobs(0.0, 0, tuple(logprobs), tuple(logprobs.values()))
+    chosen = search.choose()
+    heirs = [search.sequences[c.beam].fork() for c in chosen]
+    for heir, c in zip(heirs, chosen, strict=True):
+        heir.token_ids.append(c.token_id)
+    search.follow(chosen, heirs)
+    return [(c.beam, c.token_id) for c in chosen]
+
+
 def test_what_is_found_and_what_goes_on() -> None:
     """The example at the top of beam_search.py."""
     end, x, y = 0, 1, 2
@@ -199,22 +211,21 @@ def test_what_is_found_and_what_goes_on() -> None:
     params = SamplingParams(num_beams=2, n=2).resolve(SamplingParams())
     search = BeamSearch(root, params, lambda: None)
 
-    def choose(*told: dict[int, float]) -> list[tuple[int, int]]:
-        for sequence, logprobs in zip(search.sequences, told, strict=True):
-            sequence.candidates = TokenLogprobs(0.0, 0, tuple(logprobs), tuple(logprobs.values()))
-        chosen = search.choose()
-        heirs = [search.sequences[c.beam].fork() for c in chosen]
-        for heir, c in zip(heirs, chosen, strict=True):
-            heir.token_ids.append(c.token_id)
-        search.follow(chosen, heirs)
-        return [(c.beam, c.token_id) for c in chosen]
-
-    assert choose({x: -1.0, y: -1.1, end: -9.0}) == [(0, x), (0, y)]
-    assert choose({x: -0.3, end: -0.6, y: -5.0}, {y: -0.6, end: -0.8, x: -5.0}) == [(0, x), (1, y)]
+    assert choose(search, {x: -1.0, y: -1.1, end: -9.0}) == [(0, x), (0, y)]
+    assert choose(search, {x: -0.3, end: -0.6, y: -5.0}, {y: -0.6, end: -0.8, x: -5.0}) == [(0, x), (1, y)]
     (found,) = search.found
     assert found.sequence.output_token_ids == [x, end] and found.score == pytest.approx(-1.6 / 2)
-    assert choose({end: -0.1, x: -4.0}, {end: -0.1, x: -3.0}) == [], "two are found that no beam can better"
+    assert choose(search, {end: -0.1, x: -4.0}, {end: -0.1, x: -3.0}) == [], "two are found that no beam can better"
     assert [h.sequence.output_token_ids for h in search.outputs()] == [[x, x, end], [y, y, end]]
+
+
+def test_a_negative_length_penalty_leaves_never_to_the_length_so_far() -> None:
+    """A longer output only becomes worse then; the length limit says nothing about what goes on."""
+    root = Sequence("a", [9], max_tokens=9, stop_token_ids=frozenset({0}), num_candidates=num_candidates(2, 1))
+    params = SamplingParams(num_beams=2, length_penalty=-1.0, early_stopping="never").resolve(SamplingParams())
+    search = BeamSearch(root, params, lambda: None)
+    assert choose(search, {1: -0.5, 0: -0.6, 2: -0.7}) == [(0, 1), (0, 2)]
+    assert choose(search, {1: -0.05, 0: -0.1}, {1: -5.0, 2: -5.0}) == [(0, 1), (1, 1)], "-0.55 * 2 is better than -1.2"
 
 
 # ---- a real model ---------------------------------------------------------------------------------------------------

@@ -25,16 +25,16 @@ from meshlm import InferenceEngine
 
 SIGNIFICANCE = 1e-6
 FEWEST = 5.0  # draws that are expected of a cell; what is expected less often is one cell together
-PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+PROMPT = [94, 20, 98, 32, 75, 93, 23, 75]  # 45 of 101 tokens are likely, some of them its own
 
 PARAMS: dict[str, dict[str, Any]] = {
-    "plain": {"temperature": 0.8},
-    "top-k": {"temperature": 1.3, "top_k": 7},
-    "top-p": {"temperature": 1.3, "top_p": 0.8},
-    "min-p": {"temperature": 1.5, "min_p": 0.1},
-    "all filters": {"temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    "plain": {"temperature": 1.2},
+    "top-k": {"temperature": 2.5, "top_k": 7},
+    "top-p": {"temperature": 1.5, "top_p": 0.8},
+    "min-p": {"temperature": 2.0, "min_p": 0.1},
+    "all filters": {"temperature": 3.0, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
     "penalties": {
-        "temperature": 1.2,
+        "temperature": 1.5,
         "repetition_penalty": 1.4,
         "presence_penalty": 1.5,
         "frequency_penalty": -0.7,

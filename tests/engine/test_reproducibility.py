@@ -103,8 +103,20 @@ def with_cached_prefixes(engine: InferenceEngine) -> Tokens:
     return tokens_of(outputs)
 
 
+def with_drafts(engine: InferenceEngine) -> Tokens:
+    """Many of them right: the same outputs came before."""
+    engine.enable_spec_decoding("suffix")
+    try:
+        for _ in range(2):
+            outputs = generate(engine, REQUESTS)
+        assert sum(output.num_accepted for output in outputs) > 0
+    finally:
+        engine.disable_spec_decoding()
+    return tokens_of(outputs)
+
+
 WAYS: dict[str, Callable[[InferenceEngine], Tokens]] = {
-    way.__name__: way for way in (alone, among_others, arriving_later, streamed, with_cached_prefixes)
+    way.__name__: way for way in (alone, among_others, arriving_later, streamed, with_cached_prefixes, with_drafts)
 }
 
 
@@ -126,13 +138,14 @@ def test_on_every_mesh(tiny_engine: InferenceEngine, expected: Tokens, way: str)
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunks": {"max_num_batched_tokens": 5},
-    "few blocks": {"num_kv_blocks": 14, "max_num_seqs": 8},
+    "few blocks": {"num_kv_blocks": 14, "max_num_seqs": 8, "max_model_len": 56},
     "blocks of one token": {"block_size": 1},
     "async scheduling": {"async_scheduling": True},
     "async scheduling, few blocks, chunks": {
         "async_scheduling": True,
         "num_kv_blocks": 14,
         "max_num_seqs": 8,
+        "max_model_len": 56,
         "max_num_batched_tokens": 7,
     },
     "another seed of the engine": {"seed": 5},

@@ -591,6 +591,26 @@ class OracleModel(DraftModelSpeculator):
         return min(wanted and self.max_tokens, most, hash(tuple(sequence.token_ids)) % (self.max_tokens + 1))
 
 
+def test_places_are_kept_for_the_beams_to_come() -> None:
+    scheduler = make(max_num_seqs=4)
+    (root,) = begin_search([1, 2], num_beams=4, max_tokens=3).sequences
+    scheduler.add(root)
+    add(scheduler, "other", [3])
+    assert run_step(scheduler) == {"beams": 2}
+
+
+def test_a_beam_comes_back_without_a_spare_block_for_those_that_wait_for_it() -> None:
+    scheduler = make(num_blocks=4, block_size=2, enable_prefix_caching=False)
+    (root,) = begin_search([1, 2, 3], num_beams=2, max_tokens=3).sequences
+    scheduler.add(root)
+    step = next_step(scheduler)
+    scheduler.update(step, StepOutput(step.input.step_id, (1,), (likeliest((1, 2, 3)),)))
+    first, second = scheduler.advance_beams([root], [(0, 1), (0, 2)])
+    assert first is root and first.block_table == second.block_table
+    scheduler._preempt(second)
+    assert next_step(scheduler).sequences == (first, second) and scheduler.num_preemptions == 1
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     """Any order of events; the KV cache is a dict from slot to (token, position), written as a rank would."""
 

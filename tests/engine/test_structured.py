@@ -1,6 +1,9 @@
 """Grammars, matchers and masks of structured output, with the demo model's tokenizer."""
 
+import json
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -210,6 +213,29 @@ def test_a_tokenizer_that_cannot_be_read(tokenizer: Any, message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             compiler.submit(StructuredOutputsParams(**values)).result()
     compiler.close()
+
+
+SCRIPT = """
+import sys, time
+from transformers import AutoTokenizer
+from meshlm.config import StructuredOutputsParams
+from meshlm.engine import structured
+
+structured._EXIT_SECONDS = float(sys.argv[3])
+compiler = structured.GrammarCompiler(AutoTokenizer.from_pretrained(sys.argv[1]), 49152, [2])
+compiler.submit(StructuredOutputsParams(regex="a")).result()
+compiler.submit(StructuredOutputsParams(json=sys.argv[2]))
+time.sleep(0.1)
+"""
+SECONDS = json.dumps({"type": "integer", "multipleOf": 99_991})
+MINUTES = json.dumps({"allOf": [{"type": "string", "pattern": f"a.{{{i}}}b"} for i in range(40)]})
+
+
+@pytest.mark.slow  # two processes
+@pytest.mark.parametrize(("schema", "patience"), [(SECONDS, 30), (MINUTES, 0.5)])
+def test_a_process_ends_well_while_one_compiles(demo_model: Path, schema: str, patience: float) -> None:
+    run = subprocess.run([sys.executable, "-c", SCRIPT, demo_model, schema, str(patience)], timeout=100)
+    assert run.returncode == 0
 
 
 def test_compiled_grammars_are_kept(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -438,6 +438,56 @@ def test_close_meanwhile(tiny: Path, slow: Slow) -> None:
     thread.join()
 
 
+# ---- torchrun ----------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, os, sys, time
+from meshlm import InferenceConfig, InferenceEngine
+from meshlm.engine import structured
+
+task = json.loads(open(sys.argv[1] + "/task.json").read())
+grammar_of = structured.grammar_of
+structured.grammar_of = lambda params: time.sleep(1) or grammar_of(params)  # on whichever rank compiles
+prompts, params, report = task["prompts"], task["params"], []
+with InferenceEngine(task["model"], InferenceConfig(**task["config"])) as engine:
+    def tell(outputs):
+        report.append([[output.token_ids, output.finish_reason, output.error] for output in outputs])
+    tell(engine.generate(prompts, params, progress=False))
+    tell(engine.generate(prompts[:1], params[:1], progress=False))
+    tell(output for output in engine.stream(prompts, params) if output.finished)
+    ids = [engine.add_request(*request) for request in zip(prompts, params)]
+    engine.abort(ids[-1])
+    while engine.has_unfinished():
+        tell(engine.step())
+    engine.add_request(prompts[1], {"structured_outputs": {"regex": "never waited for"}})
+    engine.check()
+open(sys.argv[1] + f"/rank{os.environ['RANK']}.json", "w").write(json.dumps(report))
+"""
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path, tiny: Path, plain: dict[str, RequestOutput], torchrun: Any) -> None:
+    """Every rank returns the same; none hangs over a grammar that fails, or that nobody waits for any more."""
+    names = ("schema", "no grammar", "regex")
+    task = {
+        "model": str(tiny),
+        "config": {**COMMON, "tp_size": 2},
+        "prompts": [PROMPT, *map(prompt_of, names)],
+        "params": [BAD_SCHEMA, *map(params_of, names)],
+    }
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    (tmp_path / "script.py").write_text(SCRIPT)
+    with torchrun(2, tmp_path / "script.py", str(tmp_path)) as agent:
+        out, err = agent.communicate(timeout=200)
+    assert agent.returncode == 0, out + err
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first == second
+    generated = first[0]
+    assert generated[0] == first[1][0] == [[], "error", BAD_LINE]
+    assert [tuple(token_ids) for token_ids, _, _ in generated[1:]] == [plain[name].token_ids for name in names]
+    assert sorted(first[2]) == sorted(generated)
+
+
 # ---- tokenizers --------------------------------------------------------------------------------------------------
 
 
