@@ -76,7 +76,8 @@ def _code(rng: random.Random) -> str:
     return (
         f'"""Keeps {a}s, and what {b}s need of them."""\n\nfrom dataclasses import dataclass\n\n\n@dataclass\n'
         f"class {a.title()}:\n    name: str\n    size: int = 0\n\n    def grow(self, count: int) -> None:\n"
-        f'        if count < 0:\n            raise ValueError(f"{{count}} is negative")\n        self.size += count\n\n\n'
+        f'        if count < 0:\n            raise ValueError(f"{{count}} is negative")\n'
+        f"        self.size += count\n\n\n"
         f"def find_{a}({a}s: list[{a.title()}], name: str) -> {a.title()} | None:\n    for {a} in {a}s:\n"
         f"        if {a}.name == name:\n            return {a}\n    return None\n\n\n@dataclass\nclass {b.title()}:\n"
         f'    """Has a {c} and some {a}s."""\n'

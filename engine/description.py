@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Sequence
 
+from ..config import SpeculativeConfig
 from ..shardformer.backends import Bound
 from ..shardformer.backends.bound import Refusals
 from .worker import RankInfo
@@ -39,6 +40,17 @@ def describe_bound(ranks: Sequence[RankInfo]) -> list[str]:
     if len(ops) == 1:
         return [*lines, f"ops: {ranks[0].ops}"]
     return lines + [f"ops on {_span('rank', numbers)}: {name}" for name, numbers in ops.items()]
+
+
+def describe_speculation(config: SpeculativeConfig, ranks: Sequence[RankInfo]) -> str:
+    """Who guesses now, in one line; `InferenceConfig.speculative` is who did at the start."""
+    length = "always" if not config.adaptive else "up to"
+    who: str = config.method
+    drafts = [rank.draft for rank in ranks if rank.draft is not None]
+    if drafts:
+        size = max(draft.weight_bytes for draft in drafts) / 2**20
+        who += f" {config.model} ({drafts[0].architecture}, {size:.0f} MiB of weights on a rank)"
+    return f"speculative decoding: {who}, {length} {config.num_speculative_tokens} tokens"
 
 
 def _has_all(bound: Bound | None, rank: RankInfo, layers: Collection[int]) -> bool:

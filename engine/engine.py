@@ -20,7 +20,7 @@ from ..mesh.launch import RankFailure, torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .core import EngineCore, ReplicaStats
-from .description import describe_bound
+from .description import describe_bound, describe_speculation
 from .detokenizer import Detokenizer
 from .draft_model import check_tokenizer, draft_config, open_draft
 from .executor import rank_name, warn_if_tp_spans_hosts
@@ -497,7 +497,8 @@ class InferenceEngine:
     def describe(self) -> str:
         """The mesh and what each rank holds; what was bound in each layer, and why nothing else; where each setting
         came from."""
-        return "\n".join([self.describe_mesh(), "", *describe_bound(self.ranks), "", self.config.describe()])
+        guessing = [] if self.speculative is None else [describe_speculation(self.speculative, self.ranks)]
+        return "\n".join([self.describe_mesh(), "", *describe_bound(self.ranks), *guessing, "", self.config.describe()])
 
     def describe_mesh(self) -> str:
         """The mesh and what each rank holds, as a table; last, why the CPU was chosen where there is CUDA as well."""

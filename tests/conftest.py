@@ -8,6 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# As torch loads, its threads learn how to wait for each other: asleep, so that they take no time from other processes.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 from meshlm.serving.demo_model import demo_gguf_path, demo_model_path

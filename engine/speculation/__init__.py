@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from .adaptive import DraftLength, FixedDraftLength
+from .adaptive import Acceptance, DraftLength, FixedDraftLength
 from .base import Drafter
 from .ngram import NGramDrafter
 from .step_cost import StepCost
@@ -11,7 +11,15 @@ from .suffix import SuffixDrafter
 if TYPE_CHECKING:
     from ...config import SpeculativeConfig
 
-__all__ = ["DraftLength", "Drafter", "FixedDraftLength", "StepCost", "create_draft_length", "create_drafter"]
+__all__ = [
+    "Acceptance",
+    "DraftLength",
+    "Drafter",
+    "FixedDraftLength",
+    "StepCost",
+    "create_draft_length",
+    "create_drafter",
+]
 
 
 def create_drafter(config: "SpeculativeConfig") -> Drafter:
@@ -22,6 +30,6 @@ def create_drafter(config: "SpeculativeConfig") -> Drafter:
     return SuffixDrafter(config.suffix_min_probability, config.suffix_max_cached_tokens)
 
 
-def create_draft_length(config: "SpeculativeConfig") -> DraftLength | FixedDraftLength:
-    """For one sequence."""
-    return DraftLength(config.num_speculative_tokens) if config.adaptive else FixedDraftLength()
+def create_draft_length(config: "SpeculativeConfig", acceptance: float) -> DraftLength | FixedDraftLength:
+    """For one sequence. acceptance: that is expected of its drafts."""
+    return DraftLength(config.num_speculative_tokens, acceptance) if config.adaptive else FixedDraftLength()

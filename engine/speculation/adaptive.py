@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+_PRIOR = 0.6  # acceptance that is assumed where nothing is known
 _MEMORY = 0.95  # what a checked draft counts for, after each further one: about the last 20 are heard
 _PRIOR_WEIGHT = 2.0  # drafts that an acceptance assumed beforehand counts for
 _FIRST_PAUSE, _LONGEST_PAUSE = 8, 128  # proposals in a row of which none is checked, before one is tried
+_AT_ONCE = 1 << 30  # left out so often that it is time for a try
+_TRIED_SHARE = 0.01  # of the time, at most, that goes into such tries
 
 
 class DraftLength:
@@ -19,14 +22,14 @@ class DraftLength:
     and the k with the greatest is taken. A drafter that ends its proposals where it gets unsure says by their length
     what they are worth, so a is measured for each length apart, and begins as that of all lengths together.
 
-    Where k is 0, one token is tried now and then, less often the longer that fails; a try that is accepted is followed
-    by another at once, until drafts pay again or one is refused.
+    Where k is 0, one token is tried now and then, less often the dearer that is and the longer it fails; a try that is
+    accepted is followed by another at once, until drafts pay again or one is refused.
     """
 
-    def __init__(self, max_tokens: int, prior: float = 0.6) -> None:
+    def __init__(self, max_tokens: int, prior: float = _PRIOR) -> None:
         self._prior = prior  # acceptance that is assumed at the start
-        self._all = _Measured()
-        self._by_length = [_Measured() for _ in range(max_tokens + 1)]
+        self._all = Acceptance()
+        self._by_length = [_Length() for _ in range(max_tokens + 1)]
 
     def acceptance(self, num_proposed: int) -> float:
         """Estimate of a for proposals of this length."""
@@ -44,14 +47,16 @@ class DraftLength:
             return best
         measured = self._by_length[num_proposed]
         measured.num_left_out += 1
-        return int(measured.num_left_out >= measured.pause)
+        # A try is one row for this sequence, but a draft for it alone takes as long as for all.
+        cost_of_try = marginal_cost + draft_cost
+        return int(measured.num_left_out >= max(measured.pause, batch_size * cost_of_try / _TRIED_SHARE))
 
     def observe(self, num_proposed: int, num_drafted: int, num_accepted: int) -> None:
         """What became of a proposal of which so many tokens were in a step; of none, nothing is learned."""
         assert 0 <= num_accepted <= num_drafted <= num_proposed
         if num_drafted:
             self._all.add(num_drafted, num_accepted)
-            self._by_length[num_proposed].add(num_drafted, num_accepted)
+            self._by_length[num_proposed].observe(num_drafted, num_accepted)
 
 
 class FixedDraftLength:
@@ -65,24 +70,34 @@ class FixedDraftLength:
 
 
 @dataclass
-class _Measured:
-    """Drafts that were checked, the latest counting most, and proposals that were not."""
+class Acceptance:
+    """Drafts that were checked, the latest counting most."""
 
+    memory: float = _MEMORY
     accepted: float = 0.0
     checked: float = 0.0
-    num_left_out: int = 0  # since the last that was tried
-    pause: int = _FIRST_PAUSE
 
-    def rate(self, prior: float) -> float:
+    def rate(self, prior: float = _PRIOR) -> float:
         return (self.accepted + _PRIOR_WEIGHT * prior) / (self.checked + _PRIOR_WEIGHT)
 
     def add(self, num_drafted: int, num_accepted: int) -> None:
         """Drafts after the first that was refused say nothing."""
         for i in range(min(num_accepted + 1, num_drafted)):
-            self.accepted = self.accepted * _MEMORY + (i < num_accepted)
-            self.checked = self.checked * _MEMORY + 1
+            self.accepted = self.accepted * self.memory + (i < num_accepted)
+            self.checked = self.checked * self.memory + 1
+
+
+@dataclass
+class _Length(Acceptance):
+    """The same of proposals of one length, and how many of these were not checked."""
+
+    num_left_out: int = 0  # since the last that was tried
+    pause: int = _FIRST_PAUSE
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        self.add(num_drafted, num_accepted)
         if num_accepted:
-            self.num_left_out = self.pause = _FIRST_PAUSE  # if the next is left out too, it is tried
+            self.num_left_out, self.pause = _AT_ONCE, _FIRST_PAUSE  # if the next is left out too, it is tried
         elif self.num_left_out:
             self.num_left_out, self.pause = 0, min(2 * self.pause, _LONGEST_PAUSE)
 

@@ -5,13 +5,12 @@ from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from ..sequence import Sequence
-from . import create_draft_length, create_drafter
-from .adaptive import DraftLength, FixedDraftLength
-from .step_cost import StepCost
+from . import Acceptance, DraftLength, FixedDraftLength, StepCost, create_draft_length, create_drafter
 
 if TYPE_CHECKING:
     from ...config import SpeculativeConfig
 
+_MEMORY = 0.995  # what a checked draft counts for, after each further one: about the last 200 are heard
 _PRIOR_DRAFT_COST = 0.25  # of a step of the draft model, in times of one of the target, before any was timed
 
 
@@ -24,6 +23,7 @@ class Speculator(ABC):
     def __init__(self, config: "SpeculativeConfig") -> None:
         self.config, self.max_tokens = config, config.num_speculative_tokens
         self.cost = StepCost()  # of the target's steps
+        self._acceptance = Acceptance(memory=_MEMORY)  # of all sequences' drafts: what a new one begins with
         self._lengths: dict[Sequence, DraftLength | FixedDraftLength] = {}
         self._num_proposed: dict[Sequence, int] = {}  # of those whose step is not back
 
@@ -41,6 +41,7 @@ class Speculator(ABC):
         num_proposed = self._num_proposed.pop(sequence, None)
         if num_proposed is not None:
             self._lengths[sequence].observe(num_proposed, num_drafted, num_accepted)
+            self._acceptance.add(num_drafted, num_accepted)
 
     def end(self, sequence: Sequence) -> None:
         """The sequence has ended."""
@@ -50,7 +51,7 @@ class Speculator(ABC):
     def _choose(self, sequence: Sequence, num_proposed: int, batch_size: int, draft_cost: float = 0.0) -> int:
         """How many of so many proposed tokens are checked."""
         if sequence not in self._lengths:
-            self._lengths[sequence] = create_draft_length(self.config)
+            self._lengths[sequence] = create_draft_length(self.config, self._acceptance.rate())
         self._num_proposed[sequence] = num_proposed
         marginal = self.cost.marginal(batch_size)
         return self._lengths[sequence].choose(num_proposed, marginal, batch_size, draft_cost)

@@ -1,6 +1,7 @@
 """What one more row costs a step, from the times of the steps there were."""
 
 _MEMORY = 0.99  # what a step counts for, after each further one: about the last 100 are heard
+_FIRST, _LONGEST = 8, 4.0  # after so many steps, none counts for more times what was expected: it waited, or compiled
 _PRIOR_COST = 0.05  # of one more row, in times of a step, that is assumed
 _PRIOR_SPREAD = 1.0  # as strongly as steps would say it whose rows have this variance
 
@@ -18,6 +19,8 @@ class StepCost:
 
     def observe(self, num_rows: int, seconds: float) -> None:
         assert num_rows > 0 and seconds > 0
+        if self._count >= _FIRST:
+            seconds = min(seconds, _LONGEST * self.seconds(num_rows))
         self._count += 1
         part = max(1 / self._count, 1 - _MEMORY)
         rows, seconds = num_rows - self._rows, seconds - self._seconds

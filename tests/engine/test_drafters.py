@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshlm.config import SpeculativeConfig
+from meshlm.engine.sequence import Sequence
 from meshlm.engine.speculation import (
     Drafter,
     DraftLength,
@@ -21,6 +22,7 @@ from meshlm.engine.speculation import (
 from meshlm.engine.speculation.adaptive import best_length
 from meshlm.engine.speculation.ngram import NGramDrafter
 from meshlm.engine.speculation.occurrences import Occurrences
+from meshlm.engine.speculation.speculator import create_speculator
 from meshlm.engine.speculation.suffix import FinishedOutputs, SuffixDrafter
 
 CONFIGS = {
@@ -341,9 +343,40 @@ def test_step_cost_stays_sane(slope: float) -> None:
         assert all(0 <= cost.marginal(n) <= 1 / n + 1e-9 for n in (1, 2, 64))
 
 
+def test_one_step_that_waited_for_something_else_says_little() -> None:
+    cost = StepCost()
+    for i in range(200):
+        cost.observe(1 + i % 4, 1.0 + 0.1 * (i % 4))
+    before = cost.marginal(4)
+    assert cost.seconds(4) == pytest.approx(1.3, rel=0.05)
+    cost.observe(4, 1000.0)
+    assert cost.seconds(4) < 1.4 and cost.marginal(4) == pytest.approx(before, rel=0.3)
+
+
+@pytest.mark.parametrize("cost", [0.0, 0.1, 0.5, 2.0])
+def test_tries_take_a_hundredth_of_the_time(cost: float) -> None:
+    length, num_tried = DraftLength(5, prior=0.0), 0
+    for _ in range(2000):
+        count = length.choose(5, marginal_cost=0.01, batch_size=2, draft_cost=cost)
+        assert count <= 1
+        length.observe(5, count, 0)
+        num_tried += count
+    assert num_tried >= 1 and num_tried * 2 * (0.01 + cost) <= 0.02 * 2000
+
+
+def test_a_sequence_begins_with_what_the_others_drafts_were_worth() -> None:
+    speculator = create_speculator(SpeculativeConfig(method="ngram"), longest=0)
+    for number in range(30):
+        sequence = Sequence(str(number), [1, 2, 3, 1, 2], max_tokens=20)
+        drafts = speculator.propose(sequence, 8, batch_size=1)
+        assert (len(drafts) > 1) == (number < 3)
+        speculator.observe(sequence, len(drafts), 0)
+        speculator.end(sequence)
+
+
 def test_config_chooses() -> None:
     assert isinstance(create_drafter(SpeculativeConfig()), SuffixDrafter)
     assert isinstance(create_drafter(SpeculativeConfig(method="ngram")), NGramDrafter)
-    assert isinstance(create_draft_length(SpeculativeConfig()), DraftLength)
-    fixed = create_draft_length(SpeculativeConfig(adaptive=False))
+    assert isinstance(create_draft_length(SpeculativeConfig(), 0.5), DraftLength)
+    fixed = create_draft_length(SpeculativeConfig(adaptive=False), 0.5)
     assert isinstance(fixed, FixedDraftLength) and fixed.choose(5, 1.0, 64) == 5

@@ -515,6 +515,10 @@ def test_torchrun(tmp_path: Path, demo_model: Path, reference: Reference, torchr
         reference.check(report["generated"], FEW, 16)
         reference.check(report["streamed"], FEW[2:4], 16)
         reference.check(report["stepped"], FEW[4:7], 16)
+        reference.check(report["speculated"], FEW[:4], 16)
+        reference.check(report["drafted"], FEW[4:6], 16)
+        assert "draft_model" in report["speculative"] and "'eagle'" in report["refused"] and report["stopped"] is None
+        assert sum(replica["num_accepted"] for replica in report["replicas"]) >= 12  # by itself: always right
         assert "token id 49152 is out of range" in report["error"]
         reference.check(report["shaped"], FEW[:2], 16)
         assert len(report["scored"]) == 4 and all(logprob <= 0 for logprob in report["scored"])

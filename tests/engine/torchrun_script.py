@@ -43,6 +43,19 @@ def report_of(engine: InferenceEngine) -> dict[str, Any]:
         report["score_error"] = str(error)
     shaped = params | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
     report["shaped"] = [output.token_ids for output in engine.generate(prompts[:2], shaped, progress=False)]
+    engine.enable_spec_decoding("ngram")
+    report["speculated"] = [output.token_ids for output in engine.generate(prompts[:4], params, progress=False)]
+    engine.enable_spec_decoding(
+        {"method": "draft_model", "model": task["model"], "num_speculative_tokens": 2, "adaptive": False}
+    )
+    report["drafted"] = [output.token_ids for output in engine.generate(prompts[4:6], params, progress=False)]
+    report["speculative"] = str(engine.speculative)
+    try:
+        engine.enable_spec_decoding("eagle")
+    except ValueError as error:
+        report["refused"] = str(error)
+    engine.disable_spec_decoding()
+    report["stopped"] = engine.speculative
     engine.check()
     report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
     report["mesh"] = engine.describe_mesh()
