@@ -183,11 +183,16 @@ def _return_freed_memory() -> None:
 
 def _fill(blank: Tensor, pieces: Sequence[Piece], source: WeightSource, device: torch.device) -> nn.Parameter:
     assert _tile(blank.shape, [piece.box for piece in pieces]), (pieces, blank.shape)
-    parameter = nn.Parameter(torch.empty(blank.shape, dtype=blank.dtype, device=device), requires_grad=False)
+    parameter = nn.Parameter(_unfilled(blank, device), requires_grad=False)
     for piece in pieces:
         part = parameter.data[tuple(slice(*box) for box in piece.box)]
         source.read(piece.tensor, piece.ranges, part.T if piece.transposed else part)
     return parameter
+
+
+def _unfilled(blank: Tensor, device: torch.device) -> Tensor:
+    """As `torch.empty_like`, which takes a second to import what it makes of a meta tensor."""
+    return torch.empty(blank.shape, dtype=blank.dtype, device=device)
 
 
 def _tile(shape: Sequence[int], boxes: Sequence[tuple[Range, ...]]) -> bool:

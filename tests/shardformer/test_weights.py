@@ -193,7 +193,8 @@ def test_every_element_is_read_by_whoever_holds_it_and_filled_once(
     tp_size: int, pp_size: int, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
-    monkeypatch.setattr(torch, "empty_like", torch.zeros_like)  # the recorder adds 1 to what it fills
+    # The recorder adds 1 to what it fills.
+    monkeypatch.setattr(weights, "_unfilled", lambda blank, device: torch.zeros_like(blank, device=device))
     model = make_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
     spec = open_checkpoint(model).spec
     shards = Shards(spec, tp_size)
