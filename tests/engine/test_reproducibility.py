@@ -105,7 +105,7 @@ def with_cached_prefixes(engine: InferenceEngine) -> Tokens:
 
 def with_drafts(engine: InferenceEngine) -> Tokens:
     """Many of them right: the same outputs came before."""
-    engine.enable_spec_decoding("suffix")
+    engine.enable_spec_decoding({"method": "suffix", "adaptive": False})
     try:
         for _ in range(2):
             outputs = generate(engine, REQUESTS)
