@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import ConfigError, InferenceConfig, SamplingParams, StructuredOutputsParams
+    from .config import ConfigError, InferenceConfig, SamplingParams, SpeculativeConfig, StructuredOutputsParams
     from .engine import (
         CompletionOutput,
         EmbeddingOutput,
@@ -33,6 +33,7 @@ _HOMES = {
     "ConfigError": ".config",
     "InferenceConfig": ".config",
     "SamplingParams": ".config",
+    "SpeculativeConfig": ".config",
     "StructuredOutputsParams": ".config",
     "CompletionOutput": ".engine",
     "EmbeddingOutput": ".engine",
@@ -70,6 +71,7 @@ __all__ = [
     "RequestTimings",
     "SamplingParams",
     "ScoreOutput",
+    "SpeculativeConfig",
     "StructuredOutputsParams",
     "TokenLogprobs",
     "logprob_dicts",
