@@ -5,7 +5,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PydanticUserError,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import ConfigError, one_line
 
@@ -95,15 +103,21 @@ def as_structured_outputs(value: Any) -> StructuredOutputsParams | None:
     """StructuredOutputsParams from itself, a mapping of its fields, or None."""
     if value is None or isinstance(value, StructuredOutputsParams):
         return value
-    if isinstance(value, Mapping):
-        return StructuredOutputsParams(**value)
+    fields = list(StructuredOutputsParams.model_fields)
+    if isinstance(value, Mapping) and (not value or not set(fields).isdisjoint(value)):
+        return StructuredOutputsParams(**{str(name): given for name, given in value.items()})
+    if isinstance(value, Mapping) or (isinstance(value, type) and issubclass(value, BaseModel)):
+        raise ConfigError(f"must have one of the fields {', '.join(fields)}; a JSON schema is given as {{'json': …}}")
     raise ConfigError(f"must be StructuredOutputsParams, a dict of its fields or None, not {type(value).__name__}")
 
 
 def _schema_text(schema: Any) -> str:
     """A JSON schema as text: hashable, and its properties in their order, which the output follows."""
     if isinstance(schema, type) and issubclass(schema, BaseModel):
-        schema = schema.model_json_schema()
+        try:
+            schema = schema.model_json_schema()
+        except PydanticUserError as error:  # of a field that JSON has no form for
+            raise ValueError(f"has no JSON schema: {error.message}") from None
     try:
         value = json.loads(schema) if isinstance(schema, str) else schema
         if not isinstance(value, Mapping):

@@ -1,4 +1,6 @@
 import pickle
+import reprlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +12,10 @@ from meshlm.config.structured import as_structured_outputs
 
 class Point(BaseModel):
     x: int
+
+
+class Undescribed(BaseModel):
+    call: Callable[[], int]
 
 
 ONE_OF = "StructuredOutputsParams: exactly one of json, regex, choice, grammar, json_object must be given, not"
@@ -27,6 +33,10 @@ SCHEMA_KINDS = "must be a JSON schema: an object as text, a dict or a pydantic m
         (
             {"json": {"a": {1}}},
             "StructuredOutputsParams.json: {'a': {1}} is not valid: must be JSON: Object of type set",
+        ),
+        (
+            {"json": Undescribed},
+            f"StructuredOutputsParams.json: {reprlib.repr(Undescribed)} is not valid: has no JSON ",
         ),
         ({"json": "{"}, "StructuredOutputsParams.json: '{' is not valid: must be JSON: Expecting property name"),
         ({"regex": ""}, "StructuredOutputsParams.regex: '' is not valid: must not be empty"),
@@ -65,3 +75,9 @@ def test_what_else_cannot_be_structured_outputs() -> None:
     assert as_structured_outputs(None) is None
     with pytest.raises(ConfigError, match="a dict of its fields or None, not str"):
         as_structured_outputs("json")
+    fields = "must have one of the fields json, regex, choice, grammar, json_object; a JSON schema is given as {'json'"
+    for value in (Point, {"type": "object"}, {1: 2}):
+        with pytest.raises(ConfigError, match=fields):
+            as_structured_outputs(value)
+    with pytest.raises(ConfigError, match=r"StructuredOutputsParams\.1: unknown field"):
+        as_structured_outputs({"regex": "a", 1: 2})
