@@ -12,12 +12,23 @@ _LARGEST = {"json": 2**18, "regex": 2**18, "choice": 2**18, "grammar": 2**16}
 # A run of whitespace in JSON ends: a model that falls into indenting would never come out of it.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 
-_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+# None of these looks back at what it has passed (`++`, `*+`): matching holds the interpreter's lock, and with it the
+# engine, so that it must take linear time of a hostile grammar too.
+_RULE = re.compile(r"^[^\S\n]*+[\w-]++\s*+::=", re.MULTILINE)
 _GBNF_TOKEN = re.compile(
-    r"""(?P<comment>\#[^\n]*) | (?P<text>"(?:[^"\\]|\\.)*" | \[(?:[^\]\\]|\\.)*\]) | (?P<name>[\w-]+)""",
+    r"""(?P<comment>\#[^\n]*+) | (?P<text>"(?:[^"\\]|\\.)*+"? | \[(?:[^\]\\]|\\.)*+\]?) | (?P<name>[\w-]++)""",
     re.VERBOSE | re.DOTALL,
 )
+_BAR_ON_ITS_LINE = re.compile(r"(?<!\s)[^\S\n]*+\n\s*+\|")
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
+
+
+def why_too_large(params: StructuredOutputsParams) -> str | None:
+    """Why it is not even tried, if it is not."""
+    value: Any = getattr(params, params.kind)
+    size = 0 if params.kind == "json_object" else len(value) + sum(map(len, value)) * (params.kind == "choice")
+    largest = _LARGEST.get(params.kind, 0)
+    return f"{size} characters are more than the {largest} that are compiled" if size > largest else None
 
 
 def grammar_of(params: StructuredOutputsParams) -> str:
@@ -25,10 +36,6 @@ def grammar_of(params: StructuredOutputsParams) -> str:
     from llguidance import LLMatcher
 
     value: Any = getattr(params, params.kind)
-    size = 0 if params.kind == "json_object" else len(value) + sum(map(len, value)) * (params.kind == "choice")
-    largest = _LARGEST.get(params.kind, 0)
-    if size > largest:
-        raise ValueError(f"{size} characters are more than the {largest} that are compiled")
     match params.kind:
         case "json":
             return LLMatcher.grammar_from_json_schema(value, defaults={"whitespace_pattern": _WHITESPACE})
@@ -82,7 +89,7 @@ def _plain_gbnf(grammar: str) -> str:
             return "start-rule" if token["name"] == "start" else token["name"]
         return _ESCAPE.sub(_character, token["text"])
 
-    return re.sub(r"\s*\n\s*\|", " |", _GBNF_TOKEN.sub(plain, grammar))
+    return _BAR_ON_ITS_LINE.sub(" |", _GBNF_TOKEN.sub(plain, grammar))
 
 
 def _character(escape: re.Match[str]) -> str:

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import ConfigError, StructuredOutputsParams
-from .grammars import grammar_of
+from .grammars import grammar_of, why_too_large
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 Mask = NDArray[np.int32]  # [..., ceil(vocab_size / 32)], bit i % 32 of word i // 32: whether token i may come
 
 _COMPILED_AT_ONCE = 2
-_CACHED = 256  # grammars; one takes from kilobytes to a few megabytes
+_CACHED = 64  # grammars; one takes kilobytes as a rule, and with these limits a hundred megabytes at worst
+_LEXER_FUEL = 300_000  # the library's default, 10**6, lets (a{1000}){1000} take 190 MB; with this it takes 45
+_LEXER_STATES = 50_000  # of 1 to 2 kB, met while outputs are written
 _COMPILE_SECONDS = 20.0
 _EXIT_SECONDS = 5.0
 _COMPILE_STACK = 2**29  # bytes, of address space only: the library recurses, and a stack that ends ends the process
@@ -78,16 +80,20 @@ class GrammarCompiler:
 
         It raises ConfigError, one line, where there is none: of that request alone.
         """
+        reason = why_too_large(params)
+        if reason is not None:  # and to be kept
+            return _failed(_refusal(params, reason))
         with self._lock:
             future = self._grammars.get(params)
-            if future is None:
-                future = self._grammars[params] = Future()
-                future.set_running_or_notify_cancel()  # others may wait for it too
-                self._waiting.append((params, future))
-                self._begin()
-                while len(self._grammars) > _CACHED:
-                    self._grammars.popitem(last=False)
-            self._grammars.move_to_end(params)
+            if future is not None:
+                self._grammars.move_to_end(params)
+                return future
+            future = self._grammars[params] = Future()
+            future.set_running_or_notify_cancel()  # others may wait for it too
+            while len(self._grammars) > _CACHED:
+                self._grammars.popitem(last=False)
+            self._waiting.append((params, future))
+            self._begin()
             return future
 
     def close(self) -> None:
@@ -110,15 +116,21 @@ class GrammarCompiler:
             self._running.add(future)
             thread = threading.Thread(target=self._run, args=(params, future), name="grammar", daemon=True)
             self._threads.add(thread)
-            _start_with_stack(thread)
+            try:
+                _start_with_stack(thread)
+            except RuntimeError as error:  # no memory for its stack, say: another time there may be
+                self._threads.discard(thread)
+                self._running.discard(future)
+                self._grammars.pop(params, None)
+                future.set_exception(_refusal(params, str(error)))
 
     def _run(self, params: StructuredOutputsParams, future: "Future[Grammar]") -> None:
         slow = _refusal(params, f"it takes more than {_COMPILE_SECONDS:g} s to compile")
         timer = threading.Timer(_COMPILE_SECONDS, self._end, (future, slow))
         timer.daemon = True
-        timer.start()
         outcome: Grammar | ConfigError
         try:
+            timer.start()
             outcome = self._compile(params)
         except ConfigError as error:
             outcome = error
@@ -144,7 +156,7 @@ class GrammarCompiler:
         vocabulary = self._get_vocabulary()
         from llguidance import LLMatcher, LLParserLimits
 
-        limits = LLParserLimits(verbose_errors=False)
+        limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, max_lexer_states=_LEXER_STATES, verbose_errors=False)
         matcher = LLMatcher(vocabulary.tokenizer, grammar_of(params), log_level=0, limits=limits)
         if matcher.is_error():
             raise ValueError(matcher.get_error())
@@ -312,6 +324,12 @@ def _start_with_stack(thread: threading.Thread) -> None:
         thread.start()
     finally:
         threading.stack_size(before)
+
+
+def _failed(error: ConfigError) -> "Future[Grammar]":
+    future: Future[Grammar] = Future()
+    future.set_exception(error)
+    return future
 
 
 def _refusal(params: StructuredOutputsParams, reason: str) -> ConfigError:

@@ -140,10 +140,14 @@ def test_what_is_a_sentence(
         ({"regex": r"(a)\1"}, ".*: backreferences are not supported"),
         ({"regex": "a{0}"}, ".*: only the empty text fulfils it"),
         ({"choice": ["x" * 200_000, "y" * 200_000]}, ".*: 400002 characters are more than .*"),
+        ({"choice": [f"{i:x}" for i in range(40_000)]}, ".* is not valid: .*too big .*"),  # its automaton
         ({"grammar": "start: X"}, 'StructuredOutputsParams.grammar: \'start: X\' is not valid: .*unknown name: "X"'),
         ({"grammar": "hello"}, "StructuredOutputsParams.grammar: 'hello' is not valid: .*"),
         ({"grammar": 'a ::= "x"'}, ".* is not valid: No 'root' rule found"),
         ({"grammar": 'root ::= "x'}, ".* is not valid: Unexpected end of input at line 1.*"),
+        ({"grammar": "root ::= " + "[" * 60_000}, ".* is not valid: Unexpected end of input at line 1.*"),
+        ({"grammar": 'root ::= "a"' + "\n" * 60_000 + "b"}, ".* is not valid: Expected ::= at line 60001.*"),
+        ({"grammar": "\n" * 60_000 + "b"}, "StructuredOutputsParams.grammar: .* is not valid: .* Expected token ':'.*"),
         ({"grammar": "root ::= " + "(" * 3000 + '"a"' + ")" * 3000}, ".* is not valid: nested too deeply"),
         ({"grammar": 'start: a\na: a "x"'}, ".* is not valid: no text fulfils it"),
     ],
@@ -191,6 +195,21 @@ def test_nobody_waits_for_a_compiler_that_is_closed(tokenizer: Any, monkeypatch:
     for future in futures:
         with pytest.raises(ConfigError, match="the engine was closed"):
             future.result(timeout=30)
+    compiler.close()
+
+
+def test_no_thread_is_to_be_had(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory for a stack, say: that request's error, of this time alone."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    compiler, params = GrammarCompiler(tokenizer, VOCAB, [END]), StructuredOutputsParams(regex="a")
+    with monkeypatch.context() as no_room:
+        no_room.setattr(structured, "_start_with_stack", refuse)
+        with pytest.raises(ConfigError, match="regex: 'a' is not valid: can't start new thread"):
+            compiler.submit(params).result()
+    assert follow(compiler.submit(params).result().matcher([END]), tokenizer.encode("a"))
     compiler.close()
 
 
@@ -246,6 +265,8 @@ def test_compiled_grammars_are_kept(compiler: GrammarCompiler, monkeypatch: pyte
     for text in "ab":
         compiler.submit(StructuredOutputsParams(choice=[text]))
     assert compiler.submit(params) is not first
+    too_large = StructuredOutputsParams(regex="a" * 300_000)
+    assert compiler.submit(too_large) is not compiler.submit(too_large)
 
 
 # --------------------------------------------------------------------------------------------------------------
