@@ -12,7 +12,7 @@ from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from ..config import ConfigError, InferenceConfig, SamplingParams, SpeculativeConfig
+from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
 from .beam_search import BeamSearch, num_candidates
 from .block_manager import BlockManager
 from .constraint import Constraint
@@ -306,10 +306,10 @@ class EngineCore:
 
     def _constrain(self, request: Request, grammar: Future[Grammar]) -> str | None:
         """Lets a grammar take hold of a request's sequences; why it cannot."""
-        try:
-            compiled = grammar.result()
-        except ConfigError as error:
+        error = grammar.exception()  # not raised: others wait for it too, and it would keep all that caught it
+        if error is not None:
             return str(error)
+        compiled = grammar.result()
         for completion in request.completions:
             sequence = completion.sequence
             sequence.constraint = constraint = Constraint(compiled, sequence.stop_token_ids)

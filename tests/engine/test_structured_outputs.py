@@ -23,7 +23,7 @@ import torch
 from pydantic import BaseModel, Field
 from schemas import a_whole_schema, check_json
 
-from meshlm import InferenceConfig, InferenceEngine, RequestOutput
+from meshlm import InferenceConfig, InferenceEngine, RequestOutput, StructuredOutputsParams
 from meshlm.engine import structured
 from tiny import make_llama
 
@@ -311,6 +311,8 @@ def test_a_schema_that_cannot_be_compiled(local: InferenceEngine, plain: dict[st
         outputs = [finished[request_id] for request_id in ids]
     assert_failed(outputs[0], re.escape(BAD_LINE))
     assert len(outputs[0].outputs) == 2 and outputs[0].token_ids == ()
+    failure = local._grammars.submit(StructuredOutputsParams(**BAD_SCHEMA["structured_outputs"])).exception()
+    assert failure is not None and failure.__traceback__ is None  # it is kept, and must keep no request
     others = dict(zip(OTHERS, outputs[1:], strict=False))
     assert tokens_of(others) == tokens_of({name: plain[name] for name in others})
     assert not local.has_unfinished()
