@@ -62,18 +62,18 @@ class Preparer:
     def prepare_scored(self, text: Prompt, continuation: Prompt | None, logprobs: int) -> PreparedRequest:
         """A text whose tokens are told of; only those of its continuation, where there is one. Raises as `prepare`."""
         self._vocabulary.check(SamplingParams(logprobs=logprobs))
-        _, token_ids = self._tokenize(text)
+        _, token_ids = self._tokenize(text, "text")
         num_unasked = 0
         if continuation is not None:
             num_unasked = len(token_ids) - 1  # the last one is asked what comes after it
             _, more = self._tokenize(continuation, "continuation", add_special_tokens=False)
             token_ids = token_ids + more
-        params = SamplingParams(prompt_logprobs=logprobs, detokenize=False).resolve(SamplingParams())
+        params = SamplingParams(prompt_logprobs=logprobs or 0, detokenize=False).resolve(SamplingParams())
         return PreparedRequest(None, self._fitting(token_ids), params, 0, LogitsSpec(), num_unasked)
 
     def prepare_pooled(self, text: Prompt, pooling: str) -> PreparedRequest:
         """A text whose last hidden states are asked for: of all tokens or of one. Raises as `prepare`."""
-        _, token_ids = self._tokenize(text)
+        _, token_ids = self._tokenize(text, "text")
         self._fitting(token_ids)
         if pooling == "first":
             token_ids = token_ids[:1]  # it sees no others
@@ -173,12 +173,12 @@ class Preparer:
         return limit
 
 
-def as_list(prompts: Any) -> list[Any]:
-    """The prompts of whatever `generate` was given. Raises TypeError."""
+def as_list(prompts: Any, name: str = "prompts") -> list[Any]:
+    """The prompts of whatever `generate` was given. Raises TypeError. name: of what was given."""
     if isinstance(prompts, str):
         return [prompts]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray | memoryview):
-        raise TypeError(f"prompts: {type(prompts).__name__} is not a prompt or a list of prompts")
+        raise TypeError(f"{name}: {type(prompts).__name__} is not a {name.removesuffix('s')} or a list of {name}")
     if prompts and (isinstance(prompts[0], Mapping) or hasattr(prompts[0], "__index__")):
         return [prompts]  # one chat, or one list of token ids
     return list(prompts)

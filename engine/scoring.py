@@ -12,8 +12,8 @@ POOLINGS = ("mean", "last", "first")
 
 def prepare_scores(preparer: Preparer, texts: Any, continuations: Any, logprobs: int) -> list[PreparedRequest]:
     """One request for each text. Raises ValueError or TypeError, naming the text, as `Preparer.prepare`."""
-    given = as_list(texts)
-    each = [None] * len(given) if continuations is None else as_list(continuations)
+    given = as_list(texts, "texts")
+    each = [None] * len(given) if continuations is None else as_list(continuations, "continuations")
     if len(each) != len(given):
         raise ValueError(f"continuations: {len(each)} given for {len(given)} texts; give one for each")
     pairs = list(zip(given, each, strict=True))
@@ -24,7 +24,8 @@ def prepare_embeddings(preparer: Preparer, texts: Any, pooling: str) -> list[Pre
     """The same, for vectors."""
     if pooling not in POOLINGS:
         raise ValueError(f"pooling={pooling!r}: it must be 'mean', 'last' or 'first'")
-    return in_batch("texts", [(text,) for text in as_list(texts)], lambda text: preparer.prepare_pooled(text, pooling))
+    given = [(text,) for text in as_list(texts, "texts")]
+    return in_batch("texts", given, lambda text: preparer.prepare_pooled(text, pooling))
 
 
 def score_of(request: PreparedRequest, output: RequestOutput) -> ScoreOutput:

@@ -206,7 +206,7 @@ LONGEST = r"max_model_len=48 \(the KV cache has 12 blocks of 4\) is the most"
         (lambda e: e.score([1] * 49), f"text has 49 tokens; {LONGEST}"),
         (lambda e: e.score([[1], [2] * 40], [[1], [2] * 9]), rf"texts\[1\]: text has 49 tokens; {LONGEST}"),
         (lambda e: e.embed([[1] * 49, [1]], "first"), rf"texts\[0\]: text has 49 tokens; {LONGEST}"),
-        (lambda e: e.score([[1], []]), r"texts\[1\]: prompt is empty: it must have at least one token"),
+        (lambda e: e.score([[1], []]), r"texts\[1\]: text is empty: it must have at least one token"),
         (lambda e: e.score([1], [[]]), "continuation is empty: it must have at least one token"),
         (lambda e: e.score([[1], [2]], [[3]]), "continuations: 1 given for 2 texts; give one for each"),
         (lambda e: e.score([1], logprobs=102), "logprobs=102 is more than the vocabulary's 101 tokens; -1 gives all"),
