@@ -289,7 +289,7 @@ class InferenceEngine:
         with tqdm(total=len(requests), desc=doing, unit="request", disable=not progress) as bar:
             for output in self._run(requests, every_step=False):
                 finished[output.index] = output
-                num_tokens += len(output.token_ids) or output.num_prompt_tokens
+                num_tokens += sum(len(each.token_ids) for each in output.outputs) or output.num_prompt_tokens
                 bar.set_postfix_str(f"{num_tokens / (time.monotonic() - started):.1f} tokens/s", refresh=False)
                 bar.update()
         return [finished[index] for index in range(len(requests))]
