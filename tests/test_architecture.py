@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import meshlm
+
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "config": set[str](),
@@ -143,3 +145,8 @@ def test_a_program_started_in_this_folder_can_use_transformers() -> None:
     room before something is called."""
     program = "import kernels; from transformers import LlamaConfig; LlamaConfig()"
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
+def test_every_public_name_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [name for name in meshlm.__all__ if f"`{name}`" not in readme] == []
