@@ -1,5 +1,7 @@
 """`StructuredOutputsParams` as a grammar of llguidance's: JSON schema, regular expression, or Lark."""
 
+import json
+import math
 import re
 from typing import Any
 
@@ -20,6 +22,7 @@ _GBNF_TOKEN = re.compile(
     re.VERBOSE | re.DOTALL,
 )
 _BAR_ON_ITS_LINE = re.compile(r"(?<!\s)[^\S\n]*+\n\s*+\|")
+_BOUNDS = ("minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum")  # of numbers in JSON schemas
 _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|.)", re.DOTALL)
 
 
@@ -38,7 +41,8 @@ def grammar_of(params: StructuredOutputsParams) -> str:
     value: Any = getattr(params, params.kind)
     match params.kind:
         case "json":
-            return LLMatcher.grammar_from_json_schema(value, defaults={"whitespace_pattern": _WHITESPACE})
+            schema = json.dumps(_without_narrow_bounds(json.loads(value)), ensure_ascii=False)
+            return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": _WHITESPACE})
         case "json_object":
             return LLMatcher.grammar_from_json_schema(
                 '{"type": "object"}', defaults={"whitespace_pattern": _WHITESPACE}
@@ -49,6 +53,29 @@ def grammar_of(params: StructuredOutputsParams) -> str:
             return LLMatcher.grammar_from_regex("|".join(map(_escaped, value)))
         case _:
             return LLMatcher.grammar_from_lark(_lark(value))
+
+
+def _without_narrow_bounds(schema: Any) -> Any:
+    """The same, but for numbers between bounds that are less than 1 apart, of which an exclusive one is an integer.
+
+    The library lets such an integer in (1.9: 0 is above 0 and below 0.5), so that the bound is moved a hair inwards.
+    """
+    if isinstance(schema, list):
+        return [_without_narrow_bounds(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # What are values, not schemas, stays as it is.
+    schema = {k: v if k in ("const", "enum") else _without_narrow_bounds(v) for k, v in schema.items()}
+    bounds = {name: schema[name] for name in _BOUNDS if type(schema.get(name)) in (int, float)}
+    low = max((bounds[name] for name in _BOUNDS[:2] if name in bounds), default=-math.inf)
+    high = min((bounds[name] for name in _BOUNDS[2:] if name in bounds), default=math.inf)
+    if 0 < high - low < 1:
+        hair = min(1e-9, (high - low) / 1000)
+        if bounds.get("exclusiveMinimum") == low == math.floor(low):
+            schema["minimum"] = schema.pop("exclusiveMinimum") + hair
+        if bounds.get("exclusiveMaximum") == high == math.ceil(high):
+            schema["maximum"] = schema.pop("exclusiveMaximum") - hair
+    return schema
 
 
 def _escaped(text: str) -> str:
