@@ -247,7 +247,7 @@ SCRIPT = """
 from meshlm import InferenceConfig, InferenceEngine
 
 step = 3
-config = InferenceConfig({mesh}, device="cpu", dtype="float32", num_kv_blocks=16)
+config = InferenceConfig(pp_size=2, device="cpu", dtype="float32", num_kv_blocks=16)
 engine = InferenceEngine({model!r}, config)
 params = dict(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False)
 params["logits_processors"] = lambda prompt, output, logits: logits.index_fill(0, logits.argmax(), step - 1e9)
@@ -256,11 +256,10 @@ print(*engine.generate([5, 6, 7], params, progress=False)[0].token_ids)
 
 
 @pytest.mark.slow  # a process and its ranks
-@pytest.mark.parametrize("mesh", ["tp_size=2", "pp_size=2"])
-def test_a_lambda_of_a_script(tiny_model: LlamaForCausalLM, tmp_path: Path, mesh: str) -> None:
+def test_a_lambda_of_a_script(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
     """Of `__main__`, which has no guard, and with a global of it: always the second best."""
     tiny_model.save_pretrained(tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT.format(mesh=mesh, model=str(tmp_path / "model")))
+    (tmp_path / "script.py").write_text(SCRIPT.format(model=str(tmp_path / "model")))
     run = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     tokens = [5, 6, 7]
