@@ -9,6 +9,7 @@ numbers    on their way to the host
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ Head = Callable[[Tensor], Tensor]
 
 Norm = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to the model's last ones."""
+
+_NONE_LEFT = "allowed_token_ids: the request's other settings ban all of them here"
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class Drawn:
     beams: Tensor | None = None  # ids of the likeliest tokens, then their scores: float64 [num_beams, 2 * top]
     given: list[Tensor] = field(default_factory=list)  # of each `GivenRows`, as `Logprobs` gives it
     pooled: list[Tensor] = field(default_factory=list)  # of each `PooledRows`, float32 [hidden]
+    left: Tensor | None = None  # of each row that only some tokens are allowed: see `LogitsRules.left`
     errors: list[tuple[int, str]] = field(default_factory=list)  # samples whose processors failed, and why
     told: list[Tensor] = field(default_factory=list)  # of each `Told`, as `Logprobs` gives it
 
@@ -104,7 +108,8 @@ class Drawn:
     def numbers(self) -> list[Tensor]:
         """What is to come to the host: token ids first."""
         beams = [] if self.beams is None else [self.beams]
-        return [self.draw.numbers, *self.told, *beams, *self.given, *self.pooled]
+        left = [] if self.left is None else [self.left]
+        return [self.draw.numbers, *self.told, *beams, *self.given, *self.pooled, *left]
 
 
 class Drawing:
@@ -174,16 +179,15 @@ class Drawing:
         if plan.step.masks is not None:
             self._apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start)
         errors = self.rules.process(logits, plan.rules)
+        left = self.rules.left(logits, arrays)
         beams = None
         if plan.beams:
             most = max(sample.num_candidates for sample in samples)
             beams = self.logprobs.likeliest(logits.index_select(0, arrays["beams"]), most)
         draw = self.sampler(logits, plan.draws, arrays)
         rows = [arrays[f"told_{number}"] for number in range(len(plan.told))]
-        drawn = Drawn(draw, plan, raw, rows, beams, given, pooled, errors)
+        drawn = Drawn(draw, plan, raw, rows, beams, given, pooled, left, errors)
         drawn.told = self._tell(drawn)
-        if draw.complete is not None:
-            drawn.rows = [row.clone() for row in rows]  # of the step's arrays, which the next step's replace
         return drawn
 
     def redraw(self, drawn: Drawn, complete: Sequence[bool]) -> Drawn:
@@ -220,14 +224,26 @@ def output_of(drawn: Drawn, numbers: Sequence[Tensor]) -> StepOutput:
         for number, row in zip(plan.beams, next(rest).tolist(), strict=True):
             logprobs[number] = _token_logprobs([0.0, 0.0, *row], samples[number].num_candidates)
     scores = [tuple(_token_logprobs(row, g.logprobs) for row in next(rest).tolist()) for g in given]
+    pooled = tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled)
+    none_left = [] if drawn.left is None else _none_left(plan, next(rest).tolist())
     return StepOutput(
         step_id=plan.step.step_id,
         token_ids=token_ids,
         logprobs=tuple(logprobs) if plan.told or plan.beams else None,
         given=tuple(scores),
-        pooled=tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled),
-        errors=tuple(drawn.errors),
+        pooled=pooled,
+        errors=(*drawn.errors, *none_left),
     )
+
+
+def _none_left(plan: DrawingPlan, best: Sequence[float]) -> list[tuple[int, str]]:
+    """Samples that have no token to draw, and why. best: of `LogitsRules.left`. A beam then has no continuation."""
+    samples, rows = plan.step.samples, plan.rules.values["allowing"].tolist()
+    return [
+        (row, _NONE_LEFT)
+        for row, most in zip(rows, best, strict=True)
+        if most == -inf and not samples[row].num_candidates and samples[row].forced < 0
+    ]
 
 
 def _token_logprobs(row: Sequence[float], asked: int | None) -> TokenLogprobs:
