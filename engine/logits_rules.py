@@ -220,12 +220,6 @@ class LogitsRules:
         if span.longest_ngram:
             logits_ops.ban_repeated_ngrams(flat, before, ngram_sizes, span.longest_ngram)
 
-    def left(self, logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor | None:
-        """Of rows with allowed tokens, the highest logit, float32 [n]: -inf where other rules ban all of these."""
-        if "allowing" not in arrays:
-            return None
-        return self.tp.all_gather(logits.index_select(0, arrays["allowing"]).amax(dim=1)).amax(dim=0)
-
     def process(self, logits: Tensor, plan: LogitsPlan) -> list[tuple[int, str]]:
         """Users' processors, in place, once whatever bans tokens is done; waits for the device.
 
