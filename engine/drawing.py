@@ -32,7 +32,7 @@ Head = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to the model's last ones."""
 
-_NONE_LEFT = "no token is left to be drawn: all that allowed_token_ids or structured_outputs allow is banned by other settings"
+_NONE_LEFT = "no token is left to be drawn: what allowed_token_ids or structured_outputs allow, other settings ban"
 
 
 @dataclass(frozen=True)

@@ -341,7 +341,7 @@ def likeliest_first(past: Sequence[int], output: Sequence[int], logits: torch.Te
     return -torch.arange(len(logits), dtype=logits.dtype)
 
 
-NONE_LEFT = "no token is left to be drawn: .* structured_outputs allow is banned by other settings"
+NONE_LEFT = "no token is left to be drawn: what .* structured_outputs allow, other settings ban"
 
 
 @pytest.mark.parametrize(
