@@ -29,6 +29,8 @@ from meshlm.config import ConfigError, SamplingParams, StructuredOutputsParams, 
         ({"min_tokens": 5, "max_tokens": 3}, "SamplingParams: min_tokens=5 is more than max_tokens=3"),
         ({"stop": ["a", ""]}, "SamplingParams.stop: ['a', ''] is not valid: must not hold an empty string"),
         ({"stop": 3}, "SamplingParams.stop: 3 is not valid: must be a list"),
+        ({"stop": b"END"}, "SamplingParams.stop: b'END' is not valid: must be a list"),
+        ({"suppress_tokens": "12"}, "SamplingParams.suppress_tokens: '12' is not valid: must be a list"),
         ({"stop_token_ids": [1, -1]}, "SamplingParams.stop_token_ids[1]: -1 is not valid: must be at least 0"),
         ({"stop_token_ids": [True]}, "SamplingParams.stop_token_ids[0]: True is not valid: must be an integer"),
         (
