@@ -17,6 +17,11 @@ def contradictions(params: "SamplingParams") -> Iterator[str]:
 def _of_length(params: "SamplingParams") -> Iterator[str]:
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         yield f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}"
+    if params.max_total_tokens is not None and params.min_tokens >= params.max_total_tokens:
+        yield (
+            f"min_tokens={params.min_tokens} is not below max_total_tokens={params.max_total_tokens}, which counts the "
+            "prompt too"
+        )
     if params.stop and not params.detokenize:
         yield f"stop={list(params.stop)} is looked for in the text, but detokenize=False makes none"
     forced = params.forced_token_ids

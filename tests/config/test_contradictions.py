@@ -12,6 +12,10 @@ REGEX = {"regex": "a+"}
     [
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens=5 is more than max_tokens=3"),
         (
+            {"min_tokens": 5, "max_total_tokens": 5},
+            "min_tokens=5 is not below max_total_tokens=5, which counts the prompt too",
+        ),
+        (
             {"forced_token_ids": [1, 2, 3], "max_tokens": 2},
             "forced_token_ids has 3 tokens, but max_tokens=2 lets out fewer",
         ),

@@ -148,6 +148,27 @@ def test_presence_and_frequency(tiny_engine: InferenceEngine, tiny_model: LlamaF
             tokens.append(token)
 
 
+def test_one_that_has_no_token_left_fails_alone(tiny_engine: InferenceEngine) -> None:
+    few = {"allowed_token_ids": [0, 3, 70], "no_repeat_ngram_size": 1, "max_tokens": 9}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0, **few},
+        {"temperature": 1.0, "top_k": 5, "seed": 1, **few},
+        {"temperature": 0, "max_tokens": 9},
+        {"temperature": 0, **few, "forced_token_ids": [0, 3, 70, 5, 5]},
+        {"num_beams": 2, **few},
+    ]
+    prompts = [[5, 6, 7]] * len(kinds)
+    for drafts in ({}, {(5, 6, 7): (3, 70, 0, 0, 0)}):
+        with drafting(tiny_engine, drafts):
+            greedy, sampled, free, forced, beams = tiny_engine.generate(prompts, kinds, progress=False)
+        for output in (greedy, sampled):
+            assert sorted(output.token_ids) == [0, 3, 70] and output.finish_reason == "error"
+            assert (output.error or "").startswith("no token is left to be drawn: ")
+        assert free.finish_reason == "length" and len(free.token_ids) == 9
+        assert forced.token_ids == (0, 3, 70, 5, 5) and forced.finish_reason == "error"
+        assert "no token is allowed to come next" in (beams.error or "")
+
+
 # ---- users' processors ----------------------------------------------------------------------------------------------
 
 

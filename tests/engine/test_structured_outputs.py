@@ -339,11 +339,15 @@ def likeliest_first(past: Sequence[int], output: Sequence[int], logits: torch.Te
     return -torch.arange(len(logits), dtype=logits.dtype)
 
 
+NONE_LEFT = "no token is left to be drawn: what .* structured_outputs allow, other settings ban"
+
+
 @pytest.mark.parametrize(
     ("given", "error"),
     [
         ({"regex": "Q", "stop_token_ids": [65]}, "structured output cannot go on: no token of the vocabulary, .*"),
-        ({"regex": "[ab]{3}", "allowed_token_ids": [99, 100]}, "structured_outputs: token 0 was drawn, .*"),
+        ({"regex": "[ab]{3}", "allowed_token_ids": [99, 100]}, NONE_LEFT),
+        ({"regex": "Q", "suppress_tokens": [65]}, NONE_LEFT),
         ({"choice": ["a"], "logits_processors": [likeliest_first]}, "structured_outputs: token 0 was drawn, .*"),
     ],
 )
