@@ -49,6 +49,8 @@ def _of_beams(params: "SamplingParams") -> Iterator[str]:
 def _of_samples(params: "SamplingParams") -> Iterator[str]:
     if params.best_of is not None and params.best_of < params.n:
         yield f"best_of={params.best_of} is less than n={params.n}, which are chosen from them"
+    if params.best_of is not None and params.best_of > params.n and params.seed is None:
+        yield f"best_of={params.best_of} without a seed: nobody could find out again what was left out; give a seed"
     for name, number in (("n", params.n), ("best_of", params.best_of or 1)):
         if number > 1 and params.temperature == 0:
             yield (

@@ -220,7 +220,7 @@ MAY_BE_NONE = {"seed", "max_total_tokens", "best_of", "allowed_token_ids", "stru
         # beams do not sample, even if the model does
         ({"num_beams": 3}, SAMPLING_MODEL, {"temperature": 0.0, "num_beams": 3, "length_penalty": 1.0}),
         ({"num_beams": 3, "n": 3}, PENALISED_MODEL, {"length_penalty": 2.0, "early_stopping": True, "n": 3}),
-        ({"n": 2, "best_of": 4}, SAMPLING_MODEL, {"temperature": 0.6, "n": 2, "best_of": 4}),
+        ({"n": 2, "best_of": 4, "seed": 1}, SAMPLING_MODEL, {"temperature": 0.6, "n": 2, "best_of": 4}),
     ],
 )
 def test_resolve(given: dict[str, Any], model: SamplingParams, expected: dict[str, Any]) -> None:
