@@ -17,6 +17,11 @@ def contradictions(params: "SamplingParams") -> Iterator[str]:
 def _of_length(params: "SamplingParams") -> Iterator[str]:
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         yield f"min_tokens={params.min_tokens} is more than max_tokens={params.max_tokens}"
+    if params.max_total_tokens is not None and params.min_tokens >= params.max_total_tokens:
+        yield (
+            f"min_tokens={params.min_tokens} is not below max_total_tokens={params.max_total_tokens}, which counts the "
+            "prompt too"
+        )
     if params.stop and not params.detokenize:
         yield f"stop={list(params.stop)} is looked for in the text, but detokenize=False makes none"
     forced = params.forced_token_ids
@@ -44,6 +49,8 @@ def _of_beams(params: "SamplingParams") -> Iterator[str]:
 def _of_samples(params: "SamplingParams") -> Iterator[str]:
     if params.best_of is not None and params.best_of < params.n:
         yield f"best_of={params.best_of} is less than n={params.n}, which are chosen from them"
+    if params.best_of is not None and params.best_of > params.n and params.seed is None:
+        yield f"best_of={params.best_of} without a seed: nobody could find out again what was left out; give a seed"
     for name, number in (("n", params.n), ("best_of", params.best_of or 1)):
         if number > 1 and params.temperature == 0:
             yield (

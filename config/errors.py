@@ -39,6 +39,7 @@ _KINDS = {
     "bool": "true or false",
     "string": "a string",
     "is": "a list",  # is_instance_of: Sequence is the only abstract type in use
+    "sequence": "a list",  # and no text, which would be one of letters
     "byte": "a number of bytes, such as 1073741824 or '2GiB'",
 }
 _BOUNDS = ("ge", "gt", "le")

@@ -25,6 +25,7 @@ from .token_ids import TokenBias, TokenIds, Words, not_empty
 
 DEFAULT_MAX_TOKENS = 128
 MAX_NUM_OUTPUTS = 16384  # of one request
+_LARGEST = 2**31 - 1  # of what ranks compute with
 
 
 class SamplingParams(BaseModel):
@@ -37,7 +38,9 @@ class SamplingParams(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     temperature: float | None = Field(default=None, ge=0, le=100, description="logits are divided by it; 0: greedy")
-    top_k: int | None = Field(default=None, ge=0, description="sample among the k likeliest tokens; 0 or -1: among all")
+    top_k: int | None = Field(
+        default=None, ge=0, le=_LARGEST, description="sample among the k likeliest tokens; 0 or -1: among all"
+    )
     top_p: float | None = Field(
         default=None, gt=0, le=1, description="sample among the likeliest tokens that reach this probability together"
     )
@@ -80,7 +83,9 @@ class SamplingParams(BaseModel):
     frequency_penalty: float = Field(
         default=0.0, ge=-2, le=2, description="subtracted from the logits of tokens as often as they are in the output"
     )
-    no_repeat_ngram_size: int | None = Field(default=None, ge=0, description="no n-gram comes twice; 0: off")
+    no_repeat_ngram_size: int | None = Field(
+        default=None, ge=0, le=_LARGEST, description="no n-gram comes twice; 0: off"
+    )
     logit_bias: TokenBias | None = Field(default=None, description="token id -> what is added to its logit")
     bad_words: Words | None = Field(default=None, description="strings, or lists of token ids, that are never output")
     suppress_tokens: TokenIds | None = Field(default=None, description="token ids that are never output")
@@ -114,6 +119,13 @@ class SamplingParams(BaseModel):
                 super().__init__(**values)
             except ValidationError as error:
                 raise one_line(error, type(self)) from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_left_out(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {name: value for name, value in values.items() if value is not None or name not in cls.model_fields}
 
     def __hash__(self) -> int:
         return hash(tuple(frozenset(value.items()) if isinstance(value, dict) else value for _, value in self))
@@ -194,7 +206,8 @@ class SamplingParams(BaseModel):
             at_least = max(mine.get("min_tokens", 1), len(self.forced_token_ids or ()))
             values["max_tokens"] = max(values["max_tokens"], at_least)
         if "min_tokens" not in mine:
-            values["min_tokens"] = 0 if self.structured_outputs else min(values["min_tokens"], values["max_tokens"])
+            most = min(values["max_tokens"], (values.get("max_total_tokens") or _LARGEST) - 1)
+            values["min_tokens"] = 0 if self.structured_outputs else min(values["min_tokens"], most)
         if not self.detokenize:
             values["stop"] = ()
         return SamplingParams(**values)

@@ -1,11 +1,30 @@
 """Types of fields that hold token ids. What is in the vocabulary is the model's to say."""
 
+import math
+import operator
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-TokenIds = Annotated[Sequence[Annotated[int, Field(ge=0, strict=True)]], AfterValidator(tuple)]
+
+def _integer(value: Any) -> int | None:
+    """What is one, numpy's too; True and False are none."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _as_integer(value: Any) -> int:
+    number = _integer(value)
+    if number is None:
+        raise ValueError("must be an integer")
+    return number
+
+
+TokenIds = Annotated[Sequence[Annotated[int, BeforeValidator(_as_integer), Field(ge=0)]], AfterValidator(tuple)]
 
 
 def not_empty(ids: tuple[int, ...]) -> tuple[int, ...]:
@@ -24,15 +43,17 @@ def _as_bias(value: Any) -> Any:
 def _as_token_id(key: Any) -> int:
     if isinstance(key, str) and key.isascii() and key.isdecimal():
         return int(key)
-    if not isinstance(key, int) or isinstance(key, bool) or key < 0:
+    token_id = _integer(key)
+    if token_id is None or token_id < 0:
         raise ValueError(f"{key!r} is not a token id")
-    return key
+    return token_id
 
 
 def _bias(key: Any, bias: Any) -> float:
-    if not isinstance(bias, int | float) or isinstance(bias, bool) or not -100 <= bias <= 100:
+    number: Any = bias if isinstance(bias, Real) else math.nan
+    if isinstance(bias, bool) or not -100 <= number <= 100:
         raise ValueError(f"the bias of token {key} must be a number in [-100, 100]")
-    return float(bias)
+    return float(number)
 
 
 def _as_words(value: Any) -> Any:
@@ -48,9 +69,10 @@ def _as_word(word: Any) -> str | tuple[int, ...]:
         return word
     if not isinstance(word, Sequence) or not word:
         raise ValueError(f"{word!r} is neither a string nor a list of token ids")
-    if not all(isinstance(token, int) and not isinstance(token, bool) and token >= 0 for token in word):
+    ids = tuple(number for token in word if (number := _integer(token)) is not None and number >= 0)
+    if len(ids) < len(word):
         raise ValueError(f"{list(word)} must hold token ids")
-    return tuple(word)
+    return ids
 
 
 # Checked here whole, so that a mistake is one line, not one for each branch of a union.

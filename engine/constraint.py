@@ -23,10 +23,10 @@ class Constraint:
     def accept(self, token_id: int) -> str | None:
         """Takes the next token; "stop" or "error" if the output ends with it."""
         if not self._matcher.accept(token_id):
-            # Of what a mask allows only other settings can leave nothing, and only a user's processor can take more.
+            # Of what a mask bans, only a user's processor can let something through.
             self.error = self._matcher.error or (
-                f"structured_outputs: token {token_id} was drawn, which the grammar does not allow here: the request's "
-                "other settings leave none that it does"
+                f"structured_outputs: token {token_id} was drawn, which the grammar does not allow here: "
+                "logits_processors let it through"
             )
             return "error"
         if self._matcher.is_finished:

@@ -37,11 +37,10 @@ class Completion:
     beam_logprob: float | None = None  # of a beam: the sum of its tokens', after penalties and bans
     num_emitted: int = 0  # characters of text that went out
 
-    def output(self, index: int, is_final: bool, tells: bool) -> CompletionOutput:
+    def output(self, index: int, tells: bool) -> CompletionOutput:
         """A snapshot, with what is new since the last one. tells: with log-probabilities."""
         sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
         delta, self.num_emitted = text[self.num_emitted :], len(text)
-        scores = sequence.scores if is_final else sequence.scores[:]
         return CompletionOutput(
             index=index,
             text=text,
@@ -49,7 +48,7 @@ class Completion:
             finish_reason=sequence.finish_reason,
             stop_reason=self.stop_reason,
             delta=delta,
-            logprobs=tuple(scores) if tells else None,
+            logprobs=tuple(sequence.scores) if tells else None,
             cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
             error=sequence.error,
         )
@@ -121,7 +120,7 @@ class Request:
         if len(chosen) > params.n:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
-        return tuple(completion.output(i, ended, tells) for i, completion in enumerate(chosen))
+        return tuple(completion.output(i, tells) for i, completion in enumerate(chosen))
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ numbers    on their way to the host
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ Head = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to the model's last ones."""
 
+_NONE_LEFT = "no token is left to be drawn: what allowed_token_ids or structured_outputs allow, other settings ban"
+
 
 @dataclass(frozen=True)
 class Told:
@@ -50,6 +53,7 @@ class DrawingPlan:
     rules: LogitsPlan
     told: tuple[Told, ...]
     beams: list[int]  # samples that tell of continuations and draw nothing
+    limited: list[int]  # samples of which only some tokens are allowed, and these perhaps banned by other settings
 
     @property
     def _given(self) -> Sequence[GivenRows]:
@@ -62,6 +66,8 @@ class DrawingPlan:
             shapes[f"told_{number}"] = (torch.int64, (len(told.samples),))
         if self.beams:
             shapes["beams"] = (torch.int64, (len(self.beams),))
+        if self.limited:
+            shapes["limited"] = (torch.int64, (len(self.limited),))
         if self.step.masks is not None:
             num_masked = len(self.step.masks.samples)
             shapes["masked"] = (torch.int64, (num_masked,))
@@ -79,6 +85,8 @@ class DrawingPlan:
             host[f"told_{number}"][:] = told.samples
         if self.beams:
             host["beams"][:] = self.beams
+        if self.limited:
+            host["limited"][:] = self.limited
         if self.step.masks is not None:
             host["masked"][:] = self.step.masks.samples
             host["masks"].reshape(-1)[:] = np.frombuffer(self.step.masks.words, np.int32)
@@ -97,6 +105,7 @@ class Drawn:
     beams: Tensor | None = None  # ids of the likeliest tokens, then their scores: float64 [num_beams, 2 * top]
     given: list[Tensor] = field(default_factory=list)  # of each `GivenRows`, as `Logprobs` gives it
     pooled: list[Tensor] = field(default_factory=list)  # of each `PooledRows`, float32 [hidden]
+    best: Tensor | None = None  # float32 [n], of each of `DrawingPlan.limited` the highest logit
     errors: list[tuple[int, str]] = field(default_factory=list)  # samples whose processors failed, and why
     told: list[Tensor] = field(default_factory=list)  # of each `Told`, as `Logprobs` gives it
 
@@ -104,7 +113,8 @@ class Drawn:
     def numbers(self) -> list[Tensor]:
         """What is to come to the host: token ids first."""
         beams = [] if self.beams is None else [self.beams]
-        return [self.draw.numbers, *self.told, *beams, *self.given, *self.pooled]
+        best = [] if self.best is None else [self.best]
+        return [self.draw.numbers, *self.told, *beams, *self.given, *self.pooled, *best]
 
 
 class Drawing:
@@ -125,6 +135,7 @@ class Drawing:
         num_slots: int,
         longest: int,
     ) -> None:
+        self.tp = tp
         self.sampler = Sampler(tp, vocabulary, ops, device)
         self.histories = Histories(num_slots, longest, device)
         self.rules = LogitsRules(tp, vocabulary, self.histories)
@@ -137,7 +148,15 @@ class Drawing:
         histories = self.histories.plan(step.histories)
         rules = self.rules.plan([(sample.slot, sample.position) for sample in step.samples])
         beams = [number for number, sample in enumerate(step.samples) if sample.num_candidates]
-        return DrawingPlan(step, self.sampler.plan(step.samples), histories, rules, self._told(step.samples), beams)
+        masked = set(() if step.masks is None else step.masks.samples)
+        limited = [number for number, sample in enumerate(step.samples) if self._is_limited(sample, number in masked)]
+        draws, told = self.sampler.plan(step.samples), self._told(step.samples)
+        return DrawingPlan(step, draws, histories, rules, told, beams, limited)
+
+    def _is_limited(self, sample: SampleRequest, is_masked: bool) -> bool:
+        if sample.slot < 0 or sample.forced >= 0 or sample.num_candidates:
+            return False
+        return is_masked or self.histories.spec(sample.slot).allowed is not None
 
     def _told(self, samples: Sequence[SampleRequest]) -> tuple[Told, ...]:
         """Those with any number together, for the largest; but those with all tokens, which are sorted, apart."""
@@ -174,16 +193,17 @@ class Drawing:
         if plan.step.masks is not None:
             self._apply_bitmask(logits, arrays["masked"], arrays["masks"], self._start)
         errors = self.rules.process(logits, plan.rules)
+        best = None
+        if plan.limited:
+            best = self.tp.all_gather(logits.index_select(0, arrays["limited"]).amax(dim=1)).amax(dim=0)
         beams = None
         if plan.beams:
             most = max(sample.num_candidates for sample in samples)
             beams = self.logprobs.likeliest(logits.index_select(0, arrays["beams"]), most)
         draw = self.sampler(logits, plan.draws, arrays)
         rows = [arrays[f"told_{number}"] for number in range(len(plan.told))]
-        drawn = Drawn(draw, plan, raw, rows, beams, given, pooled, errors)
+        drawn = Drawn(draw, plan, raw, rows, beams, given, pooled, best, errors)
         drawn.told = self._tell(drawn)
-        if draw.complete is not None:
-            drawn.rows = [row.clone() for row in rows]  # of the step's arrays, which the next step's replace
         return drawn
 
     def redraw(self, drawn: Drawn, complete: Sequence[bool]) -> Drawn:
@@ -220,13 +240,16 @@ def output_of(drawn: Drawn, numbers: Sequence[Tensor]) -> StepOutput:
         for number, row in zip(plan.beams, next(rest).tolist(), strict=True):
             logprobs[number] = _token_logprobs([0.0, 0.0, *row], samples[number].num_candidates)
     scores = [tuple(_token_logprobs(row, g.logprobs) for row in next(rest).tolist()) for g in given]
+    pooled = tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled)
+    best = next(rest).tolist() if plan.limited else []
+    none_left = [(n, _NONE_LEFT) for n, value in zip(plan.limited, best, strict=True) if value == -inf]
     return StepOutput(
         step_id=plan.step.step_id,
         token_ids=token_ids,
         logprobs=tuple(logprobs) if plan.told or plan.beams else None,
         given=tuple(scores),
-        pooled=tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled),
-        errors=tuple(drawn.errors),
+        pooled=pooled,
+        errors=(*drawn.errors, *none_left),
     )
 
 

@@ -126,7 +126,7 @@ class LogitsRules:
         """What rows ask for, once the histories have planned the step's updates. rows: (slot, tokens before) of each
         row of logits; slot -1: without a spec."""
         ruled = [self._ruled(row, slot, length) for row, (slot, length) in enumerate(rows) if slot >= 0]
-        looking_back = [row for row in ruled if _looks_back(row.spec)]
+        looking_back = [row for row in ruled if _looks_back(row)]
         return LogitsPlan(
             values={
                 **_bias(ruled),
@@ -177,7 +177,7 @@ class LogitsRules:
             [row.length for row in ruled],
             [row.row for row in ruled],
             [spec.num_prompt_tokens for spec in specs],
-            [spec.no_repeat_ngram_size for spec in specs],
+            [_ngram_size(row) for row in ruled],
         ]
         penalties = [
             [spec.repetition_penalty for spec in specs],
@@ -251,8 +251,14 @@ class LogitsRules:
         return torch.cat([part[:, :size] for part, size in zip(gathered, sizes, strict=True)], dim=1)
 
 
-def _looks_back(spec: LogitsSpec) -> bool:
-    return spec.repetition_penalty != 1 or _counts(spec) or spec.no_repeat_ngram_size > 0
+def _looks_back(row: RuledRow) -> bool:
+    return row.spec.repetition_penalty != 1 or _counts(row.spec) or _ngram_size(row) > 0
+
+
+def _ngram_size(row: RuledRow) -> int:
+    """0 too if so few tokens are there that none of so many can come again."""
+    size = row.spec.no_repeat_ngram_size
+    return size if size <= row.length else 0
 
 
 def _counts(spec: LogitsSpec) -> bool:
@@ -300,6 +306,6 @@ def _spans(ruled: Sequence[RuledRow]) -> Iterable[Span]:
         while stop < len(ruled) and num_tokens + ruled[stop].length <= _TOKENS_AT_ONCE:
             num_tokens += ruled[stop].length
             stop += 1
-        longest = max(row.spec.no_repeat_ngram_size for row in ruled[first:stop])
+        longest = max(map(_ngram_size, ruled[first:stop]))
         yield Span(first, stop, num_tokens, longest)
         first = stop

@@ -41,12 +41,13 @@ class Vocabulary:
         """What settled parameters (`SamplingParams.resolve`) ask for.
 
         Tokens that are not there can only come from the model's own settings, and are left out: none is ever drawn.
+        Raises ValueError, one line, if no token is left to be drawn, or words cannot be spelt.
         """
         assert params.repetition_penalty is not None and params.no_repeat_ngram_size is not None
         bias = params.logit_bias or {}
         ends = {*params.stop_token_ids, *(() if params.ignore_eos else params.eos_token_ids or ())}
         allowed = params.allowed_token_ids
-        return LogitsSpec(
+        spec = LogitsSpec(
             num_prompt_tokens=num_prompt_tokens,
             bias=tuple((token_id, bias[token_id]) for token_id in self._known(bias) if bias[token_id]),
             repetition_penalty=params.repetition_penalty,
@@ -64,6 +65,19 @@ class Vocabulary:
                 for place, processor in enumerate(params.logits_processors)
             ),
         )
+        self._refuse_none(spec, is_forced=params.forced_token_ids is not None)
+        return spec
+
+    def _refuse_none(self, spec: LogitsSpec, is_forced: bool) -> None:
+        """Raises ValueError if no token may be the first that is drawn. is_forced: the output's first is not."""
+        banned = {*spec.suppressed, *(word[0] for word in spec.bad_words if len(word) == 1)}
+        banned |= {*(spec.end_ids if spec.min_tokens else ()), *(() if is_forced else spec.begin_suppressed)}
+        allowed = range(self.size) if spec.allowed is None else spec.allowed
+        if banned and all(token_id in banned for token_id in allowed):
+            raise ValueError(
+                "suppress_tokens, begin_suppress_tokens, bad_words and min_tokens (end tokens) together ban all of "
+                f"{'the vocabulary' if spec.allowed is None else 'allowed_token_ids'}; let one token be output"
+            )
 
     def _known(self, ids: Iterable[int]) -> tuple[int, ...]:
         return tuple(sorted({token_id for token_id in ids if token_id < self.size}))

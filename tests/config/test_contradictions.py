@@ -12,6 +12,10 @@ REGEX = {"regex": "a+"}
     [
         ({"min_tokens": 5, "max_tokens": 3}, "min_tokens=5 is more than max_tokens=3"),
         (
+            {"min_tokens": 5, "max_total_tokens": 5},
+            "min_tokens=5 is not below max_total_tokens=5, which counts the prompt too",
+        ),
+        (
             {"forced_token_ids": [1, 2, 3], "max_tokens": 2},
             "forced_token_ids has 3 tokens, but max_tokens=2 lets out fewer",
         ),
@@ -40,6 +44,10 @@ REGEX = {"regex": "a+"}
             {"num_beams": 2, "structured_outputs": REGEX},
             "num_beams=2 with structured_outputs is not supported; give num_beams=1",
         ),
+        (
+            {"n": 2, "best_of": 4, "temperature": 1},
+            "best_of=4 without a seed: nobody could find out again what was left out; give a seed",
+        ),
         ({"n": 3, "best_of": 2, "temperature": 1}, "best_of=2 is less than n=3, which are chosen from them"),
         (
             {"n": 3, "temperature": 0},
@@ -56,7 +64,7 @@ REGEX = {"regex": "a+"}
             "n=2 with forced_token_ids: every output would begin with the same; give n=1",
         ),
         (
-            {"best_of": 2, "forced_token_ids": [1]},
+            {"best_of": 2, "seed": 0, "forced_token_ids": [1]},
             "best_of=2 with forced_token_ids: every output would begin with the same; give best_of=1",
         ),
         (

@@ -3,6 +3,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import GenerationConfig
 
@@ -21,12 +22,15 @@ from meshlm.config import ConfigError, SamplingParams, StructuredOutputsParams, 
         ({"top_p": 1.01}, "SamplingParams.top_p: 1.01 is not valid: must be in (0, 1]"),
         ({"top_p": math.nan}, "SamplingParams.top_p: nan is not valid: must be a finite number, in (0, 1]"),
         ({"min_p": 2}, "SamplingParams.min_p: 2 is not valid: must be in [0, 1]"),
-        ({"top_k": -2}, "SamplingParams.top_k: -2 is not valid: must be at least 0"),
+        ({"top_k": -2}, "SamplingParams.top_k: -2 is not valid: must be in [0, 2147483647]"),
+        ({"top_k": 2**31}, "SamplingParams.top_k: 2147483648 is not valid: must be in [0, 2147483647]"),
         ({"top_k": True}, "SamplingParams.top_k: True is not valid: must not be true or false"),
         ({"max_tokens": 0}, "SamplingParams.max_tokens: 0 is not valid: must be at least 1"),
         ({"min_tokens": 5, "max_tokens": 3}, "SamplingParams: min_tokens=5 is more than max_tokens=3"),
         ({"stop": ["a", ""]}, "SamplingParams.stop: ['a', ''] is not valid: must not hold an empty string"),
         ({"stop": 3}, "SamplingParams.stop: 3 is not valid: must be a list"),
+        ({"stop": b"END"}, "SamplingParams.stop: b'END' is not valid: must be a list"),
+        ({"suppress_tokens": "12"}, "SamplingParams.suppress_tokens: '12' is not valid: must be a list"),
         ({"stop_token_ids": [1, -1]}, "SamplingParams.stop_token_ids[1]: -1 is not valid: must be at least 0"),
         ({"stop_token_ids": [True]}, "SamplingParams.stop_token_ids[0]: True is not valid: must be an integer"),
         (
@@ -45,7 +49,10 @@ from meshlm.config import ConfigError, SamplingParams, StructuredOutputsParams, 
         ({"repetition_penalty": 0}, "SamplingParams.repetition_penalty: 0 is not valid: must be greater than 0"),
         ({"presence_penalty": 2.1}, "SamplingParams.presence_penalty: 2.1 is not valid: must be in [-2, 2]"),
         ({"frequency_penalty": -3}, "SamplingParams.frequency_penalty: -3 is not valid: must be in [-2, 2]"),
-        ({"no_repeat_ngram_size": -1}, "SamplingParams.no_repeat_ngram_size: -1 is not valid: must be at least 0"),
+        (
+            {"no_repeat_ngram_size": -1},
+            "SamplingParams.no_repeat_ngram_size: -1 is not valid: must be in [0, 2147483647]",
+        ),
         ({"logprobs": -2}, "SamplingParams.logprobs: -2 is not valid: must be at least -1"),
         ({"logprobs": True}, "SamplingParams.logprobs: True is not valid: must not be true or false"),
         ({"prompt_logprobs": 1.5}, "SamplingParams.prompt_logprobs: 1.5 is not valid: must be an integer, at least -1"),
@@ -136,6 +143,24 @@ def test_what_is_kept(name: str, given: Any, kept: Any) -> None:
     assert getattr(params.resolve(SamplingParams()), name) == kept
 
 
+def test_none_is_left_out() -> None:
+    params = SamplingParams(**dict.fromkeys(SamplingParams.model_fields))
+    assert params == SamplingParams() and not params.model_fields_set
+    with pytest.raises(ConfigError, match=r"^SamplingParams.stops: unknown field; the nearest known one is stop$"):
+        SamplingParams(stops=None)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    one, half = np.int64(1), np.float32(0.5)
+    params = SamplingParams(
+        temperature=half, top_k=one, n=one, max_tokens=one, presence_penalty=half, stop_token_ids=[one],
+        bad_words=[[one]], logit_bias={one: half}, include_stop_str_in_output=np.bool_(True),
+    )  # fmt: skip
+    assert {type(value) for value in params.model_dump().values()} <= {float, int, bool, tuple, dict, type(None)}
+    assert (params.temperature, params.top_k, params.stop_token_ids, params.logit_bias) == (0.5, 1, (1,), {1: 0.5})
+    assert isinstance(params.bad_words[0][0], int) and params.include_stop_str_in_output is True
+
+
 GREEDY_MODEL = SamplingParams(temperature=0.0, eos_token_ids=[2])
 SAMPLING_MODEL = SamplingParams(temperature=0.6, top_k=20, top_p=0.9, max_tokens=64, eos_token_ids=[2, 3])
 
@@ -182,6 +207,7 @@ MAY_BE_NONE = {"seed", "max_total_tokens", "best_of", "allowed_token_ids", "stru
         ({"max_total_tokens": 500}, SAMPLING_MODEL, {"max_tokens": 500, "max_total_tokens": 500}),
         ({"min_tokens": 200}, SAMPLING_MODEL, {"min_tokens": 200, "max_tokens": 200}),
         ({"max_tokens": 3}, SamplingParams(min_tokens=5), {"min_tokens": 3, "max_tokens": 3}),
+        ({"max_total_tokens": 3}, SamplingParams(min_tokens=5), {"min_tokens": 2, "max_total_tokens": 3}),
         ({"detokenize": False}, SamplingParams(stop="END"), {"stop": ()}),
         ({"forced_token_ids": [1] * 200}, GREEDY_MODEL, {"max_tokens": 200}),
         ({"forced_token_ids": [1] * 200}, SAMPLING_MODEL, {"max_tokens": 200, "temperature": 0.6}),
@@ -194,7 +220,7 @@ MAY_BE_NONE = {"seed", "max_total_tokens", "best_of", "allowed_token_ids", "stru
         # beams do not sample, even if the model does
         ({"num_beams": 3}, SAMPLING_MODEL, {"temperature": 0.0, "num_beams": 3, "length_penalty": 1.0}),
         ({"num_beams": 3, "n": 3}, PENALISED_MODEL, {"length_penalty": 2.0, "early_stopping": True, "n": 3}),
-        ({"n": 2, "best_of": 4}, SAMPLING_MODEL, {"temperature": 0.6, "n": 2, "best_of": 4}),
+        ({"n": 2, "best_of": 4, "seed": 1}, SAMPLING_MODEL, {"temperature": 0.6, "n": 2, "best_of": 4}),
     ],
 )
 def test_resolve(given: dict[str, Any], model: SamplingParams, expected: dict[str, Any]) -> None:

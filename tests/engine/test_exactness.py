@@ -47,6 +47,7 @@ COMMON: dict[str, Any] = {
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_TOKENS, ignore_eos=True)
 SHORT = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True)
 FEW = (0, 3, 4, 9, 12, 15, 20, 23)  # prompts, where a test is of something that every mesh has shown already
+on_some_meshes = pytest.mark.parametrize("engine", ["1", "tp2", "tp4", "pp2", "dp2", "tp2 pp2"], indirect=True)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------------
@@ -264,6 +265,7 @@ def test_every_mesh(engine: InferenceEngine, reference: Reference) -> None:
 
 
 @pytest.mark.slow
+@on_some_meshes
 def test_requests_that_arrive_in_the_middle(engine: InferenceEngine, reference: Reference) -> None:
     """Three at once, then one more before every second step; one is aborted on its way."""
     finished: dict[str, RequestOutput] = {}
@@ -285,7 +287,7 @@ def test_requests_that_arrive_in_the_middle(engine: InferenceEngine, reference: 
     assert_at_rest(engine)
 
 
-SAMPLED = (15, 8, 11, 4, 18, 21)
+SAMPLED = (15, 11, 4, 21)
 
 
 def sampled(engine: InferenceEngine, prompts: list[list[int]], together: bool = True) -> list[tuple[int, ...]]:
@@ -307,6 +309,7 @@ def sampled_alone(local: InferenceEngine, prompts: list[list[int]]) -> list[tupl
 
 
 @pytest.mark.slow
+@on_some_meshes
 def test_same_seed_same_tokens(
     engine: InferenceEngine,
     prompts: list[list[int]],
@@ -327,7 +330,7 @@ def test_without_a_compiler(
     """The same in plain torch, which all ops fall back to."""
     monkeypatch.setenv("MESHLM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    with running(demo_model, tp_size=2, pp_size=2) as engine:
+    with running(demo_model) as engine:
         assert "attention eager" in engine.describe() and "false failed" in engine.describe()
         outputs = generate(engine, [reference.prompts[index] for index in FEW], SHORT)
         reference.check(outputs, FEW, 16)
@@ -338,7 +341,7 @@ def test_the_generic_policy(demo_model: Path, reference: Reference) -> None:
     """transformers' own layers around our attention; tests/families has them on meshes."""
     with running(demo_model, policy="generic") as engine:
         assert "LlamaForCausalLM (generic policy)" in engine.describe()
-        reference.check(generate(engine, reference.prompts))
+        reference.check(generate(engine, [reference.prompts[index] for index in FEW], SHORT), FEW, 16)
 
 
 @pytest.mark.slow
@@ -347,7 +350,7 @@ def test_the_generic_policy(demo_model: Path, reference: Reference) -> None:
     [
         {},
         {"block_size": 1, "num_kv_blocks": 2048, "max_num_batched_tokens": 32},
-        {"tp_size": 2, "dp_size": 2},
+        {"dp_size": 2},
     ],
     ids=str,
 )
@@ -427,12 +430,12 @@ def test_block_size(block_size: int, backend: str, demo_model: Path, reference: 
     """16 on the meshes above."""
     fields = {"block_size": block_size, "num_kv_blocks": 3840 // block_size, "attention_backend": backend}
     with running(demo_model, **fields) as engine:
-        reference.check(generate(engine, reference.prompts, SHORT), num_tokens=16)
+        reference.check(generate(engine, [reference.prompts[index] for index in FEW], SHORT), FEW, 16)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "fields", [{}, {"block_size": 1, "num_kv_blocks": 2048}, {"tp_size": 2, "pp_size": 2, "block_size": 7}], ids=str
+    "fields", [{"block_size": 1, "num_kv_blocks": 2048}, {"tp_size": 2, "pp_size": 2, "block_size": 7}], ids=str
 )
 def test_long_prompts_in_chunks(fields: dict[str, int], demo_model: Path, reference: Reference) -> None:
     indices = [0, 2, 9, 11, 15, 23]
@@ -447,8 +450,7 @@ def test_long_prompts_in_chunks(fields: dict[str, int], demo_model: Path, refere
     "fields",
     [
         {},
-        {"block_size": 1, "num_kv_blocks": 224},
-        {"max_num_batched_tokens": 32, "enable_prefix_caching": False},
+        {"block_size": 1, "num_kv_blocks": 224, "max_num_batched_tokens": 32, "enable_prefix_caching": False},
         {"pp_size": 2},
     ],
     ids=str,
@@ -511,18 +513,19 @@ def test_torchrun(tmp_path: Path, demo_model: Path, reference: Reference, torchr
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(4)]
     for report in reports:
         assert report == reports[0]
-    for report in reports[0]:
+    *by_mesh, more = reports[0]
+    assert len(by_mesh) == len(meshes)
+    for report in by_mesh:
         reference.check(report["generated"], FEW, 16)
         reference.check(report["streamed"], FEW[2:4], 16)
         reference.check(report["stepped"], FEW[4:7], 16)
-        reference.check(report["speculated"], FEW[:4], 16)
-        reference.check(report["drafted"], FEW[4:6], 16)
-        assert "draft_model" in report["speculative"] and "'eagle'" in report["refused"] and report["stopped"] is None
-        assert sum(replica["num_accepted"] for replica in report["replicas"]) >= 12  # by itself: always right
         assert "token id 49152 is out of range" in report["error"]
-        reference.check(report["shaped"], FEW[:2], 16)
         assert len(report["scored"]) == 4 and all(logprob <= 0 for logprob in report["scored"])
         assert all(sum(x * x for x in vector) == pytest.approx(1, abs=1e-4) for vector in report["embedded"])
         assert report["score_error"] == "texts[1]: prompt is empty: it must have at least one token"
         assert all(replica["num_free_blocks"] == replica["num_blocks"] for replica in report["replicas"])
-    assert len(reports[0]) == len(meshes)
+    reference.check(more["shaped"], FEW[1:3], 8)
+    reference.check(more["speculated"], FEW[1:4], 8)
+    reference.check(more["drafted"], FEW[4:6], 8)
+    assert "draft_model" in more["speculative"] and "'eagle'" in more["refused"] and more["stopped"] is None
+    assert more["num_accepted"] >= 6  # the demo model drafts for itself: always right

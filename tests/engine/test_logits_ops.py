@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Sequence
@@ -132,7 +133,7 @@ def rows(draw: st.DrawFn) -> tuple[LogitsSpec | None, list[int]]:
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3, 0.7])),
         presence_penalty=draw(PENALTY),
         frequency_penalty=draw(PENALTY),
-        no_repeat_ngram_size=draw(st.integers(0, 4)),
+        no_repeat_ngram_size=draw(st.sampled_from([0, 1, 2, 3, 4, 2**31 - 1])),
         bad_words=tuple(draw(st.lists(word, max_size=5))),
         min_tokens=draw(st.integers(0, 20)),
         end_ids=draw(RARE),
@@ -373,8 +374,20 @@ def spoils_and_raises(prompt: list[int], output: list[int], logits: Tensor) -> T
     raise RuntimeError("no\nluck")
 
 
+class Untold(Exception):
+    def __str__(self) -> str:
+        raise ValueError("not even this")
+
+
+def raises_what_cannot_be_told(prompt: list[int], output: list[int], logits: Tensor) -> Tensor:
+    raise Untold
+
+
 FAULTS: list[tuple[Callable[..., Any], str]] = [
     (spoils_and_raises, "raised RuntimeError: no luck"),
+    (raises_what_cannot_be_told, r"raised .*Untold: <exception str\(\) failed>"),
+    (lambda prompt, output, logits: logits.to("meta"), "raised "),
+    (lambda prompt, output, logits: sys.exit("enough"), "raised SystemExit: enough"),
     (lambda prompt, output, logits: None, "returned NoneType: it must return the logits, a tensor"),
     (lambda prompt, output, logits: logits[1:], r"returned a tensor \[9\]: it must be \[10\]"),
     (lambda prompt, output, logits: logits * float("nan"), "returned logits that are NaN, or -inf throughout"),

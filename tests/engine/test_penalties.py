@@ -148,6 +148,27 @@ def test_presence_and_frequency(tiny_engine: InferenceEngine, tiny_model: LlamaF
             tokens.append(token)
 
 
+def test_one_that_has_no_token_left_fails_alone(tiny_engine: InferenceEngine) -> None:
+    few = {"allowed_token_ids": [0, 3, 70], "no_repeat_ngram_size": 1, "max_tokens": 9}
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0, **few},
+        {"temperature": 1.0, "top_k": 5, "seed": 1, **few},
+        {"temperature": 0, "max_tokens": 9},
+        {"temperature": 0, **few, "forced_token_ids": [0, 3, 70, 5, 5]},
+        {"num_beams": 2, **few},
+    ]
+    prompts = [[5, 6, 7]] * len(kinds)
+    for drafts in ({}, {(5, 6, 7): (3, 70, 0, 0, 0)}):
+        with drafting(tiny_engine, drafts):
+            greedy, sampled, free, forced, beams = tiny_engine.generate(prompts, kinds, progress=False)
+        for output in (greedy, sampled):
+            assert sorted(output.token_ids) == [0, 3, 70] and output.finish_reason == "error"
+            assert (output.error or "").startswith("no token is left to be drawn: ")
+        assert free.finish_reason == "length" and len(free.token_ids) == 9
+        assert forced.token_ids == (0, 3, 70, 5, 5) and forced.finish_reason == "error"
+        assert "no token is allowed to come next" in (beams.error or "")
+
+
 # ---- users' processors ----------------------------------------------------------------------------------------------
 
 
@@ -247,7 +268,7 @@ SCRIPT = """
 from meshlm import InferenceConfig, InferenceEngine
 
 step = 3
-config = InferenceConfig({mesh}, device="cpu", dtype="float32", num_kv_blocks=16)
+config = InferenceConfig(pp_size=2, device="cpu", dtype="float32", num_kv_blocks=16)
 engine = InferenceEngine({model!r}, config)
 params = dict(temperature=0, max_tokens=5, ignore_eos=True, detokenize=False)
 params["logits_processors"] = lambda prompt, output, logits: logits.index_fill(0, logits.argmax(), step - 1e9)
@@ -256,11 +277,10 @@ print(*engine.generate([5, 6, 7], params, progress=False)[0].token_ids)
 
 
 @pytest.mark.slow  # a process and its ranks
-@pytest.mark.parametrize("mesh", ["tp_size=2", "pp_size=2"])
-def test_a_lambda_of_a_script(tiny_model: LlamaForCausalLM, tmp_path: Path, mesh: str) -> None:
+def test_a_lambda_of_a_script(tiny_model: LlamaForCausalLM, tmp_path: Path) -> None:
     """Of `__main__`, which has no guard, and with a global of it: always the second best."""
     tiny_model.save_pretrained(tmp_path / "model")
-    (tmp_path / "script.py").write_text(SCRIPT.format(mesh=mesh, model=str(tmp_path / "model")))
+    (tmp_path / "script.py").write_text(SCRIPT.format(model=str(tmp_path / "model")))
     run = subprocess.run([sys.executable, str(tmp_path / "script.py")], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     tokens = [5, 6, 7]

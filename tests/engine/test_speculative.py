@@ -67,11 +67,12 @@ def drafts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def speculation(name: str, drafts: Path, **values: Any) -> SpeculativeConfig:
+    """As many drafts as can be: how many pay is a matter of time, and no two runs are alike."""
     if name in DRAFTS:
-        return SpeculativeConfig(
-            method="draft_model", model=str(drafts / name), num_speculative_tokens=3, adaptive=False, **values
-        )
-    return SpeculativeConfig(method=name, **values)  # type: ignore[arg-type]
+        values |= {"method": "draft_model", "model": str(drafts / name), "num_speculative_tokens": 3}
+    else:
+        values |= {"method": name}
+    return SpeculativeConfig(adaptive=False, **values)
 
 
 # ---- no token changes ------------------------------------------------------------------------------------------------

@@ -126,6 +126,25 @@ def test_refused(values: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "what"),
+    [
+        ({"suppress_tokens": range(SIZE)}, "the vocabulary"),
+        ({"suppress_tokens": range(2, SIZE), "begin_suppress_tokens": [0, 1]}, "the vocabulary"),
+        ({"allowed_token_ids": [7, 4], "bad_words": ["d"], "begin_suppress_tokens": [4]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [3], "begin_suppress_tokens": [3], "forced_token_ids": [5]}, None),
+        ({"allowed_token_ids": [3, 4], "begin_suppress_tokens": [3]}, None),
+    ],
+)
+def test_what_leaves_no_token_is_refused(tokenizer: Any, values: dict[str, Any], what: str | None) -> None:
+    if what is None:
+        assert spec(tokenizer, **values).allowed
+        return
+    message = "suppress_tokens, begin_suppress_tokens, bad_words and min_tokens .end tokens. together ban all of "
+    with pytest.raises(ValueError, match=f"^{message}{what}; let one token be output$"):
+        spec(tokenizer, **values)
+
+
+@pytest.mark.parametrize(
     ("word", "message"),
     [
         ("z", "bad_words: the tokenizer makes no token of 'z'"),

@@ -41,14 +41,24 @@ def report_of(engine: InferenceEngine) -> dict[str, Any]:
         engine.score([prompts[4], []], progress=False)
     except ValueError as error:
         report["score_error"] = str(error)
-    shaped = params | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
-    report["shaped"] = [output.token_ids for output in engine.generate(prompts[:2], shaped, progress=False)]
+    engine.check()
+    report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
+    report["mesh"] = engine.describe_mesh()
+    return report
+
+
+def more_of(engine: InferenceEngine) -> dict[str, Any]:
+    """What is decoded in other ways than step by step, or with a caller's own code."""
+    report: dict[str, Any] = {}
+    few = params | {"max_tokens": 8}
+    shaped = few | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
+    report["shaped"] = [output.token_ids for output in engine.generate(prompts[1:3], shaped, progress=False)]
     engine.enable_spec_decoding("ngram")
-    report["speculated"] = [output.token_ids for output in engine.generate(prompts[:4], params, progress=False)]
+    report["speculated"] = [output.token_ids for output in engine.generate(prompts[1:4], few, progress=False)]
     engine.enable_spec_decoding(
         {"method": "draft_model", "model": task["model"], "num_speculative_tokens": 2, "adaptive": False}
     )
-    report["drafted"] = [output.token_ids for output in engine.generate(prompts[4:6], params, progress=False)]
+    report["drafted"] = [output.token_ids for output in engine.generate(prompts[4:6], few, progress=False)]
     report["speculative"] = str(engine.speculative)
     try:
         engine.enable_spec_decoding("eagle")
@@ -56,15 +66,16 @@ def report_of(engine: InferenceEngine) -> dict[str, Any]:
         report["refused"] = str(error)
     engine.disable_spec_decoding()
     report["stopped"] = engine.speculative
+    report["num_accepted"] = engine.stats().num_accepted
     engine.check()
-    report["replicas"] = [asdict(replica) for replica in engine.stats().replicas]
-    report["mesh"] = engine.describe_mesh()
     return report
 
 
 reports = []
-for config in task["configs"]:
+for number, config in enumerate(task["configs"]):
     with InferenceEngine(task["model"], InferenceConfig(**config)) as engine:
         reports.append(report_of(engine))
+        if number == 0:
+            more = more_of(engine)
 
-(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps(reports))
+(folder / f"rank{os.environ['RANK']}.json").write_text(json.dumps([*reports, more]))
