@@ -415,7 +415,7 @@ class InferenceEngine:
 
         name: as `InferenceConfig.attention_backend`. Requests in flight go on. Each rank first proves that the new one
         gives what eager gives, on the shapes of its last step too; CUDA graphs are captured again. Raises ValueError
-        with the reason of the first rank that cannot take it; all keep what they have.
+        with the reason of the first rank that cannot take it; all keep what they have. Ctrl-C waits until it is done.
         """
 
         def rebind() -> list[RankInfo]:
@@ -437,7 +437,8 @@ class InferenceEngine:
             ranks = [replace(rank, **changed) for rank, changed in zip(self.ranks, changes, strict=True)]
             return self._capture(ranks, self.max_model_len)
 
-        self.ranks = self._world.everywhere(rebind)
+        with _interrupt_between_steps():
+            self.ranks = self._world.everywhere(rebind)
 
     # ---- speculative decoding -----------------------------------------------------------------------------------
 
@@ -572,7 +573,8 @@ class InferenceEngine:
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[None]:
-    """Holds Ctrl-C back until the step is done, so that it finds nothing half done; a second one does not wait."""
+    """Holds Ctrl-C back until a step, or a change, is done, so that it finds nothing half done; a second one does not
+    wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

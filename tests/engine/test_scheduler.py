@@ -628,7 +628,9 @@ class OracleModel(DraftModelSpeculator):
     """Lets the draft model draw as many, but for some sequences fewer. longest: so long that it cannot follow."""
 
     def __init__(self, most: int, longest: int) -> None:
-        super().__init__(SpeculativeConfig(method="draft_model", model="-", num_speculative_tokens=most), longest)
+        super().__init__(
+            SpeculativeConfig(method="draft_model", model="-", num_speculative_tokens=most, adaptive=False), longest
+        )
 
     def num_wanted(self, sequence: Sequence, most: int, batch_size: int) -> int:
         wanted = super().num_wanted(sequence, most, batch_size)
@@ -660,10 +662,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         block_size=st.integers(1, 4),
-        num_tokens=st.integers(18, 30),  # the longest request has 12 + 6; the engine's max_model_len sees to that
+        num_tokens=st.integers(18, 30)
+        | st.integers(40, 90),  # the longest request has 12 + 6; the engine's max_model_len sees to that
         num_stages=st.integers(1, 3),
         look_ahead=st.booleans(),
-        budget=st.sampled_from([1, 2, 5, 16, 64]),
+        budget=st.sampled_from([1, 2, 5, 16, 64, 64]),
         max_num_seqs=st.integers(1, 6),
         caching=st.booleans(),
         guesses=st.integers(0, 3),
@@ -803,11 +806,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.end_search(search)
 
     @precondition(lambda self: self.guesses)
-    @rule(who=st.sampled_from(["nobody", "a drafter", "a draft model"]))
+    @rule(who=st.sampled_from(["a draft model", "a draft model", "a draft model", "a drafter", "nobody"]))
     def switch_speculation(self, who: str) -> None:
         while self.flight:
             self.complete()
-        speculators = {"a drafter": Oracle(self.guesses), "a draft model": OracleModel(self.guesses, longest=14)}
+        speculators = {"a drafter": Oracle(self.guesses), "a draft model": OracleModel(self.guesses, longest=16)}
         self.scheduler.speculate(speculators.get(who))
 
     @precondition(lambda self: len(self.flight) < self.scheduler.max_in_flight)
@@ -966,6 +969,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.whole()
         assert self.scheduler.blocks.num_free_blocks == self.num_blocks
         assert not self.searching
+        speculator = self.scheduler.speculator
+        assert speculator is None or not (speculator._lengths or speculator._num_proposed), "ended ones are forgotten"
+        assert not isinstance(speculator, DrafterSpeculator) or not speculator._num_known
         for search, began in self.searches:
             assert found_by(search) == search_alone(*began)
         for s in self.sequences:
