@@ -22,7 +22,7 @@ from collections.abc import Sequence as Seq
 from .block_manager import BlockManager
 from .sequence import Sequence, SequenceStatus
 from .speculation.speculator import DraftModelSpeculator
-from .step import StepInput, StepOutput
+from .step import MAX_DRAFTS, StepInput, StepOutput
 from .step_rows import ScheduledStep, StepRows
 
 
@@ -69,7 +69,9 @@ class DraftSteps:
                 copies.append(copy)
 
     def _num_wanted(self, sequence: Sequence, batch_size: int) -> int:
-        most = sequence.max_tokens - sequence.num_output_tokens - 1
+        # In the step that checks them, for all sequences alike.
+        room = min(self.max_num_batched_tokens - batch_size, MAX_DRAFTS) // batch_size
+        most = min(room, sequence.max_tokens - sequence.num_output_tokens - 1)
         is_forced = sequence.num_output_tokens < len(sequence.forced)
         if most <= 0 or is_forced or sequence.siblings or sequence.num_candidates:
             return 0

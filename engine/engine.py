@@ -70,6 +70,15 @@ class EngineStats:
         return sum(replica.num_accepted for replica in self.replicas)
 
 
+@dataclass(frozen=True)
+class Guessing:
+    """Who guesses tokens ahead, as it turned out."""
+
+    config: SpeculativeConfig | None
+    ranks: list[RankInfo]
+    error: ValueError | None = None  # why it is not who was asked for, if that showed when the one before was gone
+
+
 class InferenceEngine:
     """Generates with a transformers causal language model on a DP × PP × TP mesh.
 
@@ -141,10 +150,11 @@ class InferenceEngine:
             self._core = EngineCore(
                 self._world.executor, self.config, num_blocks, ranks[0].block_size, look_ahead(self.config, ranks)
             )
-            self._bind_draft(self.speculative, draft, num_blocks)
+            self._bind_draft(num_blocks)
             longest = min(longest, num_blocks * ranks[0].block_size)
             ranks = self._capture(ranks, longest)
             self._capture_draft(ranks, longest)
+            self._let_guess(self.speculative, draft)
             return ranks, num_blocks, longest
 
         self.ranks, self.num_blocks, self.max_model_len = self._world.everywhere(settle)
@@ -405,7 +415,7 @@ class InferenceEngine:
 
         name: as `InferenceConfig.attention_backend`. Requests in flight go on. Each rank first proves that the new one
         gives what eager gives, on the shapes of its last step too; CUDA graphs are captured again. Raises ValueError
-        with the reason of the first rank that cannot take it; all keep what they have.
+        with the reason of the first rank that cannot take it; all keep what they have. Ctrl-C waits until it is done.
         """
 
         def rebind() -> list[RankInfo]:
@@ -427,7 +437,8 @@ class InferenceEngine:
             ranks = [replace(rank, **changed) for rank, changed in zip(self.ranks, changes, strict=True)]
             return self._capture(ranks, self.max_model_len)
 
-        self.ranks = self._world.everywhere(rebind)
+        with _interrupt_between_steps():
+            self.ranks = self._world.everywhere(rebind)
 
     # ---- speculative decoding -----------------------------------------------------------------------------------
 
@@ -439,7 +450,7 @@ class InferenceEngine:
         it was then, but that a draft model which could not be replaced is gone.
         """
 
-        def enable() -> tuple[SpeculativeConfig | None, list[RankInfo]]:
+        def enable() -> Guessing:
             config = as_speculative_config(speculative)
             if config is None:
                 raise TypeError("enable_spec_decoding: None is no SpeculativeConfig; disable_spec_decoding() ends it")
@@ -449,23 +460,29 @@ class InferenceEngine:
                 check_draft(self.config, draft.spec, [torch.device(device) for device in local])
             return self._speculate(config, draft)
 
-        self.speculative, self.ranks = self._world.everywhere(enable)
+        self._guess_as(enable)
 
     def disable_spec_decoding(self) -> None:
         """Lets no token be guessed ahead any more; a draft model's memory is freed."""
-        self.speculative, self.ranks = self._world.everywhere(lambda: self._speculate(None, None))
+        self._guess_as(lambda: self._speculate(None, None))
+
+    def _guess_as(self, change: Callable[[], Guessing]) -> None:
+        with _interrupt_between_steps():
+            guessing = self._world.everywhere(change)
+            self.speculative, self.ranks = guessing.config, guessing.ranks
+        if guessing.error is not None:
+            raise guessing.error
 
     def _open_draft(self, config: SpeculativeConfig | None) -> Checkpoint | None:
         if config is None or config.model is None:
             return None
         return open_draft(self.config, config.model, self._spec)
 
-    def _speculate(
-        self, config: SpeculativeConfig | None, draft: Checkpoint | None
-    ) -> tuple[SpeculativeConfig | None, list[RankInfo]]:
-        """Changes who guesses, on the driver; gives what is new on every rank."""
+    def _speculate(self, config: SpeculativeConfig | None, draft: Checkpoint | None) -> Guessing:
+        """Changes who guesses, on the driver."""
         self._unclaimed += [request.output() for request in self._core.drain()]
-        ranks = [rank if rank.draft is None else rank.draft.aside(rank) for rank in self.ranks]
+        alone = [rank if rank.draft is None else rank.draft.aside(rank) for rank in self.ranks]
+        ranks = alone
         if draft is not None:
             ranks = self._try_draft(ranks, draft)
             try:
@@ -473,9 +490,20 @@ class InferenceEngine:
             except ConfigError:
                 self._world.executor.call("forget_draft")
                 raise
-        self._bind_draft(config, draft, self.num_blocks)
-        self._capture_draft(ranks, self.max_model_len)
-        return config, ranks
+        try:
+            self._bind_draft(self.num_blocks)
+            self._capture_draft(ranks, self.max_model_len)
+        except RankFailure:
+            raise
+        except RuntimeError as error:
+            self._bind_draft(self.num_blocks)  # none: the one before is gone already
+            former = self.speculative
+            if former is not None and former.model is not None:
+                former = None
+                self._let_guess(None, None)
+            return Guessing(former, alone, ValueError(f"SpeculativeConfig.model: {error}"))
+        self._let_guess(config, draft)
+        return Guessing(config, ranks)
 
     def _try_draft(self, ranks: Sequence[RankInfo], draft: Checkpoint) -> list[RankInfo]:
         """Lets every rank load a draft model, or none."""
@@ -487,8 +515,13 @@ class InferenceEngine:
                 raise ValueError(info if len(found) == 1 else f"{rank_name(self.config, number)}: {info}")
         return [info.beside(rank) for rank, info in zip(ranks, found, strict=True) if isinstance(info, DraftInfo)]
 
-    def _bind_draft(self, config: SpeculativeConfig | None, draft: Checkpoint | None, num_blocks: int) -> None:
-        self._world.executor.call("bind_draft", num_blocks)
+    def _bind_draft(self, num_blocks: int) -> None:
+        """Lets every rank take the draft model that was tried, or none."""
+        if failed := [reason for reason in self._world.executor.call("bind_draft", num_blocks) if reason is not None]:
+            raise RuntimeError(failed[0])
+
+    def _let_guess(self, config: SpeculativeConfig | None, draft: Checkpoint | None) -> None:
+        """Tells the replicas who guesses. draft: the model that every rank has taken."""
         longest = 0
         if draft is not None:
             longest = max_model_len(draft_config(self.config, draft.spec, self.config.block_size), draft.spec)
@@ -540,7 +573,8 @@ class InferenceEngine:
 
 @contextmanager
 def _interrupt_between_steps() -> Iterator[None]:
-    """Holds Ctrl-C back until the step is done, so that it finds nothing half done; a second one does not wait."""
+    """Holds Ctrl-C back until a step, or a change, is done, so that it finds nothing half done; a second one does not
+    wait."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

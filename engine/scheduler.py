@@ -36,10 +36,10 @@ from .block_manager import BlockManager
 from .draft_steps import DraftSteps
 from .sequence import Sequence, SequenceStatus
 from .speculation.speculator import DraftModelSpeculator, Speculator
-from .step import StepInput, StepOutput, TokenLogprobs, drawn_before
+from .step import MAX_DRAFTS, StepInput, StepOutput, TokenLogprobs, drawn_before
 from .step_rows import ScheduledStep, StepRows
 
-_FORCED_AT_ONCE = 32  # tokens of a sequence in one step: each has a row of logits
+_FORCED_AT_ONCE = 32  # tokens of a sequence in one step
 
 Heed = Callable[[Sequence], str | None]
 """Asked after each token that a sequence got: why it ends with this one, or None."""
@@ -52,6 +52,7 @@ class Chosen:
     budget: int  # tokens that it may still take
     share: int  # with so many more it has enough; drafts come on top
     num_behind: int  # sequences that run and are still to be asked, whose own tokens come before anybody's drafts
+    drafts_left: int = MAX_DRAFTS  # that it may have
     counts: dict[Sequence, int] = field(default_factory=dict)  # sequence -> its tokens
     copies: list[tuple[int, int]] = field(default_factory=list)
     is_short_of_blocks: bool = False  # nobody else is admitted
@@ -254,9 +255,10 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, count: int, chosen: "Chosen") -> None:
         stop = sequence.num_scheduled_tokens + count
-        for_drafts = chosen.budget - count - chosen.num_behind
+        for_drafts = min(chosen.budget - count - chosen.num_behind, chosen.drafts_left)
         sequence.drafts = self._draft(sequence, for_drafts) if stop == sequence.num_tokens else ()
         chosen.share -= count
+        chosen.drafts_left -= len(sequence.drafts)
         sequence.forget_drafted()
         count += len(sequence.drafts)
         copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)

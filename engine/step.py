@@ -6,6 +6,8 @@ from typing import Any
 
 from .logits_spec import LogitsSpec
 
+MAX_DRAFTS = 256  # tokens of a step, guessed or forced, that have rows of logits beside one for each sequence
+
 
 @dataclass(frozen=True)
 class SampleRequest:

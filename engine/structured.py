@@ -274,7 +274,7 @@ class Matcher:
         Returns how many drafts, from the first, may come and be followed by text; as many rows are filled. num_known:
         rows that are filled already.
         """
-        num_valid = num_accepted = 0
+        num_valid, num_accepted, error = 0, 0, self.error
         for draft, mask in zip(drafts, masks, strict=True):
             if not self.accept(draft):
                 break
@@ -284,6 +284,8 @@ class Matcher:
             num_valid += 1
         self.rollback(num_accepted)
         self._exhausted = False  # else none was accepted, or the sequence has ended
+        if not self.inner.is_error():
+            self.error = error  # of a guess that led nowhere nothing remains
         return num_valid
 
     def _fail(self, reason: str) -> None:

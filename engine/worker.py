@@ -30,7 +30,7 @@ from .draft_model import draft_config
 from .drawing import Drawing
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner, RunningStep
-from .step import SampleRequest, StepInput
+from .step import MAX_DRAFTS, SampleRequest, StepInput
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Worker:
             return 0
         config = self.config
         num_seqs = min(config.max_num_seqs, config.max_num_batched_tokens)
-        query_lens, spare = [], config.max_num_batched_tokens - num_seqs  # the first are long, and all draw a token
+        query_lens, spare = [], config.max_num_batched_tokens - num_seqs  # the first are long; all draw, and drafts do
         for _ in range(num_seqs):
             query_lens.append(min(1 + spare, self._longest))
             spare -= query_lens[-1] - 1
@@ -212,8 +212,9 @@ class Worker:
         torch.cuda.reset_peak_memory_stats(self.device)
         before = torch.cuda.memory_allocated(self.device)
         ends = [stop - 1 for stop in accumulate(query_lens)]
+        rows = [*ends, *range(min(MAX_DRAFTS, config.max_num_batched_tokens - num_seqs))]
         samples = tuple(
-            SampleRequest(row, position=1, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=(0, 0)) for row in ends
+            SampleRequest(row, position=1, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=(0, 0)) for row in rows
         )
         tables = tuple(array("i", range(-(-count // self.block_size))) for count in query_lens)
         token_ids = array("q", bytes(8 * sum(query_lens)))
@@ -258,19 +259,25 @@ class Worker:
         self._tried_draft = None
         self._free_bytes()
 
-    def bind_draft(self, num_blocks: int) -> None:
+    def bind_draft(self, num_blocks: int) -> str | None:
         """Takes the draft model that `try_draft` has made ready, or none, and frees the one before; allocates its KV
-        cache, under the same block ids as the target's."""
-        assert self.runner is not None
+        cache, under the same block ids as the target's. The reason if that fails: then there is none."""
+        runner, draft = self.runner, self._tried_draft
+        assert runner is not None
         _free(self.draft)
-        self.draft, self._tried_draft = self._tried_draft, None
+        self.draft = self._tried_draft = None
+        runner.stages = [self.stage]
         self._free_bytes()
-        stages = [self.stage]
-        if self.draft is not None:
-            KVCache(self.draft.stage, num_blocks, self.block_size)
-            stages.append(self.draft.stage)
-            self.draft.stages = stages
-        self.runner.stages = stages
+        if draft is None:
+            return None
+        try:
+            KVCache(draft.stage, num_blocks, self.block_size)
+        except (RuntimeError, MemoryError) as error:
+            _free(draft)
+            return f"no memory for the draft model's KV cache of {num_blocks} blocks: {' '.join(str(error).split())}"
+        self.draft = draft
+        draft.stages = runner.stages = [self.stage, draft.stage]
+        return None
 
     # ---- CUDA graphs --------------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """`set_attention_backend` while requests are in flight: on all ranks or on none, and no token changes."""
 
+import signal
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+from meshlm.engine.worker import Worker
 from meshlm.kernels.cpu import Unavailable
 from meshlm.kernels.cpu.build import load_library
 from meshlm.shardformer import backends
@@ -164,3 +166,18 @@ def test_a_backend_that_cannot_serve_is_refused(sizes: dict[str, int]) -> None:
         assert engine.ranks[0].attention_backends == ("eager",)
         after = engine.generate(PROMPTS, PARAMS, progress=False)
         assert [o.token_ids for o in before] == [o.token_ids for o in after]
+
+
+def test_an_interrupt_finds_it_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    try_backend = Worker.try_backend
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return try_backend(*arguments)
+
+    monkeypatch.setattr(Worker, "try_backend", interrupted)
+    with InferenceEngine(model_of(16), CONFIG) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.set_attention_backend("eager")
+        assert engine.ranks[0].attention_backends == ("eager",)
+        assert engine.generate(PROMPTS[:1], PARAMS, progress=False)[0].finished

@@ -3,8 +3,10 @@
 import itertools
 from collections import deque
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -499,7 +501,46 @@ def draw(sequence: Sequence, tokens: tuple[int, ...]) -> int:
     if num_output < len(sequence.forced):
         return sequence.forced[num_output]
     token = model(sequence.sample.seed, tokens)
+    if isinstance(sequence.constraint, Grammar):
+        return token % Grammar.num_allowed
     return VOCABULARY if num_output < sequence.min_tokens and token in sequence.stop_token_ids else token
+
+
+class Grammar:
+    """Allows some tokens, and an output of so many; each mask is one word, the number of tokens before it."""
+
+    num_allowed, error = 2, None
+
+    def __init__(self, length: int) -> None:
+        self.length, self.num_accepted = length, 0
+
+    def accept(self, token_id: int) -> str | None:
+        assert token_id < self.num_allowed
+        self.num_accepted += 1
+        return "stop" if self.num_accepted == self.length else None
+
+    def masks(self, drafts: Seq[int]) -> tuple[Any, int]:
+        left = self.length - self.num_accepted - 1  # the last completes it
+        num_valid = next((i for i, token in enumerate(drafts) if token >= self.num_allowed), len(drafts))
+        num_valid = min(num_valid, left)
+        return np.arange(num_valid + 1, dtype=np.int32).reshape(-1, 1) + self.num_accepted, num_valid
+
+
+def stops_at_text(sequence: Sequence, output: list[int]) -> bool:
+    """Whether an output ends by its text: if it looks for it, with the same token twice."""
+    is_at_text = len(output) > 1 and output[-1] == output[-2] and len(output) >= sequence.min_tokens
+    return sequence.request_id.startswith("text") and is_at_text
+
+
+def fails_after(sequence: Sequence, tokens: tuple[int, ...]) -> bool:
+    """Whether its logits processor fails on the row after these."""
+    return sequence.request_id.startswith("processor") and hash((7, tokens)) % 5 == 0
+
+
+def heed(sequence: Sequence) -> str | None:
+    if sequence.constraint is not None and (reason := sequence.constraint.accept(sequence.token_ids[-1])):
+        return reason
+    return "stop" if stops_at_text(sequence, sequence.output_token_ids) else None
 
 
 def alone(sequence: Sequence) -> tuple[list[int], str]:
@@ -509,9 +550,12 @@ def alone(sequence: Sequence) -> tuple[list[int], str]:
     if not max_tokens:
         return output, "length"
     while True:
+        if fails_after(sequence, (*prompt, *output)):
+            return output, "error"
         token = draw(sequence, (*prompt, *output))
         output.append(token)
-        if len(output) >= min_tokens and token in stops:
+        is_whole = isinstance(sequence.constraint, Grammar) and len(output) == sequence.constraint.length
+        if is_whole or stops_at_text(sequence, output) or (len(output) >= min_tokens and token in stops):
             return output, "stop"
         if len(output) == max_tokens:
             return output, "length"
@@ -584,7 +628,9 @@ class OracleModel(DraftModelSpeculator):
     """Lets the draft model draw as many, but for some sequences fewer. longest: so long that it cannot follow."""
 
     def __init__(self, most: int, longest: int) -> None:
-        super().__init__(SpeculativeConfig(method="draft_model", model="-", num_speculative_tokens=most), longest)
+        super().__init__(
+            SpeculativeConfig(method="draft_model", model="-", num_speculative_tokens=most, adaptive=False), longest
+        )
 
     def num_wanted(self, sequence: Sequence, most: int, batch_size: int) -> int:
         wanted = super().num_wanted(sequence, most, batch_size)
@@ -616,10 +662,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @initialize(
         block_size=st.integers(1, 4),
-        num_tokens=st.integers(18, 30),  # the longest request has 12 + 6; the engine's max_model_len sees to that
+        num_tokens=st.integers(18, 30)
+        | st.integers(40, 90),  # the longest request has 12 + 6; the engine's max_model_len sees to that
         num_stages=st.integers(1, 3),
         look_ahead=st.booleans(),
-        budget=st.sampled_from([1, 2, 5, 16, 64]),
+        budget=st.sampled_from([1, 2, 5, 16, 64, 64]),
         max_num_seqs=st.integers(1, 6),
         caching=st.booleans(),
         guesses=st.integers(0, 3),
@@ -646,8 +693,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             num_stages=num_stages,
             look_ahead=look_ahead and num_stages == 1,
         )
-        self.guesses, self.drafts = guesses, drafts
-        self.switch_speculation(bool(guesses))
+        self.guesses = guesses
         self.slots: dict[int, tuple[LogitsSpec, list[int]]] = {}
         self.num_accepted = self.num_copied = self.num_held_preempted = self.num_draft_steps = 0
         self.searches: list[tuple[BeamSearch, tuple[Any, ...]]] = []  # and how it began
@@ -661,6 +707,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.flight: deque[tuple[ScheduledStep, StepOutput]] = deque()
         self.cache: dict[int, tuple[int, int]] = {}
         self.draft_cache: dict[int, tuple[int, int]] = {}
+        if guesses:
+            self.switch_speculation("a draft model" if drafts else "a drafter")
 
     @rule(
         prefix=st.integers(0, 8),
@@ -674,6 +722,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         spec=st.sampled_from([None, LogitsSpec(presence_penalty=1.0), LogitsSpec(suppressed=(9,))]),
         asks=st.sampled_from(["", "", "logprobs", "hidden"]),
         num_unasked=st.integers(0, 12),
+        ends_by=st.sampled_from(["", "", "grammar", "text", "processor"]),
     )
     def add(
         self,
@@ -688,12 +737,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         spec: LogitsSpec | None = None,
         asks: str = "",
         num_unasked: int = 0,
+        ends_by: str = "",
     ) -> None:
+        if ends_by == "grammar":
+            min_tokens, stops, num_forced = 0, frozenset(), 0
         prompt = [*([1, 2, 0, 1, 1, 2, 0, 0][:prefix]), *tail] or [1]
         siblings: list[Sequence] = []
         for seed in range(min(num_siblings, self.max_num_seqs - 1) if max_tokens else 0, -1, -1):
             sequence = Sequence(
-                f"s{len(self.sequences)}",
+                f"{ends_by} {len(self.sequences)}",
                 list(prompt),
                 max_tokens,
                 min(min_tokens, max_tokens),
@@ -701,6 +753,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 sample=SampleSpec(seed=seed),
                 forced=(2,) * min(num_forced, max_tokens),
                 logits=spec,
+                constraint=Grammar(length=1 + max_tokens // 2) if ends_by == "grammar" else None,
                 priority=priority,
                 siblings=[] if seed else siblings[::-1],
                 prompt_logprobs=0 if asks == "logprobs" and not seed else None,
@@ -752,11 +805,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.searches = [(other, began) for other, began in self.searches if other is not search]
         self.end_search(search)
 
-    @precondition(lambda self: not self.flight and self.guesses)
-    @rule(on=st.booleans())
-    def switch_speculation(self, on: bool) -> None:
-        model, most = OracleModel(self.guesses or 1, longest=14), self.guesses or 1
-        self.scheduler.speculate((model if self.drafts else Oracle(most)) if on else None)
+    @precondition(lambda self: self.guesses)
+    @rule(who=st.sampled_from(["a draft model", "a draft model", "a draft model", "a drafter", "nobody"]))
+    def switch_speculation(self, who: str) -> None:
+        while self.flight:
+            self.complete()
+        speculators = {"a drafter": Oracle(self.guesses), "a draft model": OracleModel(self.guesses, longest=16)}
+        self.scheduler.speculate(speculators.get(who))
 
     @precondition(lambda self: len(self.flight) < self.scheduler.max_in_flight)
     @rule()
@@ -805,9 +860,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         drawers = [sequence for sequence, drafts in step.draws for _ in range(1 + len(drafts))]
         drawn: list[int] = []
         told: list[TokenLogprobs | None] = []
-        for sample, sequence in zip(given.samples, drawers, strict=True):
+        errors: list[tuple[int, str]] = []
+        masked = () if given.masks is None else given.masks.samples
+        masks = dict(zip(masked, np.frombuffer(given.masks.words if given.masks else b"", np.int32), strict=True))
+        for number, (sample, sequence) in enumerate(zip(given.samples, drawers, strict=True)):
             tokens_before = before[sample.row]
             assert len(tokens_before) == sample.position
+            num_output = sample.position - sequence.num_prompt_tokens
+            assert masks.get(number) == (None if sequence.constraint is None else num_output)
+            if fails_after(sequence, tokens_before):
+                errors.append((number, "failed"))
             if sequence.logits is not None:
                 spec, tokens = self.slots[sample.slot]
                 assert spec is sequence.logits
@@ -831,6 +893,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             step_id=given.step_id,
             token_ids=self.drawn,
             logprobs=tuple(told),
+            errors=tuple(errors),
             given=tuple(
                 tuple(
                     TokenLogprobs(hash((before[row], target)), 1, (), ())
@@ -856,11 +919,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 slot = table[p // self.size] * self.size + p % self.size
                 assert cache[slot] == (tokens[p], p), "overwritten while in flight"
         before = {s: s.num_output_tokens for s in self.sequences}
-        grown = self.scheduler.update(step, output)
+        grown = self.scheduler.update(step, output, heed)
         most = {s: 1 + len(drafts) for s, drafts in step.draws if not given.model}
         for s in self.sequences:
             gained = s.num_output_tokens - before[s]
-            assert 1 <= gained <= most[s] if s in grown and s.max_tokens else gained == 0
+            least = int(s.finish_reason != "error")
+            assert least <= gained <= most[s] if s in grown and s.max_tokens else gained == 0
             self.num_accepted += max(0, gained - 1)
         for search in [search for search in self.searching if search.is_ready]:
             self.search_on(search)
@@ -905,6 +969,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.whole()
         assert self.scheduler.blocks.num_free_blocks == self.num_blocks
         assert not self.searching
+        speculator = self.scheduler.speculator
+        assert speculator is None or not (speculator._lengths or speculator._num_proposed), "ended ones are forgotten"
+        assert not isinstance(speculator, DrafterSpeculator) or not speculator._num_known
         for search, began in self.searches:
             assert found_by(search) == search_alone(*began)
         for s in self.sequences:

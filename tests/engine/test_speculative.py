@@ -3,6 +3,7 @@
 Drafts of a model that is the target are all right, those of a noisy copy now and then, those of another hardly ever.
 """
 
+import signal
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -16,13 +17,16 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from meshlm import InferenceConfig, InferenceEngine, RequestOutput, SamplingParams
 from meshlm.config import ConfigError, SpeculativeConfig
+from meshlm.config.speculative import as_speculative_config
 from meshlm.engine import plan
 from meshlm.engine.block_manager import BlockManager
 from meshlm.engine.cuda_graphs import DecodeGraphs
+from meshlm.engine.kv_cache import KVCache
 from meshlm.engine.scheduler import Scheduler
 from meshlm.engine.sequence import Sequence
 from meshlm.engine.speculation.speculator import Speculator, create_speculator
-from meshlm.engine.step import StepOutput
+from meshlm.engine.step import MAX_DRAFTS, StepOutput
+from meshlm.engine.worker import Worker
 from meshlm.shardformer import open_checkpoint
 from tiny import make_llama
 
@@ -290,6 +294,60 @@ def test_what_cannot_be_leaves_all_as_it_was(drafts: Path, tmp_path: Path, monke
         assert output.num_accepted == output.num_drafted > 10
 
 
+@pytest.mark.parametrize("before", [None, "suffix", "right"])
+@pytest.mark.parametrize("fails", ["cache", "capture"])
+def test_what_fails_when_the_draft_model_before_is_gone(
+    before: str | None, fails: str, drafts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody drafts with a model that is not there; who needs none goes on."""
+    model, params, capture = make_llama(head_dim=16), {"temperature": 0, **LONG}, Worker.capture
+    model.save_pretrained(tmp_path)
+    asked = {"method": "draft_model", "model": str(tmp_path), "adaptive": False}
+
+    def no_cache(stage: Any, num_blocks: int, block_size: int) -> KVCache:
+        if num_blocks == 40:
+            raise MemoryError("out of it")
+        return KVCache(stage, num_blocks, block_size)
+
+    with InferenceEngine(model, InferenceConfig(**COMMON, num_kv_blocks=40, cuda_graphs=True)) as engine:
+        expected = engine.generate([[5, 6, 7], [1]], params, progress=False)
+        if before is not None:
+            engine.enable_spec_decoding(asked if before == "right" else before)
+        speculator = engine._core.replicas[0].scheduler.speculator
+        with monkeypatch.context() as patch:
+            if fails == "cache":
+                patch.setattr("meshlm.engine.worker.KVCache", no_cache)
+            else:
+                patch.setattr(
+                    Worker, "capture", lambda self, model, size: "no graphs" if model else capture(self, 0, size)
+                )
+            with pytest.raises(ValueError, match=r"SpeculativeConfig\.model: .*(40 blocks: out of it|no graphs)"):
+                engine.enable_spec_decoding(asked)
+        assert engine.speculative == (as_speculative_config(before) if before == "suffix" else None)
+        assert engine._core.replicas[0].scheduler.speculator is (speculator if before == "suffix" else None)
+        assert engine.ranks[0].draft is None and "draft_model" not in engine.describe()
+        same(engine.generate([[5, 6, 7], [1]], params, progress=False), expected)
+        engine.enable_spec_decoding(asked)
+        same(outputs := engine.generate([[5, 6, 7], [1]], params, progress=False), expected)
+        assert sum(output.num_accepted for output in outputs) > 10
+
+
+def test_an_interrupt_finds_it_done(drafts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    try_draft = Worker.try_draft
+
+    def interrupted(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return try_draft(*arguments)
+
+    monkeypatch.setattr(Worker, "try_draft", interrupted)
+    with InferenceEngine(make_llama(), InferenceConfig(**COMMON, num_kv_blocks=40)) as engine:
+        with pytest.raises(KeyboardInterrupt):
+            engine.enable_spec_decoding(speculation("right", drafts))
+        assert engine.speculative is not None and engine.ranks[0].draft is not None
+        output = engine.generate([5, 6, 7], {"temperature": 0, **LONG}, progress=False)[0]
+        assert output.num_accepted == output.num_drafted > 10
+
+
 def test_a_draft_model_is_checked_against_the_mesh(drafts: Path) -> None:
     draft = open_checkpoint(drafts / "wrong").spec
     config = InferenceConfig(**COMMON, pp_size=3)
@@ -389,6 +447,29 @@ def test_everybodys_own_token_comes_before_drafts() -> None:
     it.speculate(guesser)
     assert run(it, lambda s, i: 7) == (0, {"a": 3, "b": 1, "c": 1, "d": 1})
     assert guesser.observed[-4:] == [(2, 0), (0, 0), (0, 0), (0, 0)]
+
+
+def test_the_rows_of_drafts_in_a_step_are_bounded() -> None:
+    """Logits take memory that is not measured for more."""
+    it = scheduler(num_blocks=800, max_num_seqs=200, max_num_batched_tokens=2048)
+    for number in range(100):
+        it.add(Sequence(f"guessed {number}", [1], 20))
+    run(it, lambda s, i: 7)
+    it.speculate(Guesser())
+    for number in range(20):
+        it.add(Sequence(f"forced {number}", [1], 40, forced=(2,) * 40))
+    assert sum(run(it, lambda s, i: 2)[1].values()) == 100 + 20 + MAX_DRAFTS
+
+
+def test_a_draft_model_draws_no_more_than_a_step_can_check() -> None:
+    it = scheduler(max_num_batched_tokens=8)
+    config = SpeculativeConfig(method="draft_model", model="-", num_speculative_tokens=4, adaptive=False)
+    it.speculate(create_speculator(config, longest=100))
+    for name in "abc":
+        it.add(Sequence(name, [1], 20))
+    assert run(it, lambda s, i: 7) == (0, {"a": 1, "b": 1, "c": 1})
+    assert run(it, lambda s, i: 7) == (1, {"a": 2, "b": 2, "c": 2})
+    assert run(it, lambda s, i: 7) == (0, {"a": 2, "b": 2, "c": 2})
 
 
 def test_no_block_is_taken_for_drafts_that_another_will_need() -> None:

@@ -371,6 +371,17 @@ def test_drafts(make: MakeMatcher, tokenizer: Any, num_good: int | None) -> None
     assert follow(matcher, token_ids[2:]) and matcher.is_finished  # the drafts left no trace
 
 
+def test_a_guess_that_leads_nowhere_leaves_no_error(tokenizer: Any) -> None:
+    """A token that is allowed, but after which the model has none: it is only a guess."""
+    a, b, z = (tokenizer.encode(text)[0] for text in "abz")
+    compiler = GrammarCompiler(tokenizer, z, [END])  # all before it
+    matcher = compiler.submit(StructuredOutputsParams(regex="az|bb")).result().matcher((END,))
+    masks = np.zeros((2, (z + 31) // 32), np.int32)
+    assert matcher.fill_after([a, b], masks) == 0 and matcher.fill_after([b, b], masks) == 1
+    assert matcher.error is None and matcher.accept(b) and matcher.accept(b) and matcher.is_finished
+    compiler.close()
+
+
 def test_a_matcher_that_cannot_go_on_says_why(
     make: MakeMatcher, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
