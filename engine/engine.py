@@ -19,7 +19,7 @@ from ..config.speculative import as_speculative_config
 from ..mesh.launch import RankFailure, torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
-from .core import EngineCore, ReplicaStats
+from .core import EngineCore, ReplicaStats, Request
 from .description import describe_bound, describe_speculation
 from .detokenizer import Detokenizer
 from .draft_model import check_tokenizer, draft_config, open_draft
@@ -269,6 +269,61 @@ class InferenceEngine:
         """
         return self._world.everywhere(lambda: self._embed(texts, pooling, normalize, progress))
 
+    # ---- for `AsyncInferenceEngine`, whose thread drives --------------------------------------------------------
+
+    @property
+    def is_driver(self) -> bool:
+        """False on the ranks of torchrun that follow rank 0."""
+        return self._world.is_driver
+
+    def drive(self, told: Callable[[Sequence[Request]], None], obey: Callable[[bool], bool]) -> None:
+        """Steps as long as `obey` says; one collective call, within which the driver's thread has the engine to itself.
+
+        obey: does what is to be done between two steps; False ends the call. It is told whether it may wait, there
+            being nothing to compute. told: takes the requests that a step has moved on or ended.
+        """
+
+        def loop() -> None:
+            core = self._core
+            while True:
+                if not core.has_unfinished:
+                    core.drain()  # a step that was under way when its last request ended holds blocks
+                if not obey(not core.has_unfinished):
+                    return
+                if core.has_unfinished:
+                    told(core.step())
+
+        self._world.everywhere(loop)
+
+    def begin(self, request: PreparedRequest, request_id: str) -> None:
+        """Queues a prepared request, while driving."""
+        self._add([request], [request_id])
+
+    def abort_silently(self, request_id: str) -> None:
+        """Ends a request, while driving; nobody is told of it any more."""
+        self._core.abort(request_id, silently=True)
+
+    def preparer_with(self, tokenizer: Any) -> Callable[[Prompt, Any], PreparedRequest]:
+        """What checks and prepares a request, as `add_request` does, in another thread and with a tokenizer of its own."""
+        preparer = replace(self._preparer, tokenizer=tokenizer)
+
+        def prepare(prompt: Prompt, sampling_params: Any) -> PreparedRequest:
+            request = preparer.prepare(prompt, sampling_params)
+            self._check_room(request)
+            return request
+
+        return prepare
+
+    def fresh_id(self) -> str:
+        """A request id that is in use nowhere."""
+        return next(request_id for request_id in self._fresh_ids if request_id not in self._core)
+
+    def stats_now(self) -> EngineStats:
+        """As `stats`, from any thread of the driver: in the middle of a step perhaps."""
+        return EngineStats(tuple(self._core.stats()))
+
+    # ---- what these do on the driver ----------------------------------------------------------------------------
+
     def _generate(self, prompts: Any, sampling_params: Any, progress: bool) -> list[RequestOutput]:
         return self._finish(self._prepare(prompts, sampling_params), "Generating", progress)
 
@@ -349,7 +404,7 @@ class InferenceEngine:
     def _add(self, requests: Sequence[PreparedRequest], request_ids: Sequence[str | None] = ()) -> list[str]:
         """Queues all of the requests; their ids."""
         given = request_ids or [None] * len(requests)
-        ids = [request_id or next(i for i in self._fresh_ids if i not in self._core) for request_id in given]
+        ids = [request_id or self.fresh_id() for request_id in given]
         for request_id in ids:
             if request_id in self._core:
                 raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")

@@ -65,6 +65,11 @@ class World:
         assert self._executor is not None
         return self._executor
 
+    @property
+    def is_driver(self) -> bool:
+        """Whether calls run here; False on the ranks of torchrun that follow."""
+        return self._follower is None
+
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
         """Lets every rank begin with a `Worker` method; on the driver, the result waits for their answers."""
         return list if self._executor is None else self._executor.begin(method, *arguments)

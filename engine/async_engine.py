@@ -1,0 +1,325 @@
+"""`AsyncInferenceEngine`: an `InferenceEngine` for asyncio, on a thread of its own.
+
+    event loop                                          the engine's thread
+    add(prompt) ── prepared by one more thread ──▶ commands ──▶ queued between two steps
+    RequestStream ◀── one call for each step ──────────────── core.step()
+    leaving the stream ─────────────────────────▶ commands ──▶ aborted between two steps
+
+The thread alone touches the engine, in one call of `World.everywhere` that lasts until `close`: under torchrun the other
+ranks follow it from their own `AsyncInferenceEngine.follow`. A stream keeps what has come since its reader last looked
+as one output, so a slow reader holds up nobody and costs no more memory than its output has.
+"""
+
+import asyncio
+import atexit
+import copy
+import math
+import queue
+import threading
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from statistics import mean
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+
+from ..config import InferenceConfig
+from ..shardformer import Model
+from .core import Request
+from .engine import EngineStats, InferenceEngine
+from .output import CompletionOutput, RequestOutput
+from .prompts import PreparedRequest, Prompt
+
+T = TypeVar("T")
+
+
+class QueueFull(RuntimeError):
+    """More requests wait than `max_queued`. retry_after_s: when it may be worth another try, whole seconds."""
+
+    def __init__(self, num_waiting: int, retry_after_s: int) -> None:
+        super().__init__(f"{num_waiting} requests are waiting already; try again in {retry_after_s} s")
+        self.retry_after_s = retry_after_s
+
+
+class RequestStream:
+    """One request's outputs, as they come; an asynchronous iterator, to be left with `close` or `async with`.
+
+    Each is the request's state so far; `delta` is what is new since the last that was read. The last one is `finished`.
+    Raises what ended the engine, if that happens.
+    """
+
+    def __init__(self, engine: "AsyncInferenceEngine", request_id: str) -> None:
+        self.request_id = request_id
+        self._engine, self._loop = engine, asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._unread: RequestOutput | None = None
+        self._error: BaseException | None = None
+        self.has_begun = self.has_ended = False  # something has come; nothing more will
+
+    def __aiter__(self) -> "RequestStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        while self._unread is None:
+            if self._error is not None:
+                raise self._error
+            if self.has_ended:
+                raise StopAsyncIteration
+            self._arrived.clear()
+            await self._arrived.wait()
+        output, self._unread = self._unread, None
+        return output
+
+    async def last(self) -> RequestOutput:
+        """Waits for the end."""
+        output = None
+        async for output in self:
+            pass
+        assert output is not None
+        return output
+
+    def close(self) -> None:
+        """Aborts the request, unless it has ended; its blocks are free once the step that has it is back."""
+        if not self.has_ended:
+            self._end(None)
+            self._engine._leave(self)
+
+    async def __aenter__(self) -> "RequestStream":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _take(self, output: RequestOutput) -> None:
+        if self.has_ended:
+            return
+        self.has_begun, self.has_ended = True, output.finished
+        self._unread = output if self._unread is None else _joined(self._unread, output)
+        self._arrived.set()
+
+    def _end(self, error: BaseException | None) -> None:
+        self.has_ended, self._error = True, error
+        self._arrived.set()
+
+
+def _joined(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """The later one, with what is new since before the earlier one."""
+
+    def grown(index: int, output: CompletionOutput) -> CompletionOutput:
+        before = earlier.outputs[index].delta if index < len(earlier.outputs) else ""
+        return replace(output, delta=before + output.delta) if before else output
+
+    return replace(later, outputs=tuple(grown(index, output) for index, output in enumerate(later.outputs)))
+
+
+class AsyncInferenceEngine:
+    """Serves requests that come at any time, to any number of tasks of an event loop.
+
+    model, config, tokenizer: as `InferenceEngine`, which is built here and waits until it is ready.
+    max_queued: requests that may wait, at most, beside those of which something has come; `add` raises QueueFull for
+        one more.
+
+    Under torchrun every rank constructs it; rank 0 serves, and the others call `follow`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        config: InferenceConfig | None = None,
+        tokenizer: Any = None,
+        *,
+        max_queued: int = 1024,
+    ) -> None:
+        self.max_queued = max_queued
+        self.engine = InferenceEngine(model, config, tokenizer)
+        self.config, self.tokenizer = self.engine.config, self.engine.tokenizer
+        self.max_model_len = self.engine.max_model_len
+        self.error: BaseException | None = None  # what ended the engine
+        self._streams: dict[str, RequestStream] = {}
+        self._waits_s: deque[float] = deque(maxlen=32)  # of the latest requests, for their first tokens
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._thread: threading.Thread | None = None
+        if self.engine.is_driver:
+            # Tokenizers do not like to be shared: the engine's thread decodes with the other one.
+            self._preparer = self.engine.preparer_with(copy.deepcopy(self.tokenizer))
+            self._preparing = ThreadPoolExecutor(1, thread_name_prefix="meshlm-prepare")
+            self._num_threads = torch.get_num_threads()
+            self._thread = threading.Thread(target=self._work, name="meshlm-engine", daemon=True)
+            self._thread.start()
+        atexit.register(self.close)
+
+    # ---- on the event loop --------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests of which nothing has come yet."""
+        return sum(not stream.has_begun for stream in self._streams.values())
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._streams)
+
+    @property
+    def is_alive(self) -> bool:
+        return self.error is None and not self._closed
+
+    async def add(self, prompt: Prompt, sampling_params: Any = None, request_id: str | None = None) -> RequestStream:
+        """Queues a request: it joins the running batch with the next step. Gives its outputs as they come.
+
+        Raises QueueFull; ValueError or TypeError, one line, for what cannot be served; RuntimeError once closed.
+        """
+        return await self._add(lambda: self._preparer(prompt, sampling_params), request_id)
+
+    async def generate(self, prompt: Prompt, sampling_params: Any = None) -> AsyncIterator[RequestOutput]:
+        """As `add`, for `async for`: leaving the loop aborts the request."""
+        async with await self.add(prompt, sampling_params) as stream:
+            async for output in stream:
+                yield output
+
+    async def run(self, prepare: Callable[[InferenceEngine], Sequence[PreparedRequest]]) -> list[RequestOutput]:
+        """Requests of another kind (`prepare_scores`, `prepare_embeddings`), all together, to their ends."""
+        requests = await self._prepared(lambda: prepare(self.engine))
+        streams = [await self._add_prepared(request, None) for request in requests]
+        try:
+            return [await stream.last() for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+
+    async def call(self, function: Callable[[InferenceEngine], T]) -> T:
+        """What `function` gives, between two steps. It calls none of the engine's own public methods."""
+        self._check()
+        future: Future[T] = Future()
+
+        def command() -> None:
+            try:
+                future.set_result(function(self.engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        self._commands.put(command)
+        return await asyncio.wrap_future(future)
+
+    def stats(self) -> EngineStats:
+        """As it is now, in the middle of a step perhaps."""
+        return self.engine.stats_now()
+
+    async def _add(self, prepare: Callable[[], PreparedRequest], request_id: str | None) -> RequestStream:
+        self._check_room()
+        return await self._add_prepared(await self._prepared(prepare), request_id)
+
+    async def _prepared(self, prepare: Callable[[], T]) -> T:
+        self._check()
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare)
+
+    async def _add_prepared(self, request: PreparedRequest, request_id: str | None) -> RequestStream:
+        self._check_room()
+        stream = RequestStream(self, request_id or self.engine.fresh_id())
+        if stream.request_id in self._streams:
+            raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
+        self._streams[stream.request_id] = stream
+        self._commands.put(lambda: self._begin(stream, request))
+        return stream
+
+    def _check(self) -> None:
+        if self.error is not None:
+            raise RuntimeError(f"the engine has ended: {self.error}") from self.error
+        if self._closed:
+            raise RuntimeError("the engine is closed; make a new AsyncInferenceEngine")
+
+    def _check_room(self) -> None:
+        self._check()
+        if (waiting := self.num_waiting) >= self.max_queued:
+            raise QueueFull(waiting, max(1, math.ceil(mean(self._waits_s)) if self._waits_s else 1))
+
+    def _leave(self, stream: RequestStream) -> None:
+        self._streams.pop(stream.request_id, None)
+        self._commands.put(lambda: self.engine.abort_silently(stream.request_id))
+
+    def _deliver(self, outputs: Sequence[tuple[RequestStream, RequestOutput]]) -> None:
+        for stream, output in outputs:
+            if not stream.has_begun and output.timings.ttft_s is not None:
+                self._waits_s.append(output.timings.ttft_s)
+            stream._take(output)
+            if output.finished:
+                self._streams.pop(stream.request_id, None)
+
+    # ---- on the engine's thread ---------------------------------------------------------------------------------
+
+    def _work(self) -> None:
+        torch.set_num_threads(self._num_threads)  # of this thread's operations
+        try:
+            self.engine.drive(self._step, self._obey)
+        except BaseException as error:
+            self.error = error
+        error = self.error or RuntimeError("the engine is closed")
+        for stream in list(self._streams.values()):
+            self._tell(stream._loop, lambda stream=stream: stream._end(error))  # type: ignore[misc]
+        self._streams.clear()
+
+    def _obey(self, wait: bool) -> bool:
+        """Does what was asked for since the last step; False once it is time to end. wait: for something to do."""
+        while True:
+            try:
+                command = self._commands.get(block=wait)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            wait = False
+
+    def _begin(self, stream: RequestStream, request: PreparedRequest) -> None:
+        if stream.has_ended:  # left again
+            return
+        try:
+            self.engine.begin(request, stream.request_id)
+        except Exception as error:
+            self._streams.pop(stream.request_id, None)
+            self._tell(stream._loop, lambda error=error: stream._end(error))  # type: ignore[misc]
+
+    def _step(self, moved: Sequence[Request]) -> None:
+        """Passes on what a step has moved."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = defaultdict(list)
+        for request in moved:
+            stream = self._streams.get(request.request_id)
+            if stream is not None:
+                by_loop[stream._loop].append((stream, request.output()))
+        for loop, outputs in by_loop.items():
+            self._tell(loop, lambda outputs=outputs: self._deliver(outputs))  # type: ignore[misc]
+
+    def _tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
+        try:
+            loop.call_soon_threadsafe(function)
+        except RuntimeError:  # the loop is closed, and with it all who waited
+            pass
+
+    # ---- its end ------------------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """On the other ranks of torchrun: does rank 0's work with it until that closes. Raises what ended it."""
+        assert not self.engine.is_driver
+        self.engine.drive(self._step, self._obey)
+
+    def close(self) -> None:
+        """Ends the engine; unfinished requests raise. Can be called twice."""
+        atexit.unregister(self.close)
+        if not self._closed:
+            self._closed = True
+            if self._thread is not None:
+                self._commands.put(None)
+                self._thread.join()
+                self._preparing.shutdown(wait=False, cancel_futures=True)
+            self.engine.close()
+
+    def __enter__(self) -> "AsyncInferenceEngine":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
