@@ -18,9 +18,7 @@ PROMPTS = [[17, 3, 99, 41, 5], [8], [(37 * i + 11) % 131 for i in range(29)], [1
 MESHES: dict[str, dict[str, int]] = {
     "1": {},
     "1, blocks of 1": {"block_size": 1},
-    "tp2": {"tp_size": 2},
     "tp3, blocks of 1": {"tp_size": 3, "block_size": 1},
-    "pp2": {"pp_size": 2},
     "pp3": {"pp_size": 3},
     "tp2 pp2": {"tp_size": 2, "pp_size": 2},
 }

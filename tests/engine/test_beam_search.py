@@ -243,23 +243,23 @@ def test_the_demo_model(demo_model: Path) -> None:
     ]
     eos = tokenizer.eos_token_id
     fields: list[dict[str, Any]] = [
-        {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 24, "eos_token_id": eos, "early_stopping": True},
+        {"num_beams": 4, "num_return_sequences": 3, "max_new_tokens": 14, "eos_token_id": eos, "early_stopping": True},
         {
             "num_beams": 3,
             "num_return_sequences": 3,
-            "max_new_tokens": 24,
+            "max_new_tokens": 14,
             "no_repeat_ngram_size": 3,
             "eos_token_id": eos,
         },
     ]
     with InferenceEngine(demo_model, InferenceConfig(**{**COMMON, "num_kv_blocks": 256}), tokenizer) as engine:
         for prompt, different in itertools.product(prompts, fields):
-            each = {"num_return_sequences": 3, "max_new_tokens": 24, "eos_token_id": eos, **different}
+            each = {"num_return_sequences": 3, "max_new_tokens": 14, "eos_token_id": eos, **different}
             (output,) = engine.generate([prompt], GenerationConfig(**each), progress=False)
             token_ids, scores = by_transformers(module, prompt, each)
             assert [c.token_ids for c in output.outputs] == token_ids
             assert score(output, 1.0) == pytest.approx(scores, rel=1e-3)
-        stop = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 24, "stop_strings": [", ", " little"]}
+        stop = {"num_beams": 3, "num_return_sequences": 3, "max_new_tokens": 14, "stop_strings": [", ", " little"]}
         made = module.generate(
             torch.tensor([prompts[1]]),
             attention_mask=torch.ones(1, len(prompts[1])),

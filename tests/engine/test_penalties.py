@@ -250,7 +250,8 @@ def of_demo_model(demo_model: Path) -> list[tuple[list[int], GenerationConfig, G
     tokenizer = AutoTokenizer.from_pretrained(demo_model)
     model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
     prompt = tokenizer.encode("The three laws of robotics are: 1.")
-    configs = [greedy(**values) for values in shaping(by_transformers(model, prompt, greedy()).token_ids)]
+    usual = by_transformers(model, prompt, greedy()).token_ids
+    configs = [greedy(**values) for values in shaping(usual)[::3]]  # the last is all at once
     return [(prompt, config, by_transformers(model, prompt, config)) for config in configs]
 
 

@@ -172,7 +172,7 @@ def test_on_and_off_in_the_middle(engine: InferenceEngine, expected: list[Reques
                 engine.enable_spec_decoding(speculation(name, drafts))
             assert (engine.speculative is None) == (name is None)
             assert all((rank.draft is not None) == (name in DRAFTS) for rank in engine.ranks)
-            who = f"draft_model {drafts / name} (" if name in DRAFTS else f"{name}, up to 5"
+            who = f"draft_model {drafts / name} (" if name in DRAFTS else f"{name}, always 5"
             assert (f"speculative decoding: {who}" in engine.describe()) == (name is not None)
             engine.check()
         finished |= {output.request_id: output for output in engine.step() if output.finished}

@@ -50,15 +50,14 @@ def report_of(engine: InferenceEngine) -> dict[str, Any]:
 def more_of(engine: InferenceEngine) -> dict[str, Any]:
     """What is decoded in other ways than step by step, or with a caller's own code."""
     report: dict[str, Any] = {}
-    few = params | {"max_tokens": 8}
-    shaped = few | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
+    shaped = params | {"logits_processors": [lambda prompt, output, logits: logits + 0.0]}
     report["shaped"] = [output.token_ids for output in engine.generate(prompts[1:3], shaped, progress=False)]
     engine.enable_spec_decoding("ngram")
-    report["speculated"] = [output.token_ids for output in engine.generate(prompts[1:4], few, progress=False)]
+    report["speculated"] = [output.token_ids for output in engine.generate(prompts[1:4], params, progress=False)]
     engine.enable_spec_decoding(
         {"method": "draft_model", "model": task["model"], "num_speculative_tokens": 2, "adaptive": False}
     )
-    report["drafted"] = [output.token_ids for output in engine.generate(prompts[4:6], few, progress=False)]
+    report["drafted"] = [output.token_ids for output in engine.generate(prompts[4:6], params, progress=False)]
     report["speculative"] = str(engine.speculative)
     try:
         engine.enable_spec_decoding("eagle")

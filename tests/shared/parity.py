@@ -24,6 +24,7 @@ from families import FAMILIES, NOT_BUILT, greedy_reference, has_experts, tiny_mo
 
 from meshlm import InferenceConfig, InferenceEngine
 from meshlm.policies import supported_architectures
+from meshlm.shardformer import checkpoint
 
 MESHES: dict[str, dict[str, Any]] = {
     "1": {},
@@ -83,6 +84,7 @@ def work(folder: Path, crew: str, first: int) -> None:
         import torch.distributed as dist
 
         dist.init_process_group("gloo")
+    _look_through_once()
     for values in json.loads((folder / f"{crew}.json").read_text())[first:]:
         item = Item(**values)
         found = {"reason": ""} | attempt(folder, item)
@@ -90,6 +92,20 @@ def work(folder: Path, crew: str, first: int) -> None:
             result = Result(**values, passed=not found["reason"], **found)
             with (folder / f"{crew}.results").open("a") as file:
                 file.write(json.dumps(asdict(result)) + "\n")
+
+
+def _look_through_once() -> None:
+    """What a family's layers need is traced once in a process, not for each mesh anew."""
+    read: Any = checkpoint.read_generic
+    known: dict[tuple[Any, str], Any] = {}
+
+    def read_once(config: Any, model_class: Any) -> Any:
+        key = (model_class, config.to_json_string())
+        if key not in known:
+            known[key] = read(config, model_class)
+        return known[key]
+
+    checkpoint.read_generic = read_once
 
 
 def attempt(folder: Path, item: Item) -> dict[str, Any]:
