@@ -144,6 +144,7 @@ class AsyncInferenceEngine:
         self._waits_s: deque[float] = deque(maxlen=32)  # of the latest requests, for their first tokens
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
+        self._mourners: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
         if self.engine.is_driver:
             # Tokenizers do not like to be shared: the engine's thread decodes with the other one.
@@ -258,6 +259,8 @@ class AsyncInferenceEngine:
             self.engine.drive(self._step, self._obey)
         except BaseException as error:
             self.error = error
+        for mourner in self._mourners:
+            mourner()
         error = self.error or RuntimeError("the engine is closed")
         for stream in list(self._streams.values()):
             self._tell(stream._loop, lambda stream=stream: stream._end(error))  # type: ignore[misc]
@@ -317,6 +320,10 @@ class AsyncInferenceEngine:
                 self._thread.join()
                 self._preparing.shutdown(wait=False, cancel_futures=True)
             self.engine.close()
+
+    def when_it_ends(self, function: Callable[[], None]) -> None:
+        """Calls `function` on the engine's thread when it ends, by `close` or because a rank is lost."""
+        self._mourners.append(function)
 
     def __enter__(self) -> "AsyncInferenceEngine":
         return self
