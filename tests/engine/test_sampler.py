@@ -154,7 +154,9 @@ FILTERS: list[dict[str, Any]] = [
 SPREADS = {"peaked": 4.0, "ordinary": 1.0, "flat": 0.05}
 
 
-@pytest.mark.parametrize("spread", SPREADS)
+@pytest.mark.parametrize(
+    "spread", [spread if spread == "ordinary" else pytest.param(spread, marks=pytest.mark.slow) for spread in SPREADS]
+)
 @pytest.mark.parametrize("values", FILTERS, ids=str)
 def test_the_kept_set_is_that_of_transformers(values: dict[str, Any], spread: str) -> None:
     torch.manual_seed(3)

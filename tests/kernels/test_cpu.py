@@ -293,6 +293,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(build, "_try_load", build._try_load.__wrapped__)
 
 
+@pytest.mark.slow  # a compiler
 def test_it_is_compiled_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fresh(monkeypatch, tmp_path)
     build.load_library()

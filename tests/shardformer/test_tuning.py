@@ -301,6 +301,7 @@ def test_tiles_give_what_eager_gives(dtype: torch.dtype, interpreted: None) -> N
             step.check(backend)  # raises where they differ
 
 
+@pytest.mark.slow
 def test_triton_can_be_tuned(
     interpreted: None, table: dict[str, Any], monkeypatch: pytest.MonkeyPatch, cache: Path
 ) -> None:
