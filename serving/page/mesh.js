@@ -51,6 +51,8 @@ function show(state) {
     drawn = { layout, views };
     arrange();
   }
+  const hosts = new Set((state.ranks ?? []).map(({ host }) => host));
+  $("replicas").classList.toggle("one-host", hosts.size < 2);
   replicas.forEach((replica, i) => drawn.views[i].update(replica));
   totals.update(state, replicas);
 }
@@ -58,7 +60,7 @@ function show(state) {
 /** Replicas with their ranks, as stages of shards; whatever the server leaves out is missing here, too. */
 function replicasOf(state) {
   const ranks = (state.ranks ?? []).map((rank, i) => ({ rank: i, dp: 0, pp: 0, tp: 0, ...rank }));
-  const told = (state.replicas ?? []).map((replica, i) => ({ index: i, ...replica }));
+  const told = (state.replicas ?? []).map((replica, i) => ({ ...replica, index: replica.replica ?? i }));
   return ascending([...told.map(({ index }) => index), ...ranks.map(({ dp }) => dp)]).map((index) => {
     const own = ranks.filter(({ dp }) => dp === index);
     const stages = ascending(own.map(({ pp }) => pp)).map((stage) =>
@@ -76,15 +78,15 @@ function totalsView() {
   $("totals").append(h("dl", {}, rate.element, running.element, waiting.element), line.element);
   return {
     update(state, replicas) {
-      const now = state.tokens_per_s ?? sum(replicas, "tokens_per_s");
+      const now = sum(replicas, "tokens_per_s");
       rates.push(now ?? 0);
       if (rates.length > NUM_SAMPLES) rates.shift();
       rate.update(number(now));
       running.update(number(sum(replicas, "num_running")));
       waiting.update(number(sum(replicas, "num_waiting")));
       line.update();
-      const { dp, pp, tp } = state.mesh ?? {};
-      say($("shape"), state.mesh ? `dp ${number(dp)} · pp ${number(pp)} · tp ${number(tp)}` : "");
+      const { dp, pp, tp } = state.shape ?? {};
+      say($("shape"), state.shape ? `dp ${number(dp)} · pp ${number(pp)} · tp ${number(tp)}` : "");
       say($("rate"), now === undefined ? "" : `${number(now)} tokens/s`);
     },
   };
@@ -106,38 +108,43 @@ function replicaView({ index, stages }) {
     element,
     update(replica) {
       const values = [replica.tokens_per_s, replica.num_running, replica.num_waiting].map(number);
-      [...values, percent(replica.prefix_hit_rate), number(replica.num_preemptions)].forEach((text, i) => facts[i].update(text));
+      [...values, percent(replica.cached_tokens / replica.prompt_tokens), number(replica.num_preemptions)].forEach((text, i) => facts[i].update(text));
       const used = replica.num_blocks - replica.num_free_blocks;
-      blocks.update(used / replica.num_blocks, `${number(used)} of ${number(replica.num_blocks)} blocks`);
-      stageViews.forEach((view, i) => view.update(replica.stages[i]));
+      const share = used / replica.num_blocks;
+      blocks.update(share, `${percent(share)} · ${number(used)} of ${number(replica.num_blocks)} blocks`);
+      stageViews.forEach((view, i) => view.update(replica.stages[i], share));
     },
   };
 }
 
 function stageView(ranks) {
   const views = ranks.map(rankView);
-  const title = `Stage ${ranks[0].pp}`;
-  const cards = h("ul", { class: "ranks", "aria-label": `${title}, ranks` }, ...views.map((view) => view.element));
+  const title = h("h4");
+  const cards = h("ul", { class: "ranks", "aria-label": `Ranks of stage ${ranks[0].pp}` }, ...views.map((view) => view.element));
   return {
-    element: h("div", { class: "stage" }, h("h4", {}, title), cards),
-    update: (now) => now.forEach((rank, i) => views[i].update(rank)),
+    element: h("div", { class: "stage" }, title, cards),
+    update(now, kvShare) {
+      say(title, [`Stage ${now[0].pp}`, range("layer", now[0].layers)].filter(Boolean).join(" · "));
+      now.forEach((rank, i) => views[i].update(rank, kvShare));
+    },
   };
 }
 
 function rankView({ rank, dp, pp, tp }) {
-  const [layers, heads, weights, device] = Array.from({ length: 4 }, () => h("span"));
+  const [device, heads, weights] = Array.from({ length: 3 }, () => h("span"));
+  const host = h("span", { class: "host" });
+  const kv = barView("KV", "kv");
   const busy = barView("Busy", "busy");
   const place = h("span", { class: "place" }, `dp ${dp} · pp ${pp} · tp ${tp}`);
   return {
-    element: h("li", { class: "rank" }, h("h5", {}, `Rank ${rank}`), place, layers, heads, weights, device, busy.element),
-    update(now) {
-      const [first, stop] = now.layers ?? [];
-      const [query, kv] = now.heads ?? [];
-      say(layers, stop === undefined ? "" : stop - first === 1 ? `layer ${first}` : stop > first ? `layers ${first}–${stop - 1}` : "no layers");
-      say(heads, query === undefined ? "" : `heads ${number(query)} · KV ${number(kv)}`);
-      say(weights, now.weight_bytes === undefined ? "" : `weights ${bytes(now.weight_bytes)}`);
-      say(device, [now.host, now.device].filter(Boolean).join(" "));
-      busy.update(now.busy_share);
+    element: h("li", { class: "rank" }, h("div", {}, h("h5", {}, `Rank ${rank}`), device), place, heads, weights, host, kv.element, busy.element),
+    update(now, kvShare) {
+      say(heads, [range("head", now.query_heads), range("KV", now.kv_heads, "KV")].filter(Boolean).join(" · "));
+      say(weights, Number.isFinite(now.weight_bytes) ? `weights ${bytes(now.weight_bytes)}` : "");
+      say(device, now.device ?? "");
+      say(host, now.host ?? "");
+      kv.update(now.kv_bytes > 0 ? kvShare : undefined, `${bytes(kvShare * now.kv_bytes)} of ${bytes(now.kv_bytes)}`);
+      busy.update(now.busy_share, percent(now.busy_share));
     },
   };
 }
@@ -155,11 +162,10 @@ function barView(name, kind) {
   const element = h("div", { class: "measure" }, h("span", {}, name), value, meter);
   return {
     element,
-    update(share, detail) {
+    update(share, text) {
       const isKnown = Number.isFinite(share);
       element.hidden = !isKnown;
       if (!isKnown) return;
-      const text = percent(share) + (detail ? ` · ${detail}` : "");
       fill.style.setProperty("--share", Math.min(1, Math.max(0, share)));
       meter.ariaValueNow = Math.round(100 * share);
       meter.ariaValueText = text;
@@ -194,6 +200,14 @@ function spark() {
 const [whole, tenths] = [0, 1].map((digits) => new Intl.NumberFormat("en", { maximumFractionDigits: digits }));
 const number = (value) => (Number.isFinite(value) ? (Math.abs(value) < 100 ? tenths : whole).format(value) : "–");
 const percent = (share) => (Number.isFinite(share) ? `${Math.round(100 * share)} %` : "–");
+
+/** Of [first, stop]; "" if it is not known. */
+function range(one, bounds, many = `${one}s`) {
+  const [first, stop] = bounds ?? [];
+  if (!Number.isFinite(stop)) return "";
+  if (stop <= first) return `no ${many}`;
+  return stop - first === 1 ? `${one} ${first}` : `${many} ${first}–${stop - 1}`;
+}
 
 function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

@@ -15,12 +15,12 @@ from fastapi import FastAPI, Request
 from running import COMMON, syllables
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.testclient import TestClient
-from tiny import make_llama
 
 from meshlm import InferenceConfig
 from meshlm.engine.async_engine import AsyncInferenceEngine
 from meshlm.serving.api import Service, create_app
 from meshlm.serving.api.page import PAGE_PATHS, page_routes
+from tiny import make_llama
 
 # ---- the files ------------------------------------------------------------------------------------------------------
 
@@ -86,16 +86,18 @@ def answer_of(text: str) -> list[bytes | threading.Event]:
 
 
 def mesh_of(dp: int, pp: int, tp: int) -> dict[str, Any]:
+    """As serving/api/observe.py tells it."""
     places = [(d, p, t) for d in range(dp) for p in range(pp) for t in range(tp)]
     replica = {"num_running": 3, "num_waiting": 1, "num_blocks": 400, "num_free_blocks": 300, "tokens_per_s": 21.4}
-    more = {"prefix_hit_rate": 0.42, "num_preemptions": 2}
+    replica |= {"prompt_tokens": 500, "cached_tokens": 210, "num_preemptions": 2}
     ranks = [
         {"rank": i, "dp": d, "pp": p, "tp": t, "host": "node-0", "device": f"cuda:{i}", "layers": [15 * p, 15 * p + 15]}
-        | {"heads": [9, 3], "weight_bytes": 270 << 20, "busy_share": 0.1 + 0.05 * i}
+        | {"query_heads": [3 * t, 3 * t + 3], "kv_heads": [t, t + 1], "weight_bytes": 270 << 20, "kv_bytes": 96 << 20}
+        | {"busy_share": 0.1 + 0.05 * i}
         for i, (d, p, t) in enumerate(places)
     ]
-    head = {"model": "tiny", "mesh": {"dp": dp, "pp": pp, "tp": tp}, "max_model_len": 2048, "tokens_per_s": 21.4 * dp}
-    return head | {"replicas": [{"index": i} | replica | more for i in range(dp)], "ranks": ranks}
+    head = {"model": "tiny", "shape": {"dp": dp, "pp": pp, "tp": tp}, "max_model_len": 2048}
+    return head | {"replicas": [{"replica": i} | replica for i in range(dp)], "ranks": ranks}
 
 
 class FakeApi:
@@ -252,7 +254,7 @@ def test_events_are_read_however_they_are_cut(api: FakeApi, browser: Browser) ->
 
 def test_what_a_model_writes_is_text(api: FakeApi, browser: Browser) -> None:
     """Markup stays text wherever it stands; of Markdown there is code, bold, headings and lists."""
-    evil = "<img src=x onerror=\"window.hit=1\"><script>window.hit=1</script><b>not bold</b>"
+    evil = '<img src=x onerror="window.hit=1"><script>window.hit=1</script><b>not bold</b>'
     text = (
         f"{evil} and **bold {evil}** and `code {evil}`\n\n### Title {evil}\n\n1. one {evil}\n   - nested\n2. two\n"
         f"```html\n{evil}\n  kept  spaces\n```\n3. three\n\n2 * 3 * 4 and ** and `` and snake_case_name\n"
@@ -278,7 +280,15 @@ def test_what_a_model_writes_is_text(api: FakeApi, browser: Browser) -> None:
 
 
 def test_text_that_repeats_itself_holds_up_nothing(api: FakeApi, browser: Browser) -> None:
-    for text in ("`" * 20_000, "`a" * 20_000, "** a" * 20_000, "**a **" * 10_000, "**a " * 20_000, "- " * 20_000, "> \n" * 10_000):
+    for text in (
+        "`" * 20_000,
+        "`a" * 20_000,
+        "** a" * 20_000,
+        "**a **" * 10_000,
+        "**a " * 20_000,
+        "- " * 20_000,
+        "> \n" * 10_000,
+    ):
         script = "const {Markdown} = await import('/page/markdown.js'); const t = performance.now();"
         script += "new Markdown(document.createElement('div')).update(text); done(performance.now() - t);"
         run = f"const [text, done] = arguments; (async () => {{ {script} }})()"
@@ -405,32 +415,32 @@ def test_the_mesh_is_drawn_and_kept_up_to_date(api: FakeApi, browser: Browser) -
     assert [len(each.find_elements("css selector", ".stage")) for each in browser.all(".replica")] == [2, 2]
     (last,) = browser.all(".replica:last-child .stage:last-child .rank:last-child")
     assert last.text.split("\n") == [
-        "Rank 15",
-        "dp 1 · pp 1 · tp 3",
-        "layers 15–29",
-        "heads 9 · KV 3",
-        "weights 270 MiB",
-        "node-0 cuda:15",
-        "Busy",
-        "85 %",
+        *("Rank 15", "cuda:15", "dp 1 · pp 1 · tp 3", "heads 9–11 · KV 3", "weights 270 MiB"),
+        *("KV", "24 MiB of 96 MiB", "Busy", "85 %"),
     ]
+    assert browser.text(".replica:last-child h4") == "Stage 0 · layers 0–14\nStage 1 · layers 15–29"
     assert "25 % · 100 of 400 blocks" in browser.text(".replica:first-child")
-    assert browser.text(".replica:first-child dl").split() == "tokens/s 21.4 running 3 waiting 1 prefix hits 42 % preempted 2".split()
-    assert browser.text(".totals").split() == "tokens/s 42.8 running 6 waiting 2".split()
+    facts = "tokens/s 21.4 running 3 waiting 1 prefix hits 42 % preempted 2"
+    assert " ".join(browser.text(".replica:first-child dl").split()) == facts
+    assert " ".join(browser.text(".totals").split()) == "tokens/s 42.8 running 6 waiting 2"
     assert browser.text("#shape") == "dp 2 · pp 2 · tp 4"
     spark = "return document.querySelector('.spark').getAttribute('aria-label')"
     assert "now 42.8, at most 42.8" in browser.js(spark)
-    card = browser.all(".rank")[0]
-    meter = card.find_element("css selector", "[role=meter]")
+    meter = browser.all(".rank .busy[role=meter]")[0]
     assert (meter.get_attribute("aria-label"), meter.get_attribute("aria-valuenow")) == ("Busy", "10")
     api.mesh["ranks"][0]["busy_share"] = 0.5
-    browser.until(lambda: meter.get_attribute("aria-valuenow") == "50")  # in place: the card is the same
+    api.mesh["ranks"][1]["host"] = "node-1"
+    browser.until(lambda: meter.get_attribute("aria-valuenow") == "50")  # by itself, and in place
+    assert "node-1" in browser.text(".rank")  # said only where there are several
 
 
 def test_a_mesh_told_in_part(api: FakeApi, browser: Browser) -> None:
-    api.mesh = {"ranks": [{"rank": 0, "pp": 0}, {"rank": 1, "pp": 1, "layers": [3, 4]}], "replicas": [{"num_running": 2}]}
+    api.mesh = {
+        "ranks": [{"rank": 0, "pp": 0}, {"rank": 1, "pp": 1, "layers": [3, 4]}],
+        "replicas": [{"num_running": 2}],
+    }
     poll(browser)
-    browser.shows(".rank", "layer 3")
+    browser.shows(".stage", "Stage 1 · layer 3")
     assert len(browser.all(".stage")) == 2 and browser.text(".totals").split()[:3] == ["tokens/s", "–", "running"]
     assert not any(bar.is_displayed() for bar in browser.all(".measure"))
     api.mesh = {}

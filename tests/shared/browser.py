@@ -26,7 +26,7 @@ def served(app: Any) -> Iterator[str]:
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     try:
-        yield "http://127.0.0.1:{}/".format(listening.getsockname()[1])
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
@@ -48,7 +48,9 @@ class Browser:
 
     def text(self, css: str) -> str:
         """Of all there are, in lines; without waiting."""
-        return str(self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join('\\n')", css))
+        return str(
+            self.js("return [...document.querySelectorAll(arguments[0])].map(e => e.innerText).join('\\n')", css)
+        )
 
     def js(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
