@@ -6,10 +6,10 @@ import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from browser import Browser, chromium, served
 from fastapi import FastAPI, Request
 from running import COMMON, syllables
@@ -26,9 +26,19 @@ from tiny import make_llama
 
 
 @pytest.fixture(scope="module")
-def client() -> TestClient:
-    engine: Any = SimpleNamespace(max_model_len=64)
-    return TestClient(create_app(Service(engine, ("tiny",), api_keys=("secret",))))
+def engine() -> Iterator[AsyncInferenceEngine]:
+    tokenizer = syllables()
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with AsyncInferenceEngine(make_llama(), InferenceConfig(**COMMON), tokenizer) as engine:
+        yield engine
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def client(engine: AsyncInferenceEngine) -> TestClient:
+    return TestClient(create_app(Service(engine, ("tiny-llama",), api_keys=("secret",))))
 
 
 def test_the_page_needs_no_key_and_nothing_from_elsewhere(client: TestClient) -> None:
@@ -480,24 +490,47 @@ def test_on_a_phone_nothing_is_wider_than_the_screen(api: FakeApi, browser: Brow
     assert browser.js(small) == 0  # fingers
 
 
+def test_what_a_reader_has_chosen_is_kept_to(api: FakeApi, browser: Browser) -> None:
+    """Light or dark, motion; everything that can be used has a name."""
+    paper = "return getComputedStyle(document.documentElement).backgroundColor"
+    light = browser.js(paper)
+    browser.emulate(scheme="dark", motion="reduce")
+    dark = browser.js(paper)
+    brightness = [sum(map(int, re.findall(r"\d+", color))) for color in (light, dark)]
+    assert brightness[0] > 600 and brightness[1] < 150
+    api.script = [threading.Event()]
+    ask(browser, "hello")
+    browser.until(lambda: browser.all(".answer"))
+    moving = "return getComputedStyle(document.querySelector(arguments[0]), arguments[1]).animationName"
+    assert browser.js(moving, ".answer .text", "::before") == "none"
+    browser.emulate()
+    assert browser.js(moving, ".answer .text", "::before") == "breathe"
+    browser.type("Escape")
+    browser.until(lambda: has_ended(browser))
+    poll(browser)
+    browser.shows(".rank", "Rank 0")
+    named = "button, input, textarea, dialog, main, aside, section, article, [role=log], [role=meter], [role=img]"
+    shown = [each for each in browser.all(named) if each.is_displayed()]
+    assert len(shown) > 10 and [each.get_attribute("outerHTML") for each in shown if not each.accessible_name] == []
+    browser.all("#open-settings")[0].click()
+    shown = [each for each in browser.all("#settings, #settings :is(button, input, textarea)") if each.is_displayed()]
+    assert len(shown) == 8 and [each.get_attribute("outerHTML") for each in shown if not each.accessible_name] == []
+
+
 # ---- the whole ------------------------------------------------------------------------------------------------------
 
 
-def test_with_an_engine(browser: Browser, one_thread: None) -> None:
-    tokenizer = syllables()
-    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
-    config = InferenceConfig(**COMMON)
-    with AsyncInferenceEngine(make_llama(), config, tokenizer) as engine:
-        service = Service(engine, ("tiny-llama",))
-        with served(create_app(service)) as url:
-            browser.emulate()
-            browser.open(url)
-            browser.shows("#model", "tiny-llama")
-            ask(browser, "hello")
-            browser.until(lambda: has_ended(browser))
-            tokens = engine.max_model_len - 1  # what the context leaves
-            assert browser.text(".facts").startswith(f"{tokens} tokens") and "limit of tokens" in browser.text(".facts")
-            assert len(browser.text(".answer .text")) == 2 * tokens, "a syllable each"
-            browser.js("document.querySelector('[name=temperature]').value = 7")
-            ask(browser, "hello")
-            browser.shows(".answer .error", "temperature")
+def test_with_an_engine(engine: AsyncInferenceEngine, browser: Browser) -> None:
+    with served(create_app(Service(engine, ("tiny-llama",)))) as url:
+        browser.emulate()
+        browser.open(url)
+        browser.shows("#model", "tiny-llama")
+        ask(browser, "hello")
+        browser.until(lambda: has_ended(browser))
+        num_tokens = engine.max_model_len - 1  # what the context leaves
+        facts = browser.text(".facts")
+        assert facts.startswith(f"{num_tokens} tokens") and facts.endswith("cut off by the limit of tokens")
+        assert len(browser.text(".answer .text")) == 2 * num_tokens  # a syllable each
+        browser.js("document.querySelector('[name=temperature]').value = 7")
+        ask(browser, "hello")
+        browser.shows(".answer .error", "temperature")

@@ -68,7 +68,7 @@ class Browser:
             raise AssertionError(f"{css} shows {self.text(css)!r}, not {text!r}") from None
 
     def type(self, *keys: str) -> None:
-        """Keys for whatever has the focus; ("shift", key) with Shift held."""
+        """For whatever has the focus: text, "Enter", "Escape", "Tab", and these as "Shift+Tab"."""
         from selenium.webdriver import ActionChains, Keys
 
         actions = ActionChains(self.driver, duration=0)
@@ -79,11 +79,20 @@ class Browser:
                 actions.send_keys(getattr(Keys, key.upper()) if key in ("Enter", "Escape", "Tab") else key)
         actions.perform()
 
-    def emulate(self, *, width: int = 1280, height: int = 800, phone: bool = False, scheme: str = "light") -> None:
+    def emulate(
+        self,
+        *,
+        width: int = 1280,
+        height: int = 800,
+        phone: bool = False,
+        scheme: str = "light",
+        motion: str = "no-preference",
+    ) -> None:
+        preferred = {"color-scheme": scheme, "reduced-motion": motion}
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": phone})
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        features = [{"name": f"prefers-{name}", "value": value} for name, value in preferred.items()]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
 
     def logs(self) -> tuple[list[str], list[str]]:
