@@ -254,9 +254,11 @@ def test_an_answer_is_stopped(how: str, api: FakeApi, browser: Browser) -> None:
 
 
 def test_events_are_read_however_they_are_cut(api: FakeApi, browser: Browser) -> None:
-    """Also in the middle of a character, and of the end of a line."""
-    stream = b": a comment\r\n\r\n" + chunk("Grüße").replace(b"\n", b"\r\n") + chunk(" 🌍!") + usage(4)
-    api.script = [stream[i : i + 3] for i in range(0, len(stream), 3)]
+    """Also in the middle of a character, and after each CR, of which the LF is still to come."""
+    in_two_lines = b'data: {"choices": [{"delta":\r\ndata: {"content": "!"}}]}\r\n\r\n'
+    stream = b": a comment\r\n\r\n" + chunk("Grüße").replace(b"\n", b"\r\n") + chunk(" 🌍") + in_two_lines + usage(4)
+    api.script = [*re.findall(rb"[^\r]{1,3}\r?|\r", stream)]
+    assert b"".join(api.script) == stream  # type: ignore[arg-type]
     ask(browser, "greet")
     browser.until(lambda: has_ended(browser))
     assert browser.text(".answer .text") == "Grüße 🌍!" and browser.text(".facts").startswith("4 tokens")
