@@ -45,13 +45,13 @@ def _prepared(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
         if message.get("tool_calls"):
             _check_calls(message["tool_calls"], f"messages[{index}].tool_calls")
             message["tool_calls"] = [_with_dict(call) for call in message["tool_calls"]]
-            message["content"] = message.get("content") or ""
+            message["content"] = _text(message.get("content"), f"messages[{index}].content")
             for call in message["tool_calls"]:
                 names[call.get("id") or ""] = call["function"]["name"]
         else:
             message.pop("tool_calls", None)
         if message["role"] == "tool":
-            message["content"] = _text(message.get("content"))
+            message["content"] = _text(message.get("content"), f"messages[{index}].content")
             call_id = message.get("tool_call_id")
             if not isinstance(call_id, str | None):
                 raise MessageError(f"messages[{index}].tool_call_id", "expected a string")
@@ -87,10 +87,13 @@ def _with_dict(call: Mapping[str, Any]) -> dict[str, Any]:
     return {**call, "type": "function", "function": function}
 
 
-def _text(content: Any) -> str:
+def _text(content: Any, place: str) -> str:
     if isinstance(content, str) or content is None:
         return content or ""
-    return "".join(part["text"] for part in content if isinstance(part.get("text"), str))
+    for part in content:
+        if not isinstance(part.get("text"), str):
+            raise MessageError(place, "expected a string or parts of text")
+    return "\n".join(part["text"] for part in content)
 
 
 def _with_short_ids(message: Message) -> Message:
@@ -128,7 +131,7 @@ def _told(message: Message) -> Message:
     if "tool_calls" not in message:
         return message
     calls = [_called(call["function"]) for call in message["tool_calls"]]
-    return {"role": "assistant", "content": "\n".join(filter(None, [_text(message["content"]), *calls]))}
+    return {"role": "assistant", "content": "\n".join(filter(None, [message["content"], *calls]))}
 
 
 def _called(function: Mapping[str, Any]) -> str:
@@ -150,10 +153,13 @@ def _introduction(tools: Sequence[Mapping[str, Any]]) -> str:
 def _introduced(messages: list[Message], introduction: str, takes_system: bool) -> list[Message]:
     """In the system message, or where there is no place for one before the first of the user's."""
     roles = [message["role"] for message in messages]
-    if takes_system and (not roles or roles[0] != "system"):
+    if takes_system and (not roles or roles[0] not in ("system", "developer")):
         return [{"role": "system", "content": introduction}, *messages]
     place = 0 if takes_system or "user" not in roles else roles.index("user")
-    content = messages[place].get("content")
-    parts = [_text(content), introduction] if takes_system else [introduction, _text(content)]
-    changed = {**messages[place], "content": "\n\n".join(filter(None, parts))}
-    return [*messages[:place], changed, *messages[place + 1 :]]
+    content, parts = messages[place].get("content"), [{"type": "text", "text": introduction}]
+    if isinstance(content, list):
+        told: Any = content + parts if takes_system else parts + content
+    else:
+        texts = (content, introduction) if takes_system else (introduction, content)
+        told = "\n\n".join(text for text in texts if text)
+    return [*messages[:place], {**messages[place], "content": told}, *messages[place + 1 :]]

@@ -200,6 +200,15 @@ def test_a_template_that_shows_no_tools(template: str) -> None:
     )
 
 
+def test_tools_are_described_beside_parts_of_a_message() -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "Hi"}, image]}]
+    plan = a_plan(a_tokenizer(NO_SYSTEM), messages, tools=[a_tool()])
+    described, *rest = plan.messages(messages)[0]["content"]
+    assert described["text"].startswith("You may call functions")
+    assert rest == messages[0]["content"]
+
+
 def test_without_tools_nothing_is_changed() -> None:
     for fields in ({}, {"tool_choice": "none"}, {"tools": [a_tool()], "tool_choice": "none"}):
         plan = a_plan(of_family("hermes"), **fields)
@@ -491,9 +500,13 @@ def test_messages_that_are_none_are_refused() -> None:
         with pytest.raises(ApiError) as caught:
             a_plan(of_family("hermes"), messages, tools=[a_tool()]).messages(messages)
         assert (caught.value.status, caught.value.param) == (400, f"messages[0].{place}")
-    messages = [{"role": "tool", "tool_call_id": [1], "content": "x"}]
-    with pytest.raises(ApiError, match="expected a string"):
-        a_plan(of_family("hermes"), messages).messages(messages)
+    for fields, why in (
+        ({"tool_call_id": [1]}, "expected a string"),
+        ({"content": [{"type": "image"}]}, "parts of text"),
+    ):
+        messages = [{"role": "tool", "content": "x", **fields}]
+        with pytest.raises(ApiError, match=why):
+            a_plan(of_family("hermes"), messages).messages(messages)
 
 
 # ---- with a model -------------------------------------------------------------------------------------------------
