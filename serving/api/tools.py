@@ -39,7 +39,7 @@ class ToolPlan:
         # Where a grammar sees to it which are called the model is told of all: the prompt stays as it was.
         names = {tool.name for tool in choice.tools}
         self._shown = [_shown(tool) for tool in body.tools or () if choice.must or tool.function.name in names]
-        if dialect.shows_tools:
+        if dialect.tools_in == "template":
             self.template_options = {"tools": self._shown}
         if (grammar := _grammar(body, choice, dialect, form)) is not None:
             self.sampling = {"structured_outputs": {"grammar": grammar}}

@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from ...config.errors import ConfigError
 from .format import ToolFormat
+from .hermes import HERMES
 from .reader import Markers
 from .registry import format_named, format_of
 
@@ -25,7 +26,7 @@ class Dialect:
     """
 
     format: ToolFormat
-    shows_tools: bool  # the chat template tells the model of them
+    tools_in: Literal["template", "system", "text"]  # its variable, a field of the system message, or neither
     takes_system: bool  # the chat template has a place for a system message
     added: Mapping[str, int]
     special: frozenset[str]
@@ -38,18 +39,18 @@ class Dialect:
             added[token.content] = token_id
             if token.special:
                 special.add(token.content)
-        shows_tools = _PROBE in _rendered(tokenizer, [_message("user")], tools=[_PROBE_TOOL])
+        tools_in = _place_of_tools(tokenizer)
         takes_system = _PROBE in _rendered(tokenizer, [_message("system", _PROBE), _message("user")])
         if name == "auto":
-            found = format_of(_template(tokenizer) if shows_tools else "", added if shows_tools else {})
+            found = HERMES if tools_in == "text" else format_of(_template(tokenizer), added)
         else:
             found = format_named(name)
-        if not shows_tools and found.name not in ("hermes", "none"):
+        if tools_in == "text" and found.name not in ("hermes", "none"):
             raise ConfigError(
                 f"tool parser: {name!r} does not go with a chat template that shows the model no tools, which are then "
                 "described to it in Hermes' format; give 'hermes' or 'none', or a chat template that shows them"
             )
-        return cls(found, shows_tools, takes_system, added, frozenset(special))
+        return cls(found, tools_in, takes_system, added, frozenset(special))
 
     @cached_property
     def tokens(self) -> dict[str, int]:
@@ -76,6 +77,13 @@ class Dialect:
         """Tokens that prose may have in it: <think>, say."""
         known = self.special.union(self.format.markers)
         return sorted(token_id for text, token_id in self.added.items() if text not in known)
+
+
+def _place_of_tools(tokenizer: Any) -> Literal["template", "system", "text"]:
+    if _PROBE in _rendered(tokenizer, [_message("user")], tools=[_PROBE_TOOL]):
+        return "template"
+    system = {**_message("system"), "tools": _PROBE}
+    return "system" if _PROBE in _rendered(tokenizer, [system, _message("user")]) else "text"
 
 
 def _message(role: str, content: str = "") -> dict[str, str]:

@@ -78,4 +78,5 @@ class ToolFormat:
     separator: str | None
     suits: Callable[[str, Mapping[str, int]], bool]  # a chat template, and the model's added tokens
     markers: tuple[str, ...] = ()  # what it is told by: must stand in the text, be it special tokens
+    closing: str = ""  # of a list of calls
     is_bare: bool = False  # prose has the opening in it too

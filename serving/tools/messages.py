@@ -30,8 +30,10 @@ def for_template(
     calls and their results become text of Hermes' format. Raises MessageError.
     """
     prepared = _prepared(messages)
-    if not dialect.shows_tools:
+    if dialect.tools_in == "text":
         return _as_text(prepared, tools, dialect)
+    if dialect.tools_in == "system":
+        return _in_system(prepared, tools, dialect)
     if dialect.has_short_ids:
         return [_with_short_ids(message) for message in prepared]
     return prepared
@@ -96,6 +98,10 @@ def _text(content: Any, place: str) -> str:
     return "\n".join(part["text"] for part in content)
 
 
+def _name_and_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": function["name"], "arguments": function["arguments"]}
+
+
 def _with_short_ids(message: Message) -> Message:
     message = dict(message)
     if message.get("tool_call_id"):
@@ -107,6 +113,28 @@ def _with_short_ids(message: Message) -> Message:
 
 def _short_id(call_id: str) -> str:
     return call_id if _MISTRAL_ID.fullmatch(call_id) else hashlib.sha256(call_id.encode()).hexdigest()[:9]
+
+
+# ---- templates that take tools, as JSON, in the system message -----------------------------------------------------
+
+
+def _in_system(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], dialect: Dialect) -> list[Message]:
+    told = [_with_list(message, dialect) for message in messages]
+    if not tools:
+        return told
+    if not told or told[0]["role"] not in ("system", "developer"):
+        told.insert(0, {"role": "system", "content": ""})
+    functions = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    return [{**told[0], "tools": functions}, *told[1:]]
+
+
+def _with_list(message: Message, dialect: Dialect) -> Message:
+    """Such templates do not show calls: they are content."""
+    if "tool_calls" not in message:
+        return message
+    calls = [_name_and_arguments(call["function"]) for call in message["tool_calls"]]
+    text = f"{dialect.format.opening}{json.dumps(calls, ensure_ascii=False)}{dialect.format.closing}"
+    return {"role": "assistant", "content": message["content"] + text}
 
 
 # ---- templates that show no tools --------------------------------------------------------------------------------
@@ -135,8 +163,7 @@ def _told(message: Message) -> Message:
 
 
 def _called(function: Mapping[str, Any]) -> str:
-    call = {"name": function["name"], "arguments": function["arguments"]}
-    return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
+    return f"<tool_call>\n{json.dumps(_name_and_arguments(function), ensure_ascii=False)}\n</tool_call>"
 
 
 def _introduction(tools: Sequence[Mapping[str, Any]]) -> str:

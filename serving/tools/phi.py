@@ -22,6 +22,7 @@ PHI4_MINI = ToolFormat(
     list_reader([_OPENING, "functools"], [_END]),
     _write,
     opening=_OPENING,
+    closing=_END,
     separator=None,
     suits=lambda template, tokens: _END in template or _END in tokens,
     markers=(_OPENING, _END),

@@ -33,7 +33,7 @@ BERN = {"city": 'Bern "x" {é} </tool_call>\n', "days": 3}
 
 
 def parser(name: str, several: bool = True, unwanted: Sequence[str] = ()) -> ChatParser:
-    dialect = Dialect(format_named(name), True, True, {}, frozenset())
+    dialect = Dialect(format_named(name), "template", True, {}, frozenset())
     return ChatParser(dialect, TOOLS, several, Markers(unwanted) if unwanted else None)
 
 

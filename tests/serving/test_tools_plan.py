@@ -104,7 +104,7 @@ def rendered(plan: ToolPlan, tokenizer: Any, messages: Any) -> str:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_tells_its_format(name: str) -> None:
     dialect = Dialect.of(of_family(name))
-    assert (dialect.format.name, dialect.shows_tools, dialect.takes_system) == (name, True, True)
+    assert (dialect.format.name, dialect.tools_in, dialect.takes_system) == (name, "template", True)
     assert Dialect.of(of_family(name), "pythonic").format.name == "pythonic"
 
 
@@ -207,6 +207,23 @@ def test_tools_are_described_beside_parts_of_a_message() -> None:
     described, *rest = plan.messages(messages)[0]["content"]
     assert described["text"].startswith("You may call functions")
     assert rest == messages[0]["content"]
+
+
+def test_a_template_that_takes_tools_in_the_system_message() -> None:
+    """As Phi 4 mini's."""
+    tokenizer = a_tokenizer(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tools is defined and m.tools is not none %}"
+        "<|tool|>{{ m.tools }}<|/tool|>{% endif %}{% endfor %}<assistant>",
+        FAMILIES["phi4_mini"][1],
+    )
+    assert Dialect.of(tokenizer).format.name == "phi4_mini"
+    plan = a_plan(tokenizer, HISTORY, tools=[a_tool("f", {"properties": {}})])
+    assert plan.template_options == {}
+    assert rendered(plan, tokenizer, HISTORY) == (
+        '<system><|tool|>[{"name": "f", "parameters": {"properties": {}}}]<|/tool|><user>Go<assistant><|tool_call|>'
+        '[{"name": "f", "arguments": {"x": 1}}, {"name": "g", "arguments": {}}]<|/tool_call|>'
+        "<tool>one<tool>two<user>So?<assistant>"
+    )
 
 
 def test_without_tools_nothing_is_changed() -> None:
