@@ -9,6 +9,7 @@ from ..tools import Dialect, Tool
 from ..tools.grammar import calls_only, calls_or_json, calls_or_prose
 from ..tools.messages import MessageError, for_template
 from ..tools.reader import Arguments, Call, Event, EventParser, Markers, Reader, Reading, Text
+from ..tools.schemas import why_unenforceable
 from .errors import ApiError
 from .protocol.chat import ChatCompletionRequest, Message
 from .response_format import structured_outputs
@@ -25,7 +26,7 @@ class ToolPlan:
     """
 
     def __init__(self, body: ChatCompletionRequest, tokenizer: Any, dialect: Dialect | None = None) -> None:
-        form = structured_outputs(body.response_format)
+        form = _form(body)
         self._choice = choice = _choice(body)
         self.template_options: dict[str, Any] = {}
         self.sampling: dict[str, Any] = {} if form is None else {"structured_outputs": form}
@@ -67,6 +68,16 @@ class ToolPlan:
             return ChatParser(None)
         unwanted = self._dialect.unwanted if "skip_special_tokens" in self.sampling else None
         return ChatParser(self._dialect, self._choice.tools, self._choice.several, unwanted)
+
+
+def _form(body: ChatCompletionRequest) -> dict[str, Any] | None:
+    """What an answer that is no calls must be: a dict of StructuredOutputsParams."""
+    form = structured_outputs(body.response_format)
+    if form is not None and (reason := why_unenforceable(form.get("json"))) is not None:
+        assert body.response_format is not None
+        name = body.response_format["json_schema"]["name"]
+        raise ApiError(400, f"Invalid schema for response_format '{name}': {reason}", param="response_format")
+    return form
 
 
 def _is_of_calls(message: Message) -> bool:

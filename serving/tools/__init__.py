@@ -5,7 +5,7 @@ lark.py         grammars of answers that have calls in them: a format's `write`
 format.py       what a format is; hermes.py, llama.py …: one file a family; registry.py: all of them
 dialect.py      what one model's tokenizer and chat template can do
 messages.py     conversations as chat templates expect them
-grammar.py      what must come, or may come, as a grammar
+grammar.py      what must come, or may come, as a grammar; schemas.py: what no grammar holds to
 """
 
 from .dialect import Dialect

@@ -7,6 +7,7 @@ from typing import Any
 
 from .lark import Lark
 from .reader import Reader, Reading
+from .schemas import why_unenforceable
 
 _NOT_PLAIN = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "minProperties", "maxProperties")
 
@@ -37,7 +38,7 @@ class Tool:
         }
 
     def why_invalid(self) -> str | None:
-        """Why the schema is none of an object's properties, as far as it matters here."""
+        """Why the schema is none of an object's properties, or cannot be held to where it must be."""
         kind, declared = self.parameters.get("type", "object"), self.parameters.get("properties") or {}
         required = self.parameters.get("required") or []
         if kind != "object":
@@ -46,7 +47,7 @@ class Tool:
             return "'properties' must be an object"
         if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
             return "'required' must be an array of strings"
-        return None
+        return why_unenforceable(self.parameters) if self.is_strict else None
 
     @property
     def is_plain(self) -> bool:

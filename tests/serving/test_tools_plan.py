@@ -20,6 +20,7 @@ from meshlm.serving.api.errors import ApiError
 from meshlm.serving.api.protocol.chat import ChatCompletionRequest
 from meshlm.serving.api.tools import ToolPlan
 from meshlm.serving.tools import FORMATS, Dialect
+from meshlm.serving.tools.schemas import why_unenforceable
 
 PLAIN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + PLAIN
@@ -392,8 +393,20 @@ def test_what_a_lenient_schema_cannot_enforce_is_left_aside() -> None:
     tokenizer = of_family("hermes")
     plan = a_plan(tokenizer, tools=[a_tool("f", schema)], tool_choice="required")
     assert accepts(tokenizer, plan, ONE_CALL["hermes"])
-    plan = a_plan(tokenizer, tools=[a_tool("f", schema, strict=True)], tool_choice="required")
-    with pytest.raises(ConfigError, match="not"):
+    with pytest.raises(ApiError, match="'not' is not permitted"):
+        a_plan(tokenizer, tools=[a_tool("f", schema, strict=True)], tool_choice="required")
+
+
+@pytest.mark.parametrize("keyword", ["not", "uniqueItems", "contains", "if", "propertyNames", "unevaluatedProperties"])
+def test_what_is_not_permitted_is_what_does_not_compile(keyword: str) -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"not": {"type": "array", "items": {}}}}
+    assert why_unenforceable(schema) is None  # a name is no keyword
+    schema["properties"]["not"][keyword] = True
+    assert why_unenforceable(schema) == f"In context=('properties', 'not'), '{keyword}' is not permitted."
+    tokenizer = of_family("hermes")
+    plan = a_plan(tokenizer)
+    plan.sampling = {"structured_outputs": {"json": schema}}
+    with pytest.raises(ConfigError, match=keyword):
         compiled(tokenizer, plan)
 
 
@@ -461,6 +474,21 @@ FORM = {"type": "json_object"}
         ),
         ({"response_format": {"type": "xml"}}, "response_format.type", "Supported values are: "),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "Missing required parameter"),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"anyOf": [{"not": {}}]}},
+                }
+            },
+            "response_format",
+            "Invalid schema for response_format 'x': In context=('anyOf', 0), 'not' is not permitted.",
+        ),
+        (
+            {"tools": [a_tool("f", {"$defs": {"a": {"if": {}}}}, strict=True)]},
+            "tools[0].function.parameters",
+            "Invalid schema for function 'f': In context=('$defs', 'a'), 'if' is not permitted.",
+        ),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
             "response_format.json_schema.schema",
