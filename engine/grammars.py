@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..config import StructuredOutputsParams
@@ -53,6 +54,13 @@ def grammar_of(params: StructuredOutputsParams) -> str:
             return LLMatcher.grammar_from_regex("|".join(map(_escaped, value)))
         case _:
             return LLMatcher.grammar_from_lark(_lark(value))
+
+
+def json_rule(schema: Mapping[str, Any], lenient: bool = False) -> str:
+    """JSON that fulfils a schema, as the body of a rule in Lark. lenient: what cannot be held to is left aside."""
+    options = {"whitespace_pattern": _WHITESPACE, "lenient": lenient}
+    plain = {key: value for key, value in schema.items() if key != "x-guidance"}
+    return "%json " + json.dumps({"x-guidance": options, **_without_narrow_bounds(plain)}, ensure_ascii=False)
 
 
 def _without_narrow_bounds(schema: Any) -> Any:
