@@ -262,6 +262,10 @@ def recommend(
         enough = _ENOUGH * max(plan.total_cache_tokens for plan in fitting)
         dp = max(plan.dp_size for plan in fitting if plan.total_cache_tokens >= enough)
         why = "the most replicas, which send each other nothing, that keep half of the largest cache in all"
+        if dp == 1:
+            why = "one replica, as with more the copies of the weights would leave less than half of the cache"
+    if len(fitting) == 1:
+        why = "the only mesh that fits"
     best = max((plan for plan in fitting if plan.dp_size == dp), key=_merit)
     return best, f"{best.name}: {why}{_within(best)}"
 

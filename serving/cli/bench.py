@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -15,6 +15,8 @@ from .options import NOTE, with_options
 from .ranks import is_first_rank
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from ..bench.figures import Figures, Spread, Times
     from ..bench.workloads import Asked, Workload
 
@@ -100,10 +102,14 @@ PlotOption = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    bench = typer.Typer(help=_HELP, rich_markup_mode=None, no_args_is_help=True)
-    bench.command("throughput", cls=Command, help=_THROUGHPUT, epilog=NOTE)(with_options(_throughput))
-    bench.command("latency", cls=Command, help=_LATENCY, epilog=NOTE)(with_options(_latency))
-    bench.command("serve", cls=Command, help=_SERVE, epilog=_EXAMPLES)(_serve)
+    bench = typer.Typer(help=_HELP, rich_markup_mode=None)
+    commands: dict[str, tuple[Callable[..., int], str, str, str]] = {
+        "throughput": (with_options(_throughput), _THROUGHPUT, NOTE, "Tokens a second of all requests at once."),
+        "latency": (with_options(_latency), _LATENCY, NOTE, "How long one batch takes."),
+        "serve": (_serve, _SERVE, _EXAMPLES, "What clients of a server see."),
+    }
+    for name, (command, text, epilog, summary) in commands.items():
+        bench.command(name, cls=Command, help=text, epilog=epilog, short_help=summary)(command)
     app.add_typer(bench, name="bench")
 
 
@@ -177,7 +183,11 @@ def _latency(
         described |= {"input_len": input_len, "output_len": output_len, "batches": vars(batches)}
         print(json.dumps(described | {"spreads_s": _plain(spreads)}, indent=2))
     elif is_first_rank():
-        _show_spreads(what, spreads)
+        from .console import new_console, show_title
+
+        console = new_console()
+        show_title(console, what)
+        console.print(_spreads_table(spreads))
     if plot is not None and is_first_rank():
         from ..bench.plots import draw
 
@@ -323,10 +333,9 @@ def _tell(title: str, described: Mapping[str, Any], figures: "Figures", as_json:
     if as_json:
         print(json.dumps({**described, **figures.as_dict()}, indent=2))
         return
-    from .console import new_console, new_table
+    from .console import new_console, new_table, show_title
 
-    table = new_table(title, "", "", num_left=1)
-    table.show_header = False
+    console, table = new_console(), new_table()
     failed = f", {figures.num_failed} failed" if figures.num_failed else ""
     table.add_row("workload", f"{described['dataset'] or described['workload']}, seed {described['seed']}")
     table.add_row("requests", f"{figures.num_completed} completed{failed} in {figures.duration_s:.2f} s")
@@ -337,20 +346,21 @@ def _tell(title: str, described: Mapping[str, Any], figures: "Figures", as_json:
     table.add_row("tokens in, out", f"{figures.num_prompt:,}, {figures.num_output:,}")
     table.add_row("output tokens a second", f"{figures.output_per_s:.1f}")
     table.add_row("tokens a second in all", f"{figures.total_per_s:.1f}")
-    new_console().print(table)
-    _show_spreads("", figures.spreads)
+    show_title(console, title)
+    console.print(table, "")
+    console.print(_spreads_table(figures.spreads))
 
 
-def _show_spreads(title: str, spreads: "Mapping[str, Spread | None]") -> None:
-    from .console import new_console, new_table
+def _spreads_table(spreads: "Mapping[str, Spread | None]") -> "Table":
+    from .console import new_table
 
-    table = new_table(title, "ms", "mean", "p50", "p90", "p99")
+    table = new_table("ms", "mean", "p50", "p90", "p99")
     for name, spread in spreads.items():
         if spread is not None:
             values = (spread.mean, spread.p50, spread.p90, spread.p99)
             label = name.upper() if len(name) <= 4 else name
             table.add_row(label, *(f"{value * 1000:.2f}" for value in values))
-    new_console().print(table)
+    return table
 
 
 def _plain(spreads: "Mapping[str, Spread | None]") -> dict[str, Any]:

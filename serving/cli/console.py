@@ -11,9 +11,13 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
 
-def new_table(title: str, *columns: str, num_left: int = 1) -> Table:
-    """The first `num_left` columns stand to the left, the others, numbers, to the right."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+def show_title(console: Console, title: str) -> None:
+    console.print(title, style="bold", markup=False, soft_wrap=True)
+
+
+def new_table(*columns: str, num_left: int = 1) -> Table:
+    """The first `num_left` columns stand to the left, the others, numbers, to the right. No columns: no heading."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns))
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < num_left else "right", header_style="dim")
     return table

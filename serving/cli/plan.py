@@ -127,26 +127,25 @@ def _ranks(ranks: int, memory: "DeviceMemory") -> str:
 def _show(head: str, plans: "Sequence[MeshPlan]") -> None:
     from rich.markup import escape
 
-    from .console import new_console, new_table
+    from .console import new_console, new_table, show_title
 
     console = new_console()
     columns = ("weights", "KV cache", "activations", "tokens of a cache", "in all", "moved a token", "sums")
-    table = new_table("", "dp × pp × tp", *columns)
+    table = new_table("dp × pp × tp", *columns)
     table.add_column("not even", justify="left", header_style="dim", overflow="fold")
     for plan in plans:
         if plan.fits:
             table.add_row(*_row(plan))
-    console.print(f"{escape(head)}\n", style="bold")
+    show_title(console, head)
     if table.row_count:
-        console.print(table)
+        console.print("", table)
         console.print("\nof the rank that has most; moved: over all links of a replica together", style="dim")
     refused = [plan for plan in plans if not plan.fits]
     if refused:
-        table = new_table("", "dp × pp × tp", "does not fit", num_left=2)
+        table = new_table("dp × pp × tp", "does not fit", num_left=2)
         for plan in refused:
             table.add_row(_mesh(plan), escape(str(plan.why_not)))
-        console.print("")
-        console.print(table)
+        console.print("", table)
 
 
 def _mesh(plan: "MeshPlan") -> str:
