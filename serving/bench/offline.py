@@ -10,6 +10,8 @@ from ...engine import InferenceEngine
 from .figures import Spread, Times
 from .workloads import Asked, Workload, make_requests
 
+_WARM_UP = Workload("fixed", num_requests=2, num_input=16, num_output=4, seed=2**31)
+
 
 def vocab_size_of(engine: InferenceEngine) -> int:
     return max(rank.vocabulary[1] for rank in engine.ranks)
@@ -21,7 +23,7 @@ def throughput(
     """All requests at once, after two that warm up: their times, and the seconds that all took. Raises ConfigError if
     one is too long."""
     _check_lengths(engine, requests)
-    generate(engine, make_requests(Workload("fixed", 2, 16, 4, seed=-1 % 2**32), vocab_size_of(engine)), temperature)
+    generate(engine, make_requests(_WARM_UP, vocab_size_of(engine)), temperature)
     return generate(engine, requests, temperature)
 
 
