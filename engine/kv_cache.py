@@ -7,6 +7,7 @@ A block id means the same place in every layer and on every rank of a replica.
 """
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import psutil
 import torch
 
+from ..shardformer.backends import AttentionSpec
 from ..shardformer.base import Stage
 
 
@@ -51,8 +53,12 @@ def copy_blocks(stage: Stage, sources: torch.Tensor, targets: torch.Tensor) -> N
 
 def block_bytes(stage: Stage, block_size: int) -> int:
     """Bytes that one block takes on this rank, all its layers together."""
-    elements = sum(attention.backend.spec.token_size for attention in stage.attentions)
-    return elements * block_size * stage.dtype.itemsize
+    return cache_bytes((attention.backend.spec for attention in stage.attentions), block_size)
+
+
+def cache_bytes(layers: Iterable[AttentionSpec], num_tokens: int) -> int:
+    """Bytes that so many tokens take in the caches of these layers."""
+    return num_tokens * sum(spec.token_size * spec.dtype.itemsize for spec in layers)
 
 
 def available_bytes(device: torch.device) -> int:

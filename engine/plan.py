@@ -4,7 +4,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -219,7 +219,24 @@ def runs_on(dtype: torch.dtype, device: torch.device) -> bool:
         return False
 
 
-def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_len: int) -> int:
+class RankRoom(Protocol):
+    """What is to be known of a rank to find room for its cache: of a `RankInfo`, or of one that is only planned."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def host(self) -> str: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def available_bytes(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def block_bytes(self) -> int: ...
+
+
+def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankRoom], max_len: int) -> int:
     """Blocks of a replica's cache: what the tightest rank has room for, at most what all sequences could ever fill.
 
     Raises ConfigError if that is less than one block, or less than a sequence of the length that the config asks for,
@@ -228,7 +245,7 @@ def choose_num_blocks(config: InferenceConfig, ranks: Sequence[RankInfo], max_le
     block_size = ranks[0].block_size
     sharing = Counter((rank.host, rank.device) for rank in ranks)
 
-    def room(rank: RankInfo) -> int:
+    def room(rank: RankRoom) -> int:
         """Bytes for this rank's cache."""
         if config.kv_memory_bytes is not None:
             return int(config.kv_memory_bytes)
@@ -273,12 +290,12 @@ def check_draft_room(ranks: Sequence[RankInfo], num_blocks: int) -> None:
             )
 
 
-def _check_room(config: InferenceConfig, ranks: Sequence[RankInfo], num_blocks: int) -> None:
+def _check_room(config: InferenceConfig, ranks: Sequence[RankRoom], num_blocks: int) -> None:
     """Proves that a cache whose size the config fixes fits on each device, beside those of the ranks that share it."""
     field = next((name for name in ("num_kv_blocks", "kv_memory_bytes") if getattr(config, name) is not None), None)
     if field is None:
         return
-    on_device: dict[tuple[str, str], list[RankInfo]] = {}
+    on_device: dict[tuple[str, str], list[RankRoom]] = {}
     for rank in ranks:
         on_device.setdefault((rank.host, rank.device), []).append(rank)
     for (_, device), sharing in on_device.items():

@@ -141,18 +141,37 @@ def _cpu() -> tuple[int, dict[str, Any]]:
 
 def describe_environment(environment: Environment) -> str:
     """For people: the same, the reasons numbered below each table."""
-    versions = [f"{name} {version or 'not installed'}" for name, version in environment.versions.items()]
-    found = [f"{name} ({version})" for name, version in environment.flash.items() if version is not None]
-    missing = [name for name, version in environment.flash.items() if version is None]
-    lines = [", ".join(versions), f"FlashAttention: {', '.join(found) or 'none'}"]
-    if missing:
-        lines[-1] += f"; not installed: {', '.join(missing)}"
+    lines = describe_versions(environment)
     for device in environment.devices:
         lines += ["", *_describe_device(device, environment.layer)]
     return "\n".join(lines)
 
 
+def describe_versions(environment: Environment) -> list[str]:
+    versions = [f"{name} {version or 'not installed'}" for name, version in environment.versions.items()]
+    found = [f"{name} ({version})" for name, version in environment.flash.items() if version is not None]
+    missing = [name for name, version in environment.flash.items() if version is None]
+    flash = f"FlashAttention: {', '.join(found) or 'none'}"
+    return [", ".join(versions), flash + (f"; not installed: {', '.join(missing)}" if missing else "")]
+
+
 def _describe_device(device: Device, layer: Mapping[str, int]) -> list[str]:
+    table, reasons = backend_table(device)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        describe_device(device),
+        f"  {describe_layer(layer)}:",
+        *(
+            "    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ),
+        *(f"    {reason}" for reason in reasons),
+        *(f"  {line}" for line in describe_ops(device)),
+    ]
+
+
+def backend_table(device: Device) -> tuple[list[list[str]], list[str]]:
+    """Rows, the first of which has the dtypes and the last what "auto" takes; and the reasons, by their numbers."""
     reasons: dict[str, int] = {}
 
     def answer(why_not: Sequence[str]) -> str:
@@ -162,24 +181,29 @@ def _describe_device(device: Device, layer: Mapping[str, int]) -> list[str]:
     table = [["attention", *device.auto]]
     table += [[name, *map(answer, cells.values())] for name, cells in device.attention.items()]
     table.append(["auto takes", *device.auto.values()])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return table, [f"({number}) {reason}" for reason, number in reasons.items()]
+
+
+def describe_layer(layer: Mapping[str, int]) -> str:
     heads = f"{layer['num_heads']} query and {layer['num_kv_heads']} KV heads of {layer['head_dim']}"
-    lines = [
+    return f"which backends serve a layer of {heads}"
+
+
+def describe_device(device: Device) -> str:
+    return (
         f"{device.device}: {', '.join([device.name, *_details(device.details)])}, "
-        f"{device.memory_bytes / 2**30:.1f} GiB of memory, {device.free_bytes / 2**30:.1f} free",
-        f"  which backends serve a layer of {heads}:",
-        *(
-            "    " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in table
-        ),
-        *(f"    ({number}) {reason}" for reason, number in reasons.items()),
-    ]
+        f"{device.memory_bytes / 2**30:.1f} GiB of memory, {device.free_bytes / 2**30:.1f} free"
+    )
+
+
+def describe_ops(device: Device) -> list[str]:
     alike: dict[tuple[str, str], list[str]] = {}
     for dtype, name in device.ops.items():
         alike.setdefault((name, ", ".join(device.plain_ops[dtype])), []).append(dtype)
+    lines = []
     for (name, plain), dtypes in alike.items():
         some = f"; in plain torch: {plain}" if plain and not name.startswith("eager") else ""
-        lines.append(f"  ops in {', '.join(dtypes)}: {name}{some}")
+        lines.append(f"ops in {', '.join(dtypes)}: {name}{some}")
     return lines
 
 

@@ -61,6 +61,18 @@ def open_checkpoint(
     )
 
 
+def read_spec(model: Model, *, policy: str = "auto", trust_remote_code: bool = False) -> ModelSpec:
+    """What a model's config says of it, whether or not there are weights; the dtype too, float32 if it names none.
+
+    model: as for `open_checkpoint`; of a directory no more is read than its config.json, or a config's own path.
+    """
+    if isinstance(model, str | Path):
+        path = Path(model).expanduser()
+        if path.is_dir() or (path.suffix == ".json" and path.exists()):
+            return _read_path(path, str(model), policy, trust_remote_code).spec
+    return open_checkpoint(model, policy=policy, trust_remote_code=trust_remote_code).spec
+
+
 def _open_module(model: nn.Module, policy: str) -> Checkpoint:
     config, name = getattr(model, "config", None), type(model).__name__
     if config is None:
@@ -119,12 +131,37 @@ def _open_gguf(path: Path, name: str, policy: str) -> Checkpoint:
 
 
 def _open_directory(path: Path, name: str, policy: str, allow_pickle: bool, trust_remote_code: bool) -> Checkpoint:
+    found = _read_path(path, name, policy, trust_remote_code)
+    config, spec = found.config, found.spec
+    source = _open_files(path, allow_pickle)
+    source = MXFP4Source(source) if found.quant_method == _DEQUANTISED else source
+    spec = _of_dtype(spec, config, source)
+    if source.shapes != spec.shapes():
+        try:
+            source = converted(source, config, found.runs_code)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: {error}") from error
+    return _checked(config, spec, source, name)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What a config.json says."""
+
+    config: Any  # transformers'
+    spec: ModelSpec
+    runs_code: bool  # that the directory brings
+    quant_method: str | None
+
+
+def _read_path(path: Path, name: str, policy: str, trust_remote_code: bool) -> _Read:
+    """path: of a directory with a config.json, or of such a file."""
     from transformers import AutoConfig
 
-    file = path / "config.json"
+    file = path / "config.json" if path.is_dir() else path
     fields = _read_fields(file)
     architectures = fields.get("architectures") or []
-    runs_code = _needs_remote_code(fields, path, trust_remote_code)
+    runs_code = _needs_remote_code(fields, file.parent, trust_remote_code)
     method = (fields.get("quantization_config") or {}).get("quant_method")
     if method not in (None, _DEQUANTISED):
         raise CheckpointError(
@@ -135,17 +172,8 @@ def _open_directory(path: Path, name: str, policy: str, allow_pickle: bool, trus
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=runs_code)
     except Exception as error:
         raise CheckpointError(f"{file}: {_one_line(error)}") from error
-    own = _own_class(fields["auto_map"], path) if runs_code else None
-    spec = _read_spec(config, architectures, name, policy, own)
-    source = _open_files(path, allow_pickle)
-    source = MXFP4Source(source) if method == _DEQUANTISED else source
-    spec = _of_dtype(spec, config, source)
-    if source.shapes != spec.shapes():
-        try:
-            source = converted(source, config, runs_code)
-        except CheckpointError as error:
-            raise CheckpointError(f"{name}: {error}") from error
-    return _checked(config, spec, source, name)
+    own = _own_class(fields["auto_map"], file.parent) if runs_code else None
+    return _Read(config, _read_spec(config, architectures, name, policy, own), runs_code, method)
 
 
 def _read_fields(file: Path) -> dict[str, Any]:
