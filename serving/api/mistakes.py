@@ -48,15 +48,13 @@ class _Mistake:
         self.message: str = error["msg"].removeprefix("Value error, ")
         self.input = error.get("input")
         self.keys: list[str | int] = []
-        where = [key for key in error["loc"] if key not in ("body", "query", "path")]
+        where = error["loc"][1:]  # after "body"
         for key in where:
-            if (isinstance(body, Mapping) and key in body) or (
-                isinstance(key, int) and isinstance(body, list) and key < len(body)
-            ):
+            is_there = key in body if isinstance(body, Mapping) else isinstance(body, list) and key in range(len(body))
+            if is_there:
                 body = body[key]
-            elif not (self.type == "missing" and key is where[-1]):
-                continue
-            self.keys.append(key)
+            if is_there or (self.type == "missing" and key is where[-1]):
+                self.keys.append(key)
 
     @property
     def param(self) -> str:

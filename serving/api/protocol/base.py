@@ -114,4 +114,4 @@ def one_or_many(given: str | Sequence[int] | Sequence[str] | Sequence[Sequence[i
         return [given]
     if not given or isinstance(given[0], int):
         return [list(given)]  # type: ignore[arg-type]
-    return [each if isinstance(each, str) else list(each) for each in given]  # type: ignore[arg-type, union-attr]
+    return [each if isinstance(each, str) else list(each) for each in given]  # type: ignore[arg-type]
