@@ -15,7 +15,7 @@ from ...engine.prompts import PreparedRequest, Preparer
 from .answers import JsonAnswer, usage_of
 from .errors import ApiError
 from .logprobs import LogprobsReader, chat_logprobs
-from .messages import render_chat
+from .messages import render_chat, template_messages
 from .protocol.chat import ChatCompletionRequest
 from .routing import new_router
 from .sampling import Sampling, new_sampling
@@ -66,9 +66,9 @@ class _Chat:
         return cls(service, body, plan, sampling, head | {"system_fingerprint": service.fingerprint})
 
     def prepare(self, preparer: Preparer) -> list[PreparedRequest]:
-        messages = [message.model_dump(exclude_unset=True) for message in self.body.messages]
+        given = template_messages([message.model_dump(exclude_unset=True) for message in self.body.messages])
         options = {**self.plan.template_options, **(self.body.chat_template_kwargs or {})}
-        return self.sampling.prepare(preparer, [render_chat(preparer.tokenizer, messages, options)])
+        return self.sampling.prepare(preparer, [render_chat(preparer.tokenizer, self.plan.messages(given), options)])
 
     async def answer(self, request: Request, streams: list[RequestStream]) -> Response:
         outputs = await self.service.last(request, streams)

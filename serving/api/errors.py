@@ -1,6 +1,7 @@
 """What a client is told of what went wrong: OpenAI's error bodies and status codes."""
 
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,12 +47,13 @@ def bad_request(error: Exception, param: str | None = None) -> ApiError:
 
     param: the field that the engine calls the prompt, which also stands where it names none.
     """
-    message = str(error).removeprefix("SamplingParams.").removeprefix("SamplingParams: ")
+    message = str(error).removeprefix("SamplingParams.").removeprefix("SamplingParams: ").split("; SamplingParams.")[0]
+    message = message.replace("StructuredOutputsParams", "structured_outputs", 1)
     if param is not None and message.startswith("prompt:"):
         message = param + message.removeprefix("prompt")
-    field = message.split(":")[0].split("=")[0].split("[")[0].strip()
+    named = re.match(r"([a-z_]+)[.:=\[]", message)
     code = "context_length_exceeded" if "max_model_len" in message and " tokens; " in message else None
-    return ApiError(400, message, param=field if field.isidentifier() else param, code=code)
+    return ApiError(400, message, param=named[1] if named else param, code=code)
 
 
 def unsupported(param: str, why: str) -> ApiError:

@@ -55,6 +55,8 @@ class _Mistake:
                 body = body[key]
             if is_there or (self.type == "missing" and key is where[-1]):
                 self.keys.append(key)
+        if self.type == "extra_forbidden" and "name" in self.context:  # of many, the first
+            self.keys.append(self.context["name"])
 
     @property
     def param(self) -> str:

@@ -15,7 +15,7 @@ from ...engine.prompts import PreparedRequest, Preparer
 from .answers import JsonAnswer, usage_of
 from .errors import ApiError
 from .logprobs import LogprobsReader, chat_logprobs
-from .messages import render_chat
+from .messages import render_chat, template_messages
 from .protocol.responses import ResponseRequest
 from .response_format import structured_outputs
 from .routing import new_router
@@ -45,7 +45,7 @@ def response_routes(service: Service) -> APIRouter:
 
 @dataclass(frozen=True)
 class _Answer:
-    """One request's response. temperature, top_p: as they are drawn with."""
+    """One request's response."""
 
     service: Service
     body: ResponseRequest
@@ -72,9 +72,11 @@ class _Answer:
         if isinstance(self.body.input, str):
             messages = [{"role": "user", "content": self.body.input}]
         else:
-            messages = [{"role": message.role, "content": message.content} for message in self.body.input]
+            messages = template_messages(
+                [{"role": message.role, "content": message.content} for message in self.body.input], "input"
+            )
         if self.body.instructions is not None:
-            messages.insert(0, {"role": "developer", "content": self.body.instructions})
+            messages.insert(0, {"role": "system", "content": self.body.instructions})
         return self.sampling.prepare(preparer, [render_chat(preparer.tokenizer, messages, {}, "input")])
 
     def ended(self, output: RequestOutput) -> dict[str, Any]:

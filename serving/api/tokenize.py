@@ -8,7 +8,7 @@ from starlette.responses import Response
 from ...engine.prompts import Preparer
 from .answers import JsonAnswer
 from .errors import ApiError
-from .messages import render_chat
+from .messages import render_chat, template_messages
 from .protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from .routing import new_router
 from .service import Service
@@ -57,7 +57,7 @@ def _token_ids(preparer: Preparer, body: TokenizeRequest) -> list[int]:
     options["continue_final_message"] = bool(body.continue_final_message)
     if body.tools:
         options["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-    messages = [message.model_dump(exclude_unset=True) for message in body.messages or ()]
+    messages = template_messages([message.model_dump(exclude_unset=True) for message in body.messages or ()])
     return render_chat(preparer.tokenizer, messages, options, add_special_tokens=bool(body.add_special_tokens))
 
 

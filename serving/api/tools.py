@@ -1,5 +1,6 @@
 """What `tools`, `tool_choice` and `response_format` mean for what is drawn, and for what is sent back."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .errors import unsupported
@@ -16,6 +17,10 @@ class ToolPlan:
         self.template_options: dict[str, Any] = {}
         form = structured_outputs(body.response_format)
         self.sampling: dict[str, Any] = {} if form is None else {"structured_outputs": form}
+
+    def messages(self, messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """As the chat template expects them."""
+        return [dict(message) for message in messages]
 
     def parser(self) -> "ChatParser":
         """Of one choice."""

@@ -1,6 +1,7 @@
 """What a client is told of its mistakes: OpenAI's status codes and bodies."""
 
 import asyncio
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -9,13 +10,17 @@ import httpx
 import openai
 import pytest
 from openai import OpenAI
+from pydantic import ValidationError
 
 from meshlm.serving.api import Service, create_app
+from meshlm.serving.api.protocol.completions import CompletionRequest
 from meshlm.serving.api.service import Limits
 from served import Server
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
+DEEP: Any = functools.reduce(lambda inner, _: {"a": inner}, range(800), {})
+DEEPLY = (400, "structured_outputs", None)
 
 
 def error_of(answer: httpx.Response) -> tuple[int, str | None, str | None]:
@@ -70,6 +75,16 @@ def error_of(answer: httpx.Response) -> tuple[int, str | None, str | None]:
         (TEXT, {"prompt": "a", "logprobs": 21}, (400, "logprobs", "integer_above_max_value")),
         (TEXT, {"prompt": ["a"] * 50, "n": 3}, (400, "prompt", "integer_above_max_value")),
         (TEXT, {"prompt": "a", "priority": -1}, (400, "priority", "integer_below_min_value")),
+        (
+            CHAT,
+            {**HI, "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": DEEP}}},
+            DEEPLY,
+        ),
+        (CHAT, {"messages": [{"role": "user", "content": "a", "more": DEEP}]}, (400, "messages", None)),
+        (CHAT, {**HI, "structured_outputs": {"json": DEEP}}, DEEPLY),
+        (TEXT, {"prompt": [None, "a"]}, (400, "prompt[0]", "invalid_type")),
+        (CHAT, {**HI, **{f"x{i}": 1 for i in range(100)}}, (400, None, None)),
+        (CHAT, {**HI, "metadata": {f"x{i}": 1 for i in range(100)}}, (400, "metadata", None)),
         ("/v1/responses", {"input": "a", "x": 1}, (400, "x", "unknown_parameter")),
         ("/v1/responses", {"input": [{"type": "reasoning"}]}, (400, "input[0].type", "invalid_value")),
     ],
@@ -131,6 +146,22 @@ def test_models_and_version(client: OpenAI, server: Server) -> None:
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-9")
     assert {*httpx.get(f"{server.url}/version").json()} == {"version"}
+
+
+def test_of_a_body_of_mistakes_one_is_looked_for() -> None:
+    many = {f"x{number}": 1 for number in range(10**5)}
+    bodies: list[dict[str, Any]] = [
+        {"prompt": [None] * 10**5},
+        {"prompt": [[1], [None] * 10**5]},
+        {"prompt": "a", **many},
+        {"prompt": "a", "structured_outputs": many},
+        {"prompt": "a", "stream": True, "stream_options": many},
+        {"prompt": "a", "allowed_token_ids": [-1] * 10**5},
+    ]
+    for body in bodies:
+        with pytest.raises(ValidationError) as caught:
+            CompletionRequest.model_validate(body)
+        assert caught.value.error_count() < 10
 
 
 # ---- with other settings, without a socket ---------------------------------------------------------------------------

@@ -1,28 +1,52 @@
 """What requests have in common."""
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import ApiError
 
+T = TypeVar("T")
 MAX_LOGPROBS = 20
 _MAX_STOPS = 16  # OpenAI has 4; each is looked for with every token, in everybody's step
 _LEAST_TOP_P = 1e-6  # takes the likeliest token, as OpenAI's 0 does
 
+# A body may be all mistakes. Only the first is told, so no more are looked for: millions of them would take seconds of
+# everybody's time.
+List = Annotated[list[T], Field(fail_fast=True)]
+TokenIds = List[Annotated[int, Field(ge=0)]]
+Prompts = str | List[int] | List[str] | List[List[int]]
+Metadata = Annotated[  # checked by `check_metadata`
+    dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "string"}})
+]
+_Bias = Annotated[  # checked by `_bias`
+    dict[str, Any], WithJsonSchema({"type": "object", "additionalProperties": {"type": "number"}})
+]
 
-class Body(BaseModel):
-    """The body of a request."""
+
+class Strict(BaseModel):
+    """An object with these fields and no others. Nothing is converted."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _first_unknown(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and len(values) > len(cls.model_fields):
+            name = next(key for key in values if key not in cls.model_fields)
+            raise PydanticCustomError("extra_forbidden", "unknown", {"name": name})
+        return values
+
+
+class Body(Strict):
+    """The body of a request."""
 
     model: str | None = None
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(Strict):
     include_usage: bool | None = False
     continuous_usage_stats: bool | None = False  # vLLM's: usage so far with every chunk
     include_obfuscation: bool | None = False  # no padding is ever sent
@@ -34,11 +58,11 @@ class SamplingFields(Body):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
     n: int | None = Field(default=None, ge=1, le=128)
-    stop: str | Annotated[Sequence[str], Field(max_length=_MAX_STOPS)] | None = None
+    stop: str | Annotated[List[str], Field(max_length=_MAX_STOPS)] | None = None
     seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    logit_bias: Mapping[str, float] | None = None
+    logit_bias: _Bias | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -48,9 +72,9 @@ class SamplingFields(Body):
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     min_tokens: int | None = None
-    bad_words: Sequence[str] | None = None
-    allowed_token_ids: Sequence[int] | None = None
-    stop_token_ids: Sequence[int] | None = None
+    bad_words: List[str] | None = None
+    allowed_token_ids: TokenIds | None = None
+    stop_token_ids: TokenIds | None = None
     ignore_eos: bool | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
@@ -59,7 +83,7 @@ class SamplingFields(Body):
     best_of: int | None = None
     num_beams: int | None = None
     length_penalty: float | None = None
-    structured_outputs: Mapping[str, Any] | None = None
+    structured_outputs: Annotated[dict[str, Any], Field(max_length=8)] | None = None
 
     def check(self) -> None:
         """Raises ApiError for what is not done, or not together."""
@@ -80,7 +104,7 @@ class SamplingFields(Body):
         values["top_p"] = None if self.top_p is None else max(self.top_p, _LEAST_TOP_P)
         values["seed"] = None if self.seed is None else self.seed % 2**63  # OpenAI's seeds are signed
         if self.logit_bias is not None:
-            values["logit_bias"] = {_token_id(key): value for key, value in self.logit_bias.items()}
+            values["logit_bias"] = _bias(self.logit_bias)
         return {name: value for name, value in values.items() if value is not None}
 
     @property
@@ -102,13 +126,22 @@ _OURS = tuple(SamplingFields.model_fields)[tuple(SamplingFields.model_fields).in
 _AS_THEY_ARE = ("temperature", "n", "presence_penalty", "frequency_penalty", *_OURS)
 
 
-def _token_id(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise ApiError(400, f"Invalid key in 'logit_bias': {text!r} is not a token id", param="logit_bias")
-    return int(text)
+def _bias(given: Mapping[str, Any]) -> dict[int, float]:
+    for key, value in given.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 10):
+            raise ApiError(400, f"Invalid key in 'logit_bias': {key!r} is not a token id", param="logit_bias")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -100 <= value <= 100:
+            message = f"Invalid value in 'logit_bias' for {key!r}: it must be a number from -100 to 100"
+            raise ApiError(400, message, param="logit_bias")
+    return {int(key): float(value) for key, value in given.items()}
 
 
-def one_or_many(given: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]) -> list[str | list[int]]:
+def check_metadata(metadata: Mapping[str, Any] | None) -> None:
+    if metadata and (len(metadata) > 16 or not all(isinstance(value, str) for value in metadata.values())):
+        raise ApiError(400, "Invalid 'metadata': it may have up to 16 pairs of strings", param="metadata")
+
+
+def one_or_many(given: Prompts) -> list[str | list[int]]:
     """Texts and lists of token ids, of which OpenAI's fields take one or several."""
     if isinstance(given, str):
         return [given]

@@ -1,17 +1,15 @@
 """`POST /v1/completions`."""
 
-from collections.abc import Sequence
-
 from pydantic import Field
 
 from ..errors import unsupported
-from .base import MAX_LOGPROBS, SamplingFields, one_or_many
+from .base import MAX_LOGPROBS, Prompts, SamplingFields, one_or_many
 
 DEFAULT_MAX_TOKENS = 16
 
 
 class CompletionRequest(SamplingFields):
-    prompt: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+    prompt: Prompts
     max_tokens: int | None = Field(default=None, ge=0)
     logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     echo: bool | None = False

@@ -1,13 +1,12 @@
 """`POST /v1/embeddings`."""
 
-from collections.abc import Sequence
 from typing import Literal
 
-from .base import Body, one_or_many
+from .base import Body, Prompts, one_or_many
 
 
 class EmbeddingRequest(Body):
-    input: str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
+    input: Prompts
     encoding_format: Literal["float", "base64"] | None = "float"
     dimensions: int | None = None
     user: str | None = None

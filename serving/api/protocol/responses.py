@@ -1,12 +1,11 @@
 """`POST /v1/responses`."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ..errors import ApiError, unsupported
-from .base import MAX_LOGPROBS, Body
+from .base import MAX_LOGPROBS, Body, List, Metadata, Strict, check_metadata
 
 LOGPROBS = "message.output_text.logprobs"  # what `include` may hold
 _NOT_HERE = {  # and why
@@ -19,32 +18,26 @@ _NOT_HERE = {  # and why
 }
 
 
-class InputMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class InputMessage(Strict):
     type: Literal["message"] | None = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | Sequence[Mapping[str, Any]]
+    content: str | List[dict[str, Any]]
     id: str | None = None  # of an output that is sent back
     status: str | None = None
     phase: str | None = None
 
 
-class TextConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    format: Mapping[str, Any] | None = None
+class TextConfig(Strict):
+    format: dict[str, Any] | None = None
     verbosity: str | None = None
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
+class StreamOptions(Strict):
     include_obfuscation: bool | None = False
 
 
 class ResponseRequest(Body):
-    input: str | Sequence[InputMessage]
+    input: str | List[InputMessage]
     instructions: str | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
     temperature: float | None = Field(default=None, ge=0, le=2)
@@ -53,13 +46,13 @@ class ResponseRequest(Body):
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
-    include: Sequence[str] | None = None
+    include: List[str] | None = None
     truncation: Literal["auto", "disabled"] | None = "disabled"
-    tool_choice: str | Mapping[str, Any] | None = "auto"
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = "auto"
+    tools: List[dict[str, Any]] | None = None
     parallel_tool_calls: bool | None = True
     max_tool_calls: int | None = None
-    metadata: Mapping[str, str] | None = None
+    metadata: Metadata | None = None
     user: str | None = None
     store: bool | None = None  # nothing is: answers say so
     service_tier: str | None = None
@@ -68,12 +61,13 @@ class ResponseRequest(Body):
     prompt_cache_retention: str | None = None
     background: bool | None = None
     previous_response_id: str | None = None
-    conversation: str | Mapping[str, Any] | None = None
-    prompt: Mapping[str, Any] | None = None
-    reasoning: Mapping[str, Any] | None = None
+    conversation: str | dict[str, Any] | None = None
+    prompt: dict[str, Any] | None = None
+    reasoning: dict[str, Any] | None = None
 
     def check(self) -> None:
         """Raises ApiError for what is not done, or not together."""
+        check_metadata(self.metadata)
         for name, why in _NOT_HERE.items():
             if getattr(self, name):
                 raise unsupported(name, why)
