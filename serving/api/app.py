@@ -7,7 +7,6 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ... import __version__
 from .chat import chat_routes
 from .completions import completion_routes
 from .embeddings import embedding_routes
@@ -15,7 +14,7 @@ from .errors import ApiError
 from .handlers import add_error_handlers
 from .models import model_routes
 from .responses import response_routes
-from .service import Service
+from .service import VERSION, Service
 from .tokenize import tokenize_routes
 
 _ROUTES = (model_routes, completion_routes, chat_routes, embedding_routes, response_routes, tokenize_routes)
@@ -25,7 +24,7 @@ _OPEN = ("/health", "/health/live", "/health/ready", "/metrics", "/version", "/"
 def create_app(service: Service) -> FastAPI:
     # No pages of documentation: they would fetch their scripts from elsewhere. /openapi.json says it all.
     about = "OpenAI's API on a mesh of ranks"
-    app = FastAPI(title="MeshLM", version=__version__, description=about, docs_url=None, redoc_url=None)
+    app = FastAPI(title="MeshLM", version=VERSION, description=about, docs_url=None, redoc_url=None)
     add_error_handlers(app)
     for routes in _ROUTES:
         app.include_router(routes(service))

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import hashlib
+import sys
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,6 @@ from uuid import uuid4
 
 from starlette.requests import Request
 
-from ... import __version__
 from ...engine.async_engine import AsyncInferenceEngine, QueueFull, RequestStream
 from ...engine.output import RequestOutput
 from ...engine.prompts import PreparedRequest, Preparer
@@ -21,6 +21,7 @@ from .sse import unless_disconnected
 from .token_texts import TokenTexts
 
 T = TypeVar("T")
+VERSION: str = sys.modules[__name__.partition(".")[0]].__version__
 FINISH_REASONS: dict[str | None, str | None] = {None: None, "stop": "stop", "length": "length", "abort": "stop"}
 
 
@@ -51,7 +52,7 @@ class Service:
     def __post_init__(self) -> None:
         self.tokenizer = copy.deepcopy(self.engine.tokenizer)
         self.texts = TokenTexts(self.tokenizer)
-        told = f"{__version__} {self.model_name} {self.engine.config!r}"
+        told = f"{VERSION} {self.model_name} {self.engine.config!r}"
         self.fingerprint = f"fp_{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     @property

@@ -147,4 +147,4 @@ def one_or_many(given: Prompts) -> list[str | list[int]]:
         return [given]
     if not given or isinstance(given[0], int):
         return [list(given)]  # type: ignore[arg-type]
-    return [each if isinstance(each, str) else list(each) for each in given]  # type: ignore[arg-type]
+    return [each if isinstance(each, str) else list(each) for each in given]
