@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .chat import chat_routes
@@ -31,6 +32,8 @@ def create_app(service: Service) -> FastAPI:
     app.add_middleware(_BodyLimit, most=service.limits.max_body_bytes)
     if service.api_keys:
         app.add_middleware(_Keys, keys=service.api_keys)
+    if service.cors_origins:  # asked before the keys: a browser asks first without one
+        app.add_middleware(CORSMiddleware, allow_origins=service.cors_origins, allow_methods="*", allow_headers="*")
     return app
 
 

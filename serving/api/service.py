@@ -37,11 +37,15 @@ class Limits:
 
 @dataclass(eq=False)
 class Service:
-    """One model behind the API. api_keys: of which a client must send one, if there are any."""
+    """One model behind the API.
+
+    api_keys: of which a client must send one, if there are any. cors_origins: of pages that may ask from a browser.
+    """
 
     engine: AsyncInferenceEngine
     model_names: tuple[str, ...]  # the first is what answers say
     api_keys: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
     limits: Limits = Limits()
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False  # no new requests are taken

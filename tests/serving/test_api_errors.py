@@ -3,19 +3,26 @@
 import asyncio
 import functools
 import json
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 from openai import OpenAI
 from pydantic import ValidationError
 
+from meshlm import InferenceConfig
+from meshlm.engine.async_engine import AsyncInferenceEngine
 from meshlm.serving.api import Service, create_app
 from meshlm.serving.api.protocol.completions import CompletionRequest
 from meshlm.serving.api.service import Limits
 from served import Server
+from tiny import make_llama
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
@@ -174,14 +181,17 @@ def other_service(server: Server) -> Iterator[Service]:
     server.wait_until_idle()
 
 
-def post(service: Service, path: str = TEXT, key: str | None = "two", **values: Any) -> httpx.Response:
+def send(app: FastAPI, method: str, path: str = TEXT, **values: Any) -> httpx.Response:
     async def answer() -> httpx.Response:
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        transport = httpx.ASGITransport(create_app(service))
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            return await client.post(path, headers=headers, **values)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            return await client.request(method, path, **values)
 
     return asyncio.run(answer())
+
+
+def post(service: Service, path: str = TEXT, key: str | None = "two", **values: Any) -> httpx.Response:
+    headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+    return send(create_app(service), "POST", path, headers=headers, **values)
 
 
 def test_keys(other_service: Service) -> None:
@@ -223,3 +233,43 @@ def test_a_full_queue(other_service: Service, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(other_service.engine, "max_queued", 0)
     answer = post(other_service, json={"prompt": "a"})
     assert error_of(answer) == (429, None, "rate_limit_exceeded") and int(answer.headers["retry-after"]) >= 1
+
+
+def test_pages_from_elsewhere(server: Server) -> None:
+    """They are let in by name alone."""
+    asked = {"Origin": "http://page", "Access-Control-Request-Method": "POST"}
+    for origins, status in (((), 405), (("http://page",), 200), (("http://other",), 400)):
+        app = create_app(Service(server.engine, ("tiny",), cors_origins=origins))
+        answer = send(app, "OPTIONS", headers=asked)
+        assert (answer.status_code, "access-control-allow-origin" in answer.headers) == (status, status == 200)
+
+
+def test_a_long_text_holds_up_nobody(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is split into tokens in a thread of its own, while the event loop answers others."""
+    go_on = threading.Event()
+    tokenizer = server.engine.tokenizer
+
+    class Slow:
+        def encode(self, text: str, **options: Any) -> list[int]:
+            assert go_on.wait(30)
+            token_ids: list[int] = tokenizer.encode(text, **options)
+            return token_ids
+
+    monkeypatch.setattr(server.engine, "_preparer", replace(server.engine._preparer, tokenizer=Slow()))
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(httpx.post, server.url + TEXT, json={"prompt": "a", "max_tokens": 1})
+        assert httpx.get(f"{server.url}/version", timeout=20).status_code == 200
+        assert not slow.done()
+        go_on.set()
+        assert slow.result().status_code == 200
+
+
+def test_a_model_without_a_tokenizer() -> None:
+    """It takes and gives token ids."""
+    with AsyncInferenceEngine(make_llama(), InferenceConfig(device="cpu", dtype="float32", num_kv_blocks=16)) as engine:
+        app = create_app(Service(engine, ("tiny",)))
+        answer = send(app, "POST", json={"prompt": [1, 2], "max_tokens": 3, "logprobs": 1, "echo": True})
+        assert answer.status_code == 200 and answer.json()["usage"]["completion_tokens"] == 3
+        for path, body in ((TEXT, {"prompt": "a"}), (CHAT, HI), ("/tokenize", {"prompt": "a"})):
+            assert error_of(send(app, "POST", path, json=body))[0] == 400
+        assert send(app, "POST", "/v1/embeddings", json={"input": [1, 2]}).status_code == 200
