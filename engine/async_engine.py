@@ -5,9 +5,9 @@
     RequestStream ◀── one call for each step ──────────────── core.step()
     leaving the stream ─────────────────────────▶ commands ──▶ aborted between two steps
 
-The thread alone touches the engine, in one call of `World.everywhere` that lasts until `close`: under torchrun the other
-ranks follow it from their own `AsyncInferenceEngine.follow`. A stream keeps what has come since its reader last looked
-as one output, so a slow reader holds up nobody and costs no more memory than its output has.
+The thread alone touches the engine, in one call of `World.everywhere` that lasts until `close`: under torchrun the
+other ranks follow it from their own `AsyncInferenceEngine.follow`. A stream keeps what has come since its reader last
+looked as one output, so a slow reader holds up nobody and costs no more memory than its output has.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from statistics import mean
 from types import TracebackType
@@ -75,11 +76,11 @@ class RequestStream:
 
     async def last(self) -> RequestOutput:
         """Waits for the end."""
-        output = None
+        last = None
         async for output in self:
-            pass
-        assert output is not None
-        return output
+            last = output
+        assert last is not None
+        return last
 
     def close(self, error: BaseException | None = None) -> None:
         """Aborts the request, unless it has ended; its blocks are free once the step that has it is back.
@@ -279,9 +280,9 @@ class AsyncInferenceEngine:
             self.error = error
         for mourner in self._mourners:
             mourner()
-        error = self.error or RuntimeError("the engine is closed")
+        reason = self.error or RuntimeError("the engine is closed")
         for stream in list(self._streams.values()):
-            self._tell(stream._loop, lambda stream=stream: stream._end(error))  # type: ignore[misc]
+            self._tell(stream._loop, lambda stream=stream: stream._end(reason))  # type: ignore[misc]
         self._streams.clear()
 
     def _obey(self, wait: bool) -> bool:
@@ -316,10 +317,8 @@ class AsyncInferenceEngine:
             self._tell(loop, lambda outputs=outputs: self._deliver(outputs))  # type: ignore[misc]
 
     def _tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-        try:
+        with suppress(RuntimeError):  # of a loop that is closed, and with it all who waited
             loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the loop is closed, and with it all who waited
-            pass
 
     # ---- its end ------------------------------------------------------------------------------------------------
 

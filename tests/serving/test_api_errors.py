@@ -4,6 +4,7 @@ import asyncio
 import functools
 import json
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -273,3 +274,22 @@ def test_a_model_without_a_tokenizer() -> None:
         for path, body in ((TEXT, {"prompt": "a"}), (CHAT, HI), ("/tokenize", {"prompt": "a"})):
             assert error_of(send(app, "POST", path, json=body))[0] == 400
         assert send(app, "POST", "/v1/embeddings", json={"input": [1, 2]}).status_code == 200
+
+
+def test_an_engine_that_ends() -> None:
+    """Those who wait are told, and those who come later."""
+    config = InferenceConfig(device="cpu", dtype="float32", num_kv_blocks=300)
+    engine = AsyncInferenceEngine(make_llama(max_position_embeddings=4096), config)
+    app = create_app(Service(engine, ("tiny",)))
+    with ThreadPoolExecutor() as pool:
+        body = {"prompt": [1, 2], "max_tokens": 4000}
+        waiting = [pool.submit(send, app, "POST", json={**body, "stream": stream}) for stream in (False, True)]
+        while engine.stats().num_output_tokens < 20:
+            assert not any(each.done() for each in waiting)
+            time.sleep(0.01)
+        engine.close()
+        answer, stream = (each.result() for each in waiting)
+    assert error_of(answer)[0] == 503
+    assert json.loads(stream.text.strip().split("\n\n")[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert error_of(send(app, "POST", json=body))[0] == 503
+    assert send(app, "GET", "/health").status_code == 503
