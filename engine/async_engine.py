@@ -5,9 +5,9 @@
     RequestStream ◀── one call for each step ──────────────── core.step()
     leaving the stream ─────────────────────────▶ commands ──▶ aborted between two steps
 
-The thread alone touches the engine, in one call of `World.everywhere` that lasts until `close`: under torchrun the other
-ranks follow it from their own `AsyncInferenceEngine.follow`. A stream keeps what has come since its reader last looked
-as one output, so a slow reader holds up nobody and costs no more memory than its output has.
+The thread alone touches the engine, in one call of `World.everywhere` that lasts until `close`: under torchrun the
+other ranks follow it from their own `AsyncInferenceEngine.follow`. A stream keeps what has come since its reader last
+looked as one output, so a slow reader holds up nobody and costs no more memory than its output has.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from statistics import mean
 from types import TracebackType
@@ -31,7 +32,7 @@ from ..shardformer import Model
 from .core import Request
 from .engine import EngineStats, InferenceEngine
 from .output import CompletionOutput, RequestOutput
-from .prompts import PreparedRequest, Prompt
+from .prompts import PreparedRequest, Preparer, Prompt
 
 T = TypeVar("T")
 
@@ -51,8 +52,8 @@ class RequestStream:
     Raises what ended the engine, if that happens.
     """
 
-    def __init__(self, engine: "AsyncInferenceEngine", request_id: str) -> None:
-        self.request_id = request_id
+    def __init__(self, engine: "AsyncInferenceEngine", request_id: str, request: PreparedRequest) -> None:
+        self.request_id, self.request = request_id, request
         self._engine, self._loop = engine, asyncio.get_running_loop()
         self._arrived = asyncio.Event()
         self._unread: RequestOutput | None = None
@@ -75,16 +76,19 @@ class RequestStream:
 
     async def last(self) -> RequestOutput:
         """Waits for the end."""
-        output = None
+        last = None
         async for output in self:
-            pass
-        assert output is not None
-        return output
+            last = output
+        assert last is not None
+        return last
 
-    def close(self) -> None:
-        """Aborts the request, unless it has ended; its blocks are free once the step that has it is back."""
+    def close(self, error: BaseException | None = None) -> None:
+        """Aborts the request, unless it has ended; its blocks are free once the step that has it is back.
+
+        error: what is raised to who still reads.
+        """
         if not self.has_ended:
-            self._end(None)
+            self._end(error)
             self._engine._leave(self)
 
     async def __aenter__(self) -> "RequestStream":
@@ -175,7 +179,17 @@ class AsyncInferenceEngine:
 
         Raises QueueFull; ValueError or TypeError, one line, for what cannot be served; RuntimeError once closed.
         """
-        return await self._add(lambda: self._preparer(prompt, sampling_params), request_id)
+        requests = await self._prepared(lambda preparer: [preparer.prepare(prompt, sampling_params)])
+        return self._queue(requests, request_id)[0]
+
+    async def submit(self, prepare: Callable[[Preparer], Sequence[PreparedRequest]]) -> list[RequestStream]:
+        """Requests that `prepare` makes, as in `prepare`; queued all together. Raises as `add`, and what it raises."""
+        return self._queue(await self._prepared(prepare))
+
+    async def prepare(self, function: Callable[[Preparer], T]) -> T:
+        """What `function` gives, in the thread that prepares requests and has a tokenizer of its own."""
+        self._check()
+        return await asyncio.get_running_loop().run_in_executor(self._preparing, function, self._preparer)
 
     async def generate(self, prompt: Prompt, sampling_params: Any = None) -> AsyncIterator[RequestOutput]:
         """As `add`, for `async for`: leaving the loop aborts the request."""
@@ -183,10 +197,9 @@ class AsyncInferenceEngine:
             async for output in stream:
                 yield output
 
-    async def run(self, prepare: Callable[[InferenceEngine], Sequence[PreparedRequest]]) -> list[RequestOutput]:
-        """Requests of another kind (`prepare_scores`, `prepare_embeddings`), all together, to their ends."""
-        requests = await self._prepared(lambda: prepare(self.engine))
-        streams = [await self._add_prepared(request, None) for request in requests]
+    async def run(self, prepare: Callable[[Preparer], Sequence[PreparedRequest]]) -> list[RequestOutput]:
+        """As `submit`, of requests of another kind (`prepare_scores`, `prepare_embeddings`), to their ends."""
+        streams = await self.submit(prepare)
         try:
             return [await stream.last() for stream in streams]
         finally:
@@ -211,21 +224,27 @@ class AsyncInferenceEngine:
         """As it is now, in the middle of a step perhaps."""
         return self.engine.stats_now()
 
-    async def _add(self, prepare: Callable[[], PreparedRequest], request_id: str | None) -> RequestStream:
+    async def _prepared(self, prepare: Callable[[Preparer], Sequence[PreparedRequest]]) -> Sequence[PreparedRequest]:
         self._check_room()
-        return await self._add_prepared(await self._prepared(prepare), request_id)
 
-    async def _prepared(self, prepare: Callable[[], T]) -> T:
-        self._check()
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare)
+        def prepared(preparer: Preparer) -> Sequence[PreparedRequest]:
+            requests = prepare(preparer)
+            for request in requests:
+                self.engine.check_room(request)
+            return requests
 
-    async def _add_prepared(self, request: PreparedRequest, request_id: str | None) -> RequestStream:
+        return await self.prepare(prepared)
+
+    def _queue(self, requests: Sequence[PreparedRequest], request_id: str | None = None) -> list[RequestStream]:
+        """request_id: of the one that there is."""
         self._check_room()
-        stream = RequestStream(self, request_id or self.engine.fresh_id())
-        if stream.request_id in self._streams:
+        if request_id in self._streams:
             raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
-        self._streams[stream.request_id] = stream
-        self._commands.put(lambda: self._begin(stream, request))
+        return [self._begun(request, request_id or self.engine.fresh_id()) for request in requests]
+
+    def _begun(self, request: PreparedRequest, request_id: str) -> RequestStream:
+        self._streams[request_id] = stream = RequestStream(self, request_id, request)
+        self._commands.put(lambda: self._begin(stream))
         return stream
 
     def _check(self) -> None:
@@ -261,9 +280,9 @@ class AsyncInferenceEngine:
             self.error = error
         for mourner in self._mourners:
             mourner()
-        error = self.error or RuntimeError("the engine is closed")
+        reason = self.error or RuntimeError("the engine is closed")
         for stream in list(self._streams.values()):
-            self._tell(stream._loop, lambda stream=stream: stream._end(error))  # type: ignore[misc]
+            self._tell(stream._loop, lambda stream=stream: stream._end(reason))  # type: ignore[misc]
         self._streams.clear()
 
     def _obey(self, wait: bool) -> bool:
@@ -278,11 +297,11 @@ class AsyncInferenceEngine:
             command()
             wait = False
 
-    def _begin(self, stream: RequestStream, request: PreparedRequest) -> None:
+    def _begin(self, stream: RequestStream) -> None:
         if stream.has_ended:  # left again
             return
         try:
-            self.engine.begin(request, stream.request_id)
+            self.engine.begin(stream.request, stream.request_id)
         except Exception as error:
             self._streams.pop(stream.request_id, None)
             self._tell(stream._loop, lambda error=error: stream._end(error))  # type: ignore[misc]
@@ -298,10 +317,8 @@ class AsyncInferenceEngine:
             self._tell(loop, lambda outputs=outputs: self._deliver(outputs))  # type: ignore[misc]
 
     def _tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-        try:
+        with suppress(RuntimeError):  # of a loop that is closed, and with it all who waited
             loop.call_soon_threadsafe(function)
-        except RuntimeError:  # the loop is closed, and with it all who waited
-            pass
 
     # ---- its end ------------------------------------------------------------------------------------------------
 

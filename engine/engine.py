@@ -303,16 +303,14 @@ class InferenceEngine:
         """Ends a request, while driving; nobody is told of it any more."""
         self._core.abort(request_id, silently=True)
 
-    def preparer_with(self, tokenizer: Any) -> Callable[[Prompt, Any], PreparedRequest]:
-        """What checks and prepares a request, as `add_request` does, in another thread and with a tokenizer of its own."""
-        preparer = replace(self._preparer, tokenizer=tokenizer)
+    def preparer_with(self, tokenizer: Any) -> Preparer:
+        """What prepares requests, as `add_request` does, in another thread and with a tokenizer of its own."""
+        return replace(self._preparer, tokenizer=tokenizer)
 
-        def prepare(prompt: Prompt, sampling_params: Any) -> PreparedRequest:
-            request = preparer.prepare(prompt, sampling_params)
-            self._check_room(request)
-            return request
-
-        return prepare
+    @property
+    def default_params(self) -> SamplingParams:
+        """The model's own, which stand where a request says nothing."""
+        return self._preparer.defaults
 
     def fresh_id(self) -> str:
         """A request id that is in use nowhere."""
@@ -342,7 +340,7 @@ class InferenceEngine:
 
     def _prepare_one(self, prompt: Prompt, sampling_params: Any) -> PreparedRequest:
         request = self._preparer.prepare(prompt, sampling_params)
-        self._check_room(request)
+        self.check_room(request)
         return request
 
     def _finish(self, requests: Sequence[PreparedRequest], doing: str, progress: bool) -> list[RequestOutput]:
@@ -422,7 +420,7 @@ class InferenceEngine:
             self._num_requests += 1
         return ids
 
-    def _check_room(self, request: PreparedRequest) -> None:
+    def check_room(self, request: PreparedRequest) -> None:
         """Raises ConfigError if all outputs of a request, or all of its beams, cannot be worked on together."""
         params, limit = request.params, self.config.max_num_seqs
         for name, number in (("n", params.n), ("best_of", params.best_of or 1), ("num_beams", params.num_beams)):

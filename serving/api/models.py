@@ -5,9 +5,8 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ... import __version__
 from .answers import JsonAnswer
-from .service import Service
+from .service import VERSION, Service
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -33,7 +32,7 @@ def model_routes(service: Service) -> APIRouter:
 
     @router.get("/version")
     async def version() -> Response:
-        return JsonAnswer({"version": __version__})
+        return JsonAnswer({"version": VERSION})
 
     @router.get("/health/live")
     async def live() -> Response:
