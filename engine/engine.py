@@ -171,7 +171,7 @@ class InferenceEngine:
         )
         self._grammars = GrammarCompiler(self.tokenizer, checkpoint.spec.vocab_size, defaults.eos_token_ids or ())
         self._num_requests = 0
-        self._fresh_ids = (f"request-{number}" for number in count())
+        self._numbers = count()  # of requests
         self._claimed: set[str] = set()  # ids of the requests that a running `generate` or `stream` waits for
         self._unclaimed: list[RequestOutput] = []  # outputs that moved on while another call was stepping
 
@@ -299,24 +299,30 @@ class InferenceEngine:
         """Queues a prepared request, while driving."""
         self._add([request], [request_id])
 
-    def abort_silently(self, request_id: str) -> None:
-        """Ends a request, while driving; nobody is told of it any more."""
-        self._core.abort(request_id, silently=True)
+    def end(self, request_id: str, silently: bool) -> None:
+        """Ends a request, while driving; unless silently, the next step gives it for the last time."""
+        self._core.abort(request_id, silently)
 
-    def preparer_with(self, tokenizer: Any) -> Callable[[Prompt, Any], PreparedRequest]:
-        """What checks and prepares a request, as `add_request` does, in another thread and with a tokenizer of its own."""
-        preparer = replace(self._preparer, tokenizer=tokenizer)
+    def busy_now(self) -> list[dict[str, float]]:
+        """As `busy`, while driving: steps in flight are not collected, and what they took is counted."""
+        return self._world.executor.call("busy")
 
-        def prepare(prompt: Prompt, sampling_params: Any) -> PreparedRequest:
-            request = preparer.prepare(prompt, sampling_params)
-            self._check_room(request)
-            return request
+    def watch_ends(self, told: Callable[[Request], None]) -> None:
+        """Lets `told` know, on the thread that drives, of every request that has ended, however it did."""
+        self._core.observers.append(told)
 
-        return prepare
+    def preparer_with(self, tokenizer: Any) -> Preparer:
+        """What prepares requests, as `add_request` does, in another thread and with a tokenizer of its own."""
+        return replace(self._preparer, tokenizer=tokenizer)
+
+    @property
+    def default_params(self) -> SamplingParams:
+        """The model's own, which stand where a request says nothing."""
+        return self._preparer.defaults
 
     def fresh_id(self) -> str:
-        """A request id that is in use nowhere."""
-        return next(request_id for request_id in self._fresh_ids if request_id not in self._core)
+        """A request id that no request in the core has. From any thread."""
+        return next(name for name in map("request-{}".format, self._numbers) if name not in self._core)
 
     def stats_now(self) -> EngineStats:
         """As `stats`, from any thread of the driver: in the middle of a step perhaps."""
@@ -342,7 +348,7 @@ class InferenceEngine:
 
     def _prepare_one(self, prompt: Prompt, sampling_params: Any) -> PreparedRequest:
         request = self._preparer.prepare(prompt, sampling_params)
-        self._check_room(request)
+        self.check_room(request)
         return request
 
     def _finish(self, requests: Sequence[PreparedRequest], doing: str, progress: bool) -> list[RequestOutput]:
@@ -422,7 +428,7 @@ class InferenceEngine:
             self._num_requests += 1
         return ids
 
-    def _check_room(self, request: PreparedRequest) -> None:
+    def check_room(self, request: PreparedRequest) -> None:
         """Raises ConfigError if all outputs of a request, or all of its beams, cannot be worked on together."""
         params, limit = request.params, self.config.max_num_seqs
         for name, number in (("n", params.n), ("best_of", params.best_of or 1), ("num_beams", params.num_beams)):

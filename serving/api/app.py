@@ -10,6 +10,7 @@ from ... import __version__
 from .chat import chat_routes
 from .errors import ApiError, add_error_handlers
 from .models import model_routes
+from .observe import observe_routes
 from .service import Service
 
 _OPEN = ("/health", "/health/live", "/health/ready", "/metrics", "/version", "/")  # without a key
@@ -18,7 +19,7 @@ _OPEN = ("/health", "/health/live", "/health/ready", "/metrics", "/version", "/"
 def create_app(service: Service) -> FastAPI:
     app = FastAPI(title="MeshLM", version=__version__, description="OpenAI's API on a mesh of ranks")
     add_error_handlers(app)
-    for routes in (model_routes, chat_routes):
+    for routes in (model_routes, chat_routes, observe_routes):
         app.include_router(routes(service))
     app.add_middleware(_BodyLimit, most=service.limits.max_body_bytes)
     if service.api_keys:
