@@ -45,7 +45,7 @@ class Preparer:
         given = as_sampling_params(params)
         resolved = given.resolve(self.defaults)
         self._vocabulary.check(given)
-        text, token_ids = self._tokenize(prompt)
+        text, token_ids = self.tokenize(prompt)
         if resolved.truncate_prompt_tokens is not None:
             token_ids = token_ids[-self._num_kept(resolved) :]
         if len(token_ids) >= self.max_model_len:
@@ -62,18 +62,18 @@ class Preparer:
     def prepare_scored(self, text: Prompt, continuation: Prompt | None, logprobs: int) -> PreparedRequest:
         """A text whose tokens are told of; only those of its continuation, where there is one. Raises as `prepare`."""
         self._vocabulary.check(SamplingParams(logprobs=logprobs))
-        _, token_ids = self._tokenize(text, "text")
+        _, token_ids = self.tokenize(text, "text")
         num_unasked = 0
         if continuation is not None:
             num_unasked = len(token_ids) - 1  # the last one is asked what comes after it
-            _, more = self._tokenize(continuation, "continuation", add_special_tokens=False)
+            _, more = self.tokenize(continuation, "continuation", add_special_tokens=False)
             token_ids = token_ids + more
         params = SamplingParams(prompt_logprobs=logprobs or 0, detokenize=False).resolve(SamplingParams())
         return PreparedRequest(None, self._fitting(token_ids), params, 0, LogitsSpec(), num_unasked)
 
     def prepare_pooled(self, text: Prompt, pooling: str) -> PreparedRequest:
         """A text whose last hidden states are asked for: of all tokens or of one. Raises as `prepare`."""
-        _, token_ids = self._tokenize(text, "text")
+        _, token_ids = self.tokenize(text, "text")
         self._fitting(token_ids)
         if pooling == "first":
             token_ids = token_ids[:1]  # it sees no others
@@ -112,7 +112,7 @@ class Preparer:
             f"with max_model_len={self.max_model_len}{self.length_reason} it may have at most {self.max_model_len - 1}"
         )
 
-    def _tokenize(self, prompt: Prompt, name: str = "prompt", **options: bool) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt, name: str = "prompt", **options: bool) -> tuple[str | None, list[int]]:
         """Its text, unless it is token ids, and at least one token."""
         text, token_ids = self._text_and_ids(prompt, **options)
         if not token_ids:

@@ -6,7 +6,7 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from ...engine.output import CompletionOutput, RequestOutput
+from ...engine.output import RequestOutput
 
 
 class JsonAnswer(Response):
@@ -16,27 +16,18 @@ class JsonAnswer(Response):
         return orjson.dumps(content)
 
 
-def usage_of(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    prompt = sum(output.num_prompt_tokens for output in outputs)
-    completion = sum(len(one.token_ids) for output in outputs for one in output.outputs)
+def usage_of(outputs: Sequence[RequestOutput | None], num_copies: int = 1) -> dict[str, Any]:
+    """Of the engine's requests as they are; None: nothing has come of one yet.
+
+    num_copies: so many consecutive ones are of one prompt, which counts once.
+    """
+    known = {index: output for index, output in enumerate(outputs) if output is not None}
+    prompts = {index // num_copies: output for index, output in known.items()}.values()
+    prompt = sum(output.num_prompt_tokens for output in prompts)
+    completion = sum(len(one.token_ids) for output in known.values() for one in output.outputs)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in outputs)},
+        "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in prompts)},
     }
-
-
-def chat_logprobs(tokenizer: Any, output: CompletionOutput, first: int) -> list[dict[str, Any]]:
-    """Of the tokens from the `first` on."""
-    assert output.logprobs is not None
-
-    def entry(token_id: int, logprob: float) -> dict[str, Any]:
-        text = tokenizer.decode([token_id])
-        return {"token": text, "logprob": max(logprob, -9999.0), "bytes": list(text.encode())}
-
-    return [
-        entry(token_id, told.logprob)
-        | {"top_logprobs": [entry(*pair) for pair in zip(told.top_ids, told.top_logprobs, strict=True)]}
-        for token_id, told in zip(output.token_ids[first:], output.logprobs[first:], strict=True)
-    ]

@@ -4,22 +4,39 @@ import hmac
 from collections.abc import Sequence
 
 from fastapi import FastAPI
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ... import __version__
 from .chat import chat_routes
-from .errors import ApiError, add_error_handlers
+from .completions import completion_routes
+from .embeddings import embedding_routes
+from .errors import ApiError
+from .handlers import add_error_handlers
 from .models import model_routes
 from .observe import observe_routes
+from .responses import response_routes
 from .service import Service
+from .tokenize import tokenize_routes
 
+_ROUTES = (
+    model_routes,
+    completion_routes,
+    chat_routes,
+    embedding_routes,
+    response_routes,
+    tokenize_routes,
+    observe_routes,
+)
 _OPEN = ("/health", "/health/live", "/health/ready", "/metrics", "/version", "/")  # without a key
 
 
 def create_app(service: Service) -> FastAPI:
-    app = FastAPI(title="MeshLM", version=__version__, description="OpenAI's API on a mesh of ranks")
+    # No pages of documentation: they would fetch their scripts from elsewhere. /openapi.json says it all.
+    about = "OpenAI's API on a mesh of ranks"
+    app = FastAPI(title="MeshLM", version=__version__, description=about, docs_url=None, redoc_url=None)
     add_error_handlers(app)
-    for routes in (model_routes, chat_routes, observe_routes):
+    for routes in _ROUTES:
         app.include_router(routes(service))
     app.add_middleware(_BodyLimit, most=service.limits.max_body_bytes)
     if service.api_keys:
@@ -38,11 +55,17 @@ class _Keys:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             token = given[7:].strip() if given[:7].lower() == b"bearer " else b""
             if not any([hmac.compare_digest(token, key) for key in self._keys]):  # noqa: C419  # all of them, always
-                message = "Incorrect API key provided" if token else "You didn't provide an API key: send it as Bearer"
-                error = ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-                await error.response()(scope, receive, send)
+                await _unauthorized(has_token=bool(token)).response()(scope, receive, send)
                 return
         await self.app(scope, receive, send)
+
+
+def _unauthorized(has_token: bool) -> ApiError:
+    headers = {"WWW-Authenticate": "Bearer"}
+    if has_token:
+        return ApiError(401, "Incorrect API key provided", code="invalid_api_key", headers=headers)
+    message = "You didn't provide an API key: send it in an Authorization header (Authorization: Bearer YOUR_KEY)"
+    return ApiError(401, message, headers=headers)
 
 
 class _BodyLimit:
@@ -55,19 +78,19 @@ class _BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        message = f"The body is larger than {self._most} bytes, which is the most"
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        error = ApiError(413, f"The body is larger than {self._most} bytes, which is the most")
         if declared.isdigit() and int(declared) > self._most:
-            await error.response()(scope, receive, send)
+            await ApiError(413, message).response()(scope, receive, send)
             return
         num_read = 0
 
         async def counted() -> Message:
             nonlocal num_read
-            message = await receive()
-            num_read += len(message.get("body", b""))
+            part = await receive()
+            num_read += len(part.get("body", b""))
             if num_read > self._most:
-                raise error
-            return message
+                raise HTTPException(413, message)  # the one kind that a route lets through while it reads
+            return part
 
         await self.app(scope, counted, send)

@@ -1,100 +1,158 @@
 """`POST /v1/chat/completions`: https://platform.openai.com/docs/api-reference/chat."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from ...engine.async_engine import RequestStream
-from .answers import JsonAnswer, chat_logprobs, usage_of
+from ...engine.output import CompletionOutput, RequestOutput
+from ...engine.prompts import PreparedRequest, Preparer
+from .answers import JsonAnswer, usage_of
 from .errors import ApiError
-from .protocol.base import sampling_params
+from .logprobs import LogprobsReader, chat_logprobs
+from .messages import render_chat
 from .protocol.chat import ChatCompletionRequest
-from .service import FINISH_REASONS, Service, checked, new_id
+from .routing import new_router
+from .sampling import Sampling, new_sampling
+from .service import FINISH_REASONS, Service, new_id
 from .sse import DONE, EventStream, event
-
-DEFAULT_MAX_TOKENS = None  # what the context leaves
+from .tools import ToolPlan
 
 
 def chat_routes(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = new_router()
 
     @router.post("/v1/chat/completions")
     async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
         service.check_model(body.model)
-        prompt = await service.render_chat(body)
-        stream = await service.add(prompt, sampling_params(_values(body, service, len(prompt))))
-        if body.stream:
-            return EventStream(_events(service, body, stream))
-        (output,) = await service.last(request, [stream])
-        choices = [
-            {
-                "index": one.index,
-                "message": {"role": "assistant", "content": one.text, "refusal": None},
-                "logprobs": {"content": chat_logprobs(service.tokenizer, one, 0), "refusal": None}
-                if body.logprobs
-                else None,
-                "finish_reason": FINISH_REASONS[one.finish_reason],
-            }
-            for one in output.outputs
-        ]
-        return JsonAnswer({**_head(service, "chat.completion"), "choices": choices, "usage": usage_of([output])})
+        body.check()
+        service.check_choices(body.num_choices)
+        chat = _Chat.of(service, body)
+        streams = await service.submit(chat.prepare, "messages")
+        return EventStream(chat.events(streams)) if body.stream else await chat.answer(request, streams)
 
     return router
 
 
-def _values(body: ChatCompletionRequest, service: Service, num_prompt_tokens: int) -> dict[str, Any]:
-    values = body.sampling_values()
-    room = service.engine.max_model_len - num_prompt_tokens
-    values["max_tokens"] = body.max_completion_tokens or body.max_tokens or max(1, room)
-    if body.logprobs:
-        values["logprobs"] = body.top_logprobs or 0
-    elif body.top_logprobs is not None:
-        raise ApiError(400, "'top_logprobs' needs 'logprobs': true", param="top_logprobs")
-    return values
+@dataclass(frozen=True)
+class _Chat:
+    """One request for a completion."""
 
+    service: Service
+    body: ChatCompletionRequest
+    plan: ToolPlan
+    sampling: Sampling
+    head: dict[str, Any]  # what answers and chunks begin with
 
-def _head(service: Service, kind: str) -> dict[str, Any]:
-    return {"id": new_id("chatcmpl"), "object": kind, "created": int(time.time()), "model": service.model_name}
+    @classmethod
+    def of(cls, service: Service, body: ChatCompletionRequest) -> "_Chat":
+        plan = ToolPlan(body, service.tokenizer)
+        values = body.sampling_values()
+        if both := {*plan.sampling} & {*values}:
+            message = f"'{both.pop()}' cannot be given beside 'response_format' or 'tools', which say the same"
+            raise ApiError(400, message, param="response_format")
+        if body.logprobs:
+            values["logprobs"] = body.top_logprobs or 0
+        max_tokens = body.max_completion_tokens or body.max_tokens
+        defaults = service.engine.engine.default_params
+        sampling = new_sampling(values | plan.sampling, defaults, max_tokens, "messages")
+        kind = "chat.completion.chunk" if body.stream else "chat.completion"
+        head = {"id": new_id("chatcmpl"), "object": kind, "created": int(time.time()), "model": service.model_name}
+        return cls(service, body, plan, sampling, head | {"system_fingerprint": service.fingerprint})
 
+    def prepare(self, preparer: Preparer) -> list[PreparedRequest]:
+        messages = [message.model_dump(exclude_unset=True) for message in self.body.messages]
+        options = {**self.plan.template_options, **(self.body.chat_template_kwargs or {})}
+        return self.sampling.prepare(preparer, [render_chat(preparer.tokenizer, messages, options)])
 
-async def _events(service: Service, body: ChatCompletionRequest, stream: RequestStream) -> AsyncIterator[bytes]:
-    head = _head(service, "chat.completion.chunk")
-    asks_usage = body.stream_options is not None and body.stream_options.include_usage
-    usage = {"usage": None} if asks_usage else {}
+    async def answer(self, request: Request, streams: list[RequestStream]) -> Response:
+        outputs = await self.service.last(request, streams)
+        choices = [
+            self._choice(index * self.sampling.num_outputs + one.index, one)
+            for index, output in enumerate(outputs)
+            for one in output.outputs
+        ]
+        return JsonAnswer({**self.head, "choices": choices, "usage": self._usage(outputs)})
 
-    def chunk(index: int, delta: dict[str, Any], logprobs: Any = None, reason: str | None = None) -> bytes:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        return event({**head, "choices": [choice], **usage})
+    def _choice(self, index: int, one: CompletionOutput) -> dict[str, Any]:
+        parser = self.plan.parser()
+        parser.feed(one.text)
+        parser.finish()
+        return {
+            "index": index,
+            "message": parser.message(),
+            "logprobs": self.logprobs(self.reader(), one),
+            "finish_reason": parser.finish_reason(FINISH_REASONS[one.finish_reason] or "stop"),
+        }
 
-    num_told = [0] * (body.n or 1)
-    ended: set[int] = set()
-    output = None
-    try:
-        async with asyncio.timeout(service.limits.request_timeout_s):
-            for index in range(body.n or 1):
-                yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
-            async for output in stream:
-                checked(output)
+    async def events(self, streams: list[RequestStream]) -> AsyncGenerator[bytes, None]:
+        latest: list[RequestOutput | None] = [None] * len(streams)
+        choices: dict[int, _Choice] = {}
+        async with aclosing(self.service.outputs(streams)) as outputs:
+            async for stream, output in outputs:
+                latest[stream] = output
                 for one in output.outputs:
-                    if one.index in ended:
-                        continue
-                    told = None
-                    if body.logprobs and one.logprobs is not None:
-                        told = {"content": chat_logprobs(service.tokenizer, one, num_told[one.index]), "refusal": None}
-                        num_told[one.index] = len(one.logprobs)
-                    if one.delta or (told and told["content"]):
-                        yield chunk(one.index, {"content": one.delta}, told)
-                    if one.finish_reason is not None:
-                        ended.add(one.index)
-                        yield chunk(one.index, {}, None, FINISH_REASONS[one.finish_reason])
-            if asks_usage and output is not None:
-                yield event({**head, "choices": [], "usage": usage_of([output])})
-            yield DONE
-    except TimeoutError:
-        raise service.timed_out() from None
-    finally:
-        stream.close()
+                    index = stream * self.sampling.num_outputs + one.index
+                    if index not in choices:
+                        choices[index] = _Choice(self, index)
+                    for choice in choices[index].chunks(one):
+                        yield self._chunk([choice], self._usage(latest) if self.body.tells_usage_so_far else None)
+        if self.body.tells_usage:
+            yield self._chunk([], self._usage(latest))
+        yield DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
+        told = {"usage": usage} if self.body.tells_usage else {}
+        return event({**self.head, "choices": choices, **told})
+
+    @staticmethod
+    def _usage(outputs: Sequence[RequestOutput | None]) -> dict[str, Any]:
+        return usage_of(outputs, len(outputs))  # of one prompt
+
+    def reader(self) -> LogprobsReader:
+        return LogprobsReader(self.service.engine.engine.default_params.eos_token_ids or ())
+
+    def logprobs(self, reader: LogprobsReader, one: CompletionOutput) -> dict[str, Any] | None:
+        """Of the tokens that are new to the reader."""
+        if not self.body.logprobs or one.logprobs is None:
+            return None
+        return {"content": chat_logprobs(self.service.texts, reader.read(one)), "refusal": None}
+
+
+class _Choice:
+    """One choice of a stream: what has been told of it."""
+
+    def __init__(self, chat: _Chat, index: int) -> None:
+        self._chat, self._index = chat, index
+        self._parser, self._reader = chat.plan.parser(), chat.reader()
+        self._has_begun = self._has_ended = False
+
+    def chunks(self, one: CompletionOutput) -> list[dict[str, Any]]:
+        """The choices of the chunks that tell what is new."""
+        if self._has_ended:  # another choice of the same request goes on
+            return []
+        deltas: list[dict[str, Any]] = []
+        if not self._has_begun:
+            deltas.append({"role": "assistant", "content": "", "refusal": None})
+            self._has_begun = True
+        num_before = len(deltas)
+        deltas += self._parser.feed(one.delta) if one.delta else []
+        reason = None
+        if one.finish_reason is not None:
+            self._has_ended = True
+            deltas += self._parser.finish()
+            reason = self._parser.finish_reason(FINISH_REASONS[one.finish_reason] or "stop")
+        logprobs = self._chat.logprobs(self._reader, one)
+        if logprobs is not None and logprobs["content"] and len(deltas) == num_before:
+            deltas.append({"content": ""})  # tokens of which no text has come yet
+        told = [None] * num_before + [logprobs] + [None] * len(deltas)
+        chunks = [self._chunk(delta, each) for delta, each in zip(deltas, told, strict=False)]
+        return [*chunks, self._chunk({}, None, reason)] if self._has_ended else chunks
+
+    def _chunk(self, delta: dict[str, Any], logprobs: Any, reason: str | None = None) -> dict[str, Any]:
+        return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}

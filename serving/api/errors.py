@@ -4,12 +4,10 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
 _LOG = logging.getLogger("meshlm")
+_LONGEST = 1000  # characters of a message: what a client sends may stand in it
 
 
 class ApiError(Exception):
@@ -25,59 +23,43 @@ class ApiError(Exception):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        self.status, self.param, self.code = status, param, code
+        self.message = message if len(message) <= _LONGEST else message[:_LONGEST] + "…"
         self.headers = dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": _kind(self.status), "param": self.param, "code": self.code}}
+        return {"error": {"message": self.message, "type": self._kind, "param": self.param, "code": self.code}}
+
+    @property
+    def _kind(self) -> str:
+        if self.status >= 500:
+            return "server_error"
+        return "requests" if self.status == 429 else "invalid_request_error"
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def _kind(status: int) -> str:
-    if status == 429:
-        return "rate_limit_error"
-    return "server_error" if status >= 500 else "invalid_request_error"
+def bad_request(error: Exception, param: str | None = None) -> ApiError:
+    """Of a ValueError or TypeError of the engine's: its line, and the field that it names.
+
+    param: the field that the engine calls the prompt, which also stands where it names none.
+    """
+    message = str(error).removeprefix("SamplingParams.").removeprefix("SamplingParams: ")
+    if param is not None and message.startswith("prompt:"):
+        message = param + message.removeprefix("prompt")
+    field = message.split(":")[0].split("=")[0].split("[")[0].strip()
+    code = "context_length_exceeded" if "max_model_len" in message and " tokens; " in message else None
+    return ApiError(400, message, param=field if field.isidentifier() else param, code=code)
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Every error leaves the application as an `ApiError` does."""
-
-    @app.exception_handler(ApiError)
-    async def of_ours(request: Request, error: ApiError) -> JSONResponse:
-        return error.response()
-
-    @app.exception_handler(RequestValidationError)
-    async def of_a_body(request: Request, error: RequestValidationError) -> JSONResponse:
-        return as_api_error(error).response()
-
-    @app.exception_handler(HTTPException)
-    async def of_a_route(request: Request, error: HTTPException) -> JSONResponse:
-        message = str(error.detail)
-        if error.status_code == 404:
-            message = f"Unknown request URL: {request.method} {request.url.path}; see /docs for those that there are"
-        elif error.status_code == 405:
-            message = f"Not allowed to {request.method} on {request.url.path}"
-        return ApiError(error.status_code, message, headers=error.headers).response()
-
-    @app.exception_handler(Exception)
-    async def of_our_own_making(request: Request, error: Exception) -> JSONResponse:
-        _LOG.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return ApiError(500, "The server had an error while processing your request").response()
+def unsupported(param: str, why: str) -> ApiError:
+    """Of a field of OpenAI's that means something, and that is not done here."""
+    return ApiError(400, f"Unsupported parameter: '{param}' {why}", param=param, code="unsupported_parameter")
 
 
-def as_api_error(error: RequestValidationError) -> ApiError:
-    """The first mistake of a body, as OpenAI tells it."""
-    first = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"We could not parse the JSON body of your request: {first['ctx']['error']}")
-    param = ".".join(map(str, place)) or None
-    if first["type"] == "extra_forbidden":
-        return ApiError(400, f"Unrecognized request argument supplied: {param}", param=param)
-    if first["type"] == "missing":
-        return ApiError(400, f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
-    message = first["msg"].removeprefix("Value error, ")
-    return ApiError(400, f"Invalid value for '{param}': {message}" if param else message, param=param)
+def failed(doing: str, error: Exception) -> ApiError:
+    """What a client is told of a fault of the server's own, which is logged."""
+    _LOG.error("%s failed", doing, exc_info=error)
+    return ApiError(500, "The server had an error while processing your request")

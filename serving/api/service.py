@@ -2,23 +2,26 @@
 
 import asyncio
 import copy
+import hashlib
 import time
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from starlette.requests import Request
 
+from ... import __version__
 from ...engine.async_engine import AsyncInferenceEngine, QueueFull, RequestStream
 from ...engine.output import RequestOutput
-from ...engine.prompts import Prompt
-from .errors import ApiError
-from .protocol.base import as_bad_request
-from .protocol.chat import ChatCompletionRequest
+from ...engine.prompts import PreparedRequest, Preparer
+from .errors import ApiError, bad_request
 from .sse import unless_disconnected
+from .token_texts import TokenTexts
 
 T = TypeVar("T")
+FINISH_REASONS: dict[str | None, str | None] = {None: None, "stop": "stop", "length": "length", "abort": "stop"}
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class Limits:
 
     request_timeout_s: float = 600.0  # of a whole answer
     max_body_bytes: int = 8 << 20
-    max_logprobs: int = 20  # OpenAI's own limit
     max_choices: int = 128  # outputs of one HTTP request: prompts times n
+    max_inputs: int = 2048  # texts of one request for embeddings
 
 
 @dataclass(eq=False)
@@ -41,7 +44,15 @@ class Service:
     limits: Limits = Limits()
     created: int = field(default_factory=lambda: int(time.time()))
     is_draining: bool = False  # no new requests are taken
-    _tokenizer: Any = None
+    tokenizer: Any = field(init=False)  # of the event loop, for what is short; the engine's threads have their own
+    texts: TokenTexts = field(init=False)
+    fingerprint: str = field(init=False)  # changes with what could change a seed's tokens
+
+    def __post_init__(self) -> None:
+        self.tokenizer = copy.deepcopy(self.engine.tokenizer)
+        self.texts = TokenTexts(self.tokenizer)
+        told = f"{__version__} {self.model_name} {self.engine.config!r}"
+        self.fingerprint = f"fp_{hashlib.sha256(told.encode()).hexdigest()[:10]}"
 
     @property
     def model_name(self) -> str:
@@ -51,76 +62,107 @@ class Service:
     def is_ready(self) -> bool:
         return self.engine.is_alive and not self.is_draining
 
-    @property
-    def tokenizer(self) -> Any:
-        """Of the event loop; the engine's thread has its own."""
-        if self._tokenizer is None:
-            self._tokenizer = copy.deepcopy(self.engine.tokenizer)
-        return self._tokenizer
-
-    async def render_chat(self, body: ChatCompletionRequest) -> list[int]:
-        """The token ids of a chat, by the model's own template."""
-        messages = [message.model_dump(exclude_unset=True) for message in body.messages]
-        options: dict[str, Any] = {"add_generation_prompt": True, **(body.chat_template_kwargs or {})}
-        if body.tools:
-            options["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except Exception as error:
-            raise ApiError(400, f"The chat template fails on these messages: {error}", param="messages") from None
-        token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False)
-        return token_ids
-
     def check_model(self, name: str | None) -> None:
         if name is not None and name not in self.model_names:
             message = f"The model `{name}` does not exist; this server has {', '.join(self.model_names)}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    async def add(self, prompt: Prompt, params: Any) -> RequestStream:
-        """As the engine's, with errors that say their HTTP status."""
+    def check_choices(self, num_choices: int, param: str = "n") -> None:
+        most = self.limits.max_choices
+        if num_choices > most:
+            message = f"Invalid '{param}': {num_choices} outputs are asked for in one request, and {most} are the most"
+            raise ApiError(400, message, param=param, code="integer_above_max_value")
+
+    async def prepare(self, function: Callable[[Preparer], T], param: str) -> T:
+        """What `function` gives in the thread that prepares requests. param: the field that it is about."""
+        return await self._guarded(self.engine.prepare(function), param)
+
+    async def submit(self, prepare: Callable[[Preparer], Sequence[PreparedRequest]], param: str) -> list[RequestStream]:
+        """Queues the requests that `prepare` makes in that thread, all together."""
         if self.is_draining:
             raise ApiError(503, "The server is shutting down", headers={"Retry-After": "5"})
-        return await self.guarded(self.engine.add(prompt, params))
+        return await self._guarded(self.engine.submit(prepare), param)
 
-    async def guarded(self, work: Awaitable[T]) -> T:
+    async def outputs(self, streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, RequestOutput], None]:
+        """Outputs of an HTTP request's requests as they come, with whose they are."""
+        with self._limited(streams):
+            if len(streams) == 1:
+                async for output in streams[0]:
+                    yield 0, _checked(output)
+                return
+            coming = {asyncio.ensure_future(_next(stream)): index for index, stream in enumerate(streams)}
+            try:
+                while coming:
+                    done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        index, next_one = coming.pop(task), task.result()
+                        if next_one is not None:
+                            coming[asyncio.ensure_future(_next(streams[index]))] = index
+                            yield index, _checked(next_one)
+            finally:
+                for task in coming:
+                    task.cancel()
+                await asyncio.gather(*coming, return_exceptions=True)
+
+    async def last(self, request: Request, streams: Sequence[RequestStream]) -> list[RequestOutput]:
+        """Waits for the ends of an HTTP request's requests; all are aborted if the client goes away."""
+
+        async def all_of_them() -> list[RequestOutput]:
+            return [_checked(await stream.last()) for stream in streams]
+
+        with self._limited(streams):
+            return await unless_disconnected(request, all_of_them())
+
+    @contextmanager
+    def _limited(self, streams: Sequence[RequestStream]) -> Iterator[None]:
+        """Ends the requests when it is left, or time is up; an engine that has ended is an ApiError."""
+
+        def expire() -> None:
+            message = f"The request took longer than {self.limits.request_timeout_s:g} s"
+            for stream in streams:
+                stream.close(ApiError(408, message, code="timeout"))
+
+        timer = asyncio.get_running_loop().call_later(self.limits.request_timeout_s, expire)
+        try:
+            yield
+        except RuntimeError as error:
+            if self.engine.is_alive:
+                raise
+            raise _ended(error) from None
+        finally:
+            timer.cancel()
+            for stream in streams:
+                stream.close()
+
+    async def _guarded(self, work: Awaitable[T], param: str) -> T:
+        """The engine's errors as ApiErrors."""
         try:
             return await work
         except QueueFull as error:
             headers = {"Retry-After": str(error.retry_after_s)}
             raise ApiError(429, f"Rate limit reached: {error}", code="rate_limit_exceeded", headers=headers) from None
         except (ValueError, TypeError) as error:
-            raise as_bad_request(error) from None
+            raise bad_request(error, param) from None
         except RuntimeError as error:
-            raise ApiError(503, f"The engine cannot serve: {str(error).splitlines()[0]}") from None
-
-    async def last(self, request: Request, streams: "list[RequestStream]") -> list[RequestOutput]:
-        """Waits for the ends of an HTTP request's requests; all are aborted if the client goes or time is up."""
-
-        async def all_of_them() -> list[RequestOutput]:
-            async with asyncio.timeout(self.limits.request_timeout_s):
-                return [checked(await self.guarded(stream.last())) for stream in streams]
-
-        try:
-            return await unless_disconnected(request, all_of_them())
-        except TimeoutError:
-            raise self.timed_out() from None
-        finally:
-            for stream in streams:
-                stream.close()
-
-    def timed_out(self) -> ApiError:
-        return ApiError(408, f"The request took longer than {self.limits.request_timeout_s:g} s", code="timeout")
+            if self.engine.is_alive:
+                raise
+            raise _ended(error) from None
 
 
-def checked(output: RequestOutput) -> RequestOutput:
+async def _next(stream: RequestStream) -> RequestOutput | None:
+    return await anext(stream, None)
+
+
+def _checked(output: RequestOutput) -> RequestOutput:
     """Raises ApiError for one that failed."""
     if output.error is not None:
-        raise ApiError(400, output.error)
+        raise bad_request(ValueError(output.error))
     return output
 
 
-def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid4().hex}"
+def _ended(error: Exception) -> ApiError:
+    return ApiError(503, f"The engine cannot serve: {str(error).splitlines()[0]}")
 
 
-FINISH_REASONS: dict[str | None, str | None] = {None: None, "stop": "stop", "length": "length", "abort": "stop"}
+def new_id(prefix: str, separator: str = "-") -> str:
+    return f"{prefix}{separator}{uuid4().hex}"

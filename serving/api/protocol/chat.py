@@ -5,20 +5,21 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from .base import SamplingFields, StreamOptions
+from ..errors import ApiError, unsupported
+from .base import MAX_LOGPROBS, SamplingFields
 
 
 class Message(BaseModel):
     """Whatever else it holds goes to the chat template."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
-    role: str
+    role: Literal["system", "assistant", "user", "function", "tool", "developer"]
     content: str | Sequence[Mapping[str, Any]] | None = None
 
 
 class Function(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
@@ -27,7 +28,7 @@ class Function(BaseModel):
 
 
 class Tool(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     type: Literal["function"]
     function: Function
@@ -35,15 +36,37 @@ class Tool(BaseModel):
 
 class ChatCompletionRequest(SamplingFields):
     messages: Sequence[Message] = Field(min_length=1)
-    model: str | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     logprobs: bool | None = False
-    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MAX_LOGPROBS)
     response_format: Mapping[str, Any] | None = None
     tools: Sequence[Tool] | None = None
     tool_choice: str | Mapping[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+
+    # Of OpenAI's: what changes nothing here, and what would change something.
+    metadata: Mapping[str, str] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prediction: Mapping[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    modalities: Sequence[Literal["text", "audio"]] | None = None
+    audio: Mapping[str, Any] | None = None
+    web_search_options: Mapping[str, Any] | None = None
+
+    def check(self) -> None:
+        """Raises ApiError for what is not done, or not together."""
+        if self.audio is not None or "audio" in (self.modalities or ()):
+            raise unsupported("audio" if self.audio is not None else "modalities", "is not supported: text comes alone")
+        if self.web_search_options is not None:
+            raise unsupported("web_search_options", "is not supported: this server searches nothing")
+        if self.top_logprobs is not None and not self.logprobs:
+            message = "'logprobs' must be set to true if 'top_logprobs' is used."
+            raise ApiError(400, message, param="top_logprobs")
+        super().check()

@@ -1,0 +1,77 @@
+"""From a chat's messages to token ids, by the model's own template."""
+
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from .errors import ApiError
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_TEMPLATE_VARIABLES = {"tools", "documents", "add_generation_prompt", "continue_final_message"}
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    options: Mapping[str, Any],
+    param: str = "messages",
+    add_special_tokens: bool = False,
+) -> list[int]:
+    """The token ids of a chat. options: more that the template is given. param: the field that has the messages."""
+    if tokenizer is None:
+        raise ApiError(400, "This model has no tokenizer, so that it can be given no messages", param=param)
+    own = {*inspect.signature(tokenizer.apply_chat_template).parameters} - _TEMPLATE_VARIABLES
+    if taken := sorted(own & {*options}):
+        message = f"chat_template_kwargs: {taken[0]!r} is the server's to say; give what the template itself uses"
+        raise ApiError(400, message, param="chat_template_kwargs")
+    given = [_for_template(message, f"{param}[{index}]") for index, message in enumerate(messages)]
+    try:
+        text: str = tokenizer.apply_chat_template(given, **{"add_generation_prompt": True, **options}, tokenize=False)
+    except Exception as error:  # a template can fail in any way
+        reason = " ".join(str(error).split())
+        raise ApiError(400, f"The chat template fails on these messages: {reason}", param=param) from None
+    token_ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return token_ids
+
+
+def _for_template(message: Mapping[str, Any], param: str) -> dict[str, Any]:
+    """As templates know messages: the content a string, calls of tools with their arguments as objects."""
+    role, content = message["role"], message.get("content")
+    if content is None and role != "assistant":
+        text = f"Invalid value for '{param}.content': expected a string, got null."
+        raise ApiError(400, text, param=f"{param}.content")
+    given = {**message, "role": "system" if role == "developer" else role, "content": _text(content, param)}
+    if calls := message.get("tool_calls"):
+        given["tool_calls"] = [_with_arguments(call) for call in calls]
+    return given
+
+
+def _text(content: str | Sequence[Mapping[str, Any]] | None, param: str) -> str:
+    """Of the parts that a content may be given in, one a line."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    return "\n".join(_text_of_part(part, f"{param}.content[{index}]") for index, part in enumerate(content))
+
+
+def _text_of_part(part: Mapping[str, Any], param: str) -> str:
+    kind = part.get("type")
+    key = _TEXT_PARTS.get(kind) if isinstance(kind, str) else None
+    if key is None:
+        message = f"Invalid content type. {kind} is only supported by certain models, and this one reads text alone."
+        raise ApiError(400, message, param=f"{param}.type", code="invalid_value")
+    text = part.get(key)
+    if not isinstance(text, str):
+        raise ApiError(400, f"Missing required parameter: '{param}.{key}'.", param=f"{param}.{key}")
+    return text
+
+
+def _with_arguments(call: Any) -> Any:
+    """A call of a tool whose arguments, a JSON text to OpenAI, are an object."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    with suppress(ValueError):
+        return {**call, "function": {**function, "arguments": json.loads(function["arguments"] or "{}")}}
+    return call
