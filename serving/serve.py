@@ -63,16 +63,22 @@ def serve(
         listener = bind(host, port)
     except OSError as error:
         return _fail(f"cannot listen on {host}, port {port}: {error.strerror or error}; give another host or port")
+    told = threading.Event()
     with closing(listener), AsyncInferenceEngine(model, config, tokenizer, max_queued=max_queued) as engine:
         service = new_service(engine)
         server = Server(service, new_app(service, cors_origins), listener, drain_s)
         if place is not None and place.world_size > 1:
-            threading.Thread(target=_watch, args=(server.end,), daemon=True).start()
+            threading.Thread(target=_watch, args=(server.drain, told), daemon=True).start()
         try:
             server.run([listener])
         except OSError as error:
             return _fail(f"cannot listen on {server.address}: {error.strerror or error}")
-        return _fail(f"the engine has ended: {engine.error}") if engine.error is not None else 0
+        if engine.error is not None:
+            return _fail(f"the engine has ended: {engine.error}")
+    if told.is_set() and "TORCHELASTIC_RUN_ID" in os.environ:
+        # It would wait five minutes for the torchrun of the host that was told, which is gone.
+        os.kill(os.getppid(), signal.SIGTERM)
+    return 0
 
 
 def new_app(service: Service, cors_origins: Sequence[str]) -> FastAPI:
@@ -106,6 +112,7 @@ class Server(uvicorn.Server):
     def __init__(self, service: Service, app: FastAPI, listener: socket.socket, drain_s: float) -> None:
         self._service, self._drain_s = service, drain_s
         self._until: float | None = None  # when draining ends
+        self._signalled = False
         host, port = listener.getsockname()[:2]
         self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
@@ -128,12 +135,16 @@ class Server(uvicorn.Server):
         print(f"serving {self._service.model_name} on {self.address} ({mesh})", file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.end()
+        if self._signalled:
+            self._until = time.monotonic()
+        self._signalled = True
+        self.drain()
 
-    def end(self) -> None:
-        """Begins to drain; the second time, ends that. From any thread."""
-        self._until = time.monotonic() + (self._drain_s if self._until is None else 0.0)
+    def drain(self) -> None:
+        """Takes no new requests, and ends with those that there are. From any thread."""
         self._service.is_draining = True
+        if self._until is None:
+            self._until = time.monotonic() + self._drain_s
 
     async def on_tick(self, counter: int) -> bool:
         self.should_exit = self._may_exit()
@@ -174,13 +185,14 @@ class _Bell:
         return bool(self._store.check([self._key]))
 
 
-def _watch(end: Callable[[], None]) -> None:
+def _watch(drain: Callable[[], None], told: threading.Event) -> None:
     """On rank 0. A store that is gone says nothing: its torchrun has ended, and tells its own ranks."""
     with suppress(RuntimeError):
         bell = _Bell()
         while not bell.has_rung():
             time.sleep(_POLL_S)
-        end()
+        told.set()
+        drain()
 
 
 def _follow(engine: AsyncInferenceEngine) -> int:

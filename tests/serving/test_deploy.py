@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
-from servers import new_engine
 
 from meshlm.serving.api import Service, create_app
+from servers import new_engine
 
 ROOT = Path(__file__).parents[2]
 DEPLOY, DOCUMENT = ROOT / "deploy", (ROOT / "docs/deploy.md").read_text()

@@ -8,11 +8,11 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from servers import new_engine
 
 from meshlm.engine.async_engine import AsyncInferenceEngine, QueueFull
 from meshlm.serving import mesh_watch
 from meshlm.serving.api import Service, create_app
+from servers import new_engine
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.usefixtures("one_thread")]
 PROMPT = list(range(40))

@@ -1,5 +1,6 @@
 """Servers of tiny models, in a test's own process."""
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ def served(
         with httpx.Client(base_url=server.address, timeout=30.0) as client:
             yield server, client
     finally:
-        server.end()
-        server.end()
+        for _ in range(2):
+            server.handle_exit(signal.SIGTERM, None)
         thread.join(20.0)
         assert not thread.is_alive()
