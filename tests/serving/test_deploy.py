@@ -43,7 +43,8 @@ def test_manifests(manifest: Path, paths: set[str]) -> None:
     pod = pod_of(manifest)
     (container,) = pod["containers"]
     command = [*container["command"], *container["args"]]
-    assert pod["terminationGracePeriodSeconds"] == drain_s(command) + GOODBYE_S
+    (sleep, before_s) = container["lifecycle"]["preStop"]["exec"]["command"]
+    assert sleep == "sleep" and pod["terminationGracePeriodSeconds"] == int(before_s) + drain_s(command) + GOODBYE_S
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports["http"] == int(re.search(r"--port[= ](\d+)", " ".join(command))[1])  # type: ignore[index]
     probes = {name: probe for name, probe in container.items() if name.endswith("Probe")}
