@@ -18,7 +18,7 @@ import queue
 import threading
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from statistics import mean
@@ -28,6 +28,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..config import InferenceConfig
+from ..mesh.launch import RankFailure
 from ..shardformer import Model
 from .core import Request
 from .engine import EngineStats, InferenceEngine
@@ -35,6 +36,7 @@ from .output import CompletionOutput, RequestOutput
 from .prompts import PreparedRequest, Preparer, Prompt
 
 T = TypeVar("T")
+_PATIENCE_S = 10.0  # of `close`, with a step that is under way
 
 
 class QueueFull(RuntimeError):
@@ -76,11 +78,11 @@ class RequestStream:
 
     async def last(self) -> RequestOutput:
         """Waits for the end."""
-        last = None
+        latest = None
         async for output in self:
-            last = output
-        assert last is not None
-        return last
+            latest = output
+        assert latest is not None
+        return latest
 
     def close(self, error: BaseException | None = None) -> None:
         """Aborts the request, unless it has ended; its blocks are free once the step that has it is back.
@@ -107,8 +109,9 @@ class RequestStream:
         self._arrived.set()
 
     def _end(self, error: BaseException | None) -> None:
-        self.has_ended, self._error = True, error
-        self._arrived.set()
+        if not self.has_ended:
+            self.has_ended, self._error = True, error
+            self._arrived.set()
 
 
 def _joined(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
@@ -144,11 +147,13 @@ class AsyncInferenceEngine:
         self.config, self.tokenizer = self.engine.config, self.engine.tokenizer
         self.max_model_len = self.engine.max_model_len
         self.error: BaseException | None = None  # what ended the engine
+        self.num_refused = 0  # requests that QueueFull was raised for
         self._streams: dict[str, RequestStream] = {}
+        self._at_work: dict[str, RequestStream] = {}  # of requests that the core has; the engine's thread alone uses it
+        self._calls: set[Future[Any]] = set()
         self._waits_s: deque[float] = deque(maxlen=32)  # of the latest requests, for their first tokens
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._closed = False
-        self._mourners: list[Callable[[], None]] = []
         self._thread: threading.Thread | None = None
         if self.engine.is_driver:
             # Tokenizers do not like to be shared: the engine's thread decodes with the other one.
@@ -164,7 +169,7 @@ class AsyncInferenceEngine:
     @property
     def num_waiting(self) -> int:
         """Requests of which nothing has come yet."""
-        return sum(not stream.has_begun for stream in self._streams.values())
+        return sum(not stream.has_begun for stream in list(self._streams.values()))
 
     @property
     def num_unfinished(self) -> int:
@@ -207,18 +212,19 @@ class AsyncInferenceEngine:
                 stream.close()
 
     async def call(self, function: Callable[[InferenceEngine], T]) -> T:
-        """What `function` gives, between two steps. It calls none of the engine's own public methods."""
-        self._check()
+        """What `function` gives, between two steps. It calls none of the engine's collective methods."""
         future: Future[T] = Future()
+        self._calls.add(future)
+        try:
+            self._send(lambda: self._answer(future, function))
+            return await asyncio.wrap_future(future)
+        finally:
+            self._calls.discard(future)
 
-        def command() -> None:
-            try:
-                future.set_result(function(self.engine))
-            except Exception as error:
-                future.set_exception(error)
-
-        self._commands.put(command)
-        return await asyncio.wrap_future(future)
+    def abort_all(self) -> None:
+        """Ends every request: its stream's last output says so, with finish_reason "abort"."""
+        for stream in list(self._streams.values()):
+            self._commands.put(lambda stream=stream: self._finish(stream))  # type: ignore[misc]
 
     def stats(self) -> EngineStats:
         """As it is now, in the middle of a step perhaps."""
@@ -240,12 +246,20 @@ class AsyncInferenceEngine:
         self._check_room()
         if request_id in self._streams:
             raise ValueError(f"request_id={request_id!r} is in use by a request that has not ended")
-        return [self._begun(request, request_id or self.engine.fresh_id()) for request in requests]
+        return [self._begun(request, request_id or self._fresh_id()) for request in requests]
+
+    def _fresh_id(self) -> str:
+        return next(name for name in iter(self.engine.fresh_id, None) if name not in self._streams)
 
     def _begun(self, request: PreparedRequest, request_id: str) -> RequestStream:
         self._streams[request_id] = stream = RequestStream(self, request_id, request)
-        self._commands.put(lambda: self._begin(stream))
+        self._send(lambda: self._begin(stream))
         return stream
+
+    def _send(self, command: Callable[[], None]) -> None:
+        """Raises if the engine has ended. If it ends afterwards, whatever stands in `_streams` and `_calls` is told."""
+        self._commands.put(command)
+        self._check()
 
     def _check(self) -> None:
         if self.error is not None:
@@ -256,11 +270,17 @@ class AsyncInferenceEngine:
     def _check_room(self) -> None:
         self._check()
         if (waiting := self.num_waiting) >= self.max_queued:
-            raise QueueFull(waiting, max(1, math.ceil(mean(self._waits_s)) if self._waits_s else 1))
+            self.num_refused += 1
+            raise QueueFull(waiting, max(1, math.ceil(mean(tuple(self._waits_s) or (1.0,)))))
 
     def _leave(self, stream: RequestStream) -> None:
-        self._streams.pop(stream.request_id, None)
-        self._commands.put(lambda: self.engine.abort_silently(stream.request_id))
+        self._forget(stream)
+        self._commands.put(lambda: self._abandon(stream))
+
+    def _forget(self, stream: RequestStream) -> None:
+        """A stream that has ended; its id may be another's by now."""
+        if self._streams.get(stream.request_id) is stream:
+            self._streams.pop(stream.request_id, None)
 
     def _deliver(self, outputs: Sequence[tuple[RequestStream, RequestOutput]]) -> None:
         for stream, output in outputs:
@@ -268,7 +288,7 @@ class AsyncInferenceEngine:
                 self._waits_s.append(output.timings.ttft_s)
             stream._take(output)
             if output.finished:
-                self._streams.pop(stream.request_id, None)
+                self._forget(stream)
 
     # ---- on the engine's thread ---------------------------------------------------------------------------------
 
@@ -278,12 +298,13 @@ class AsyncInferenceEngine:
             self.engine.drive(self._step, self._obey)
         except BaseException as error:
             self.error = error
-        for mourner in self._mourners:
-            mourner()
-        reason = self.error or RuntimeError("the engine is closed")
+        ended = self.error or RuntimeError("the engine is closed")
         for stream in list(self._streams.values()):
-            self._tell(stream._loop, lambda stream=stream: stream._end(reason))  # type: ignore[misc]
+            self._tell(stream._loop, lambda stream=stream: stream._end(ended))  # type: ignore[misc]
         self._streams.clear()
+        for future in list(self._calls):
+            with suppress(InvalidStateError):  # cancelled
+                future.set_exception(ended)
 
     def _obey(self, wait: bool) -> bool:
         """Does what was asked for since the last step; False once it is time to end. wait: for something to do."""
@@ -303,22 +324,54 @@ class AsyncInferenceEngine:
         try:
             self.engine.begin(stream.request, stream.request_id)
         except Exception as error:
-            self._streams.pop(stream.request_id, None)
+            self._forget(stream)
             self._tell(stream._loop, lambda error=error: stream._end(error))  # type: ignore[misc]
+            return
+        self._at_work[stream.request_id] = stream
+
+    def _abandon(self, stream: RequestStream) -> None:
+        """Ends the request of a stream that has been left."""
+        if self._at_work.get(stream.request_id) is stream:
+            del self._at_work[stream.request_id]
+            self.engine.end(stream.request_id, silently=True)
+
+    def _finish(self, stream: RequestStream) -> None:
+        """Ends a stream's request, of which the next step tells."""
+        if self._at_work.get(stream.request_id) is stream:
+            self.engine.end(stream.request_id, silently=False)
+
+    def _answer(self, future: Future[T], function: Callable[[InferenceEngine], T]) -> None:
+        if not future.set_running_or_notify_cancel():  # nobody waits any more
+            return
+        try:
+            future.set_result(function(self.engine))
+        except Exception as error:
+            future.set_exception(error)
+            if isinstance(error, RankFailure):  # nothing works without that rank
+                raise
 
     def _step(self, moved: Sequence[Request]) -> None:
         """Passes on what a step has moved."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[RequestStream, RequestOutput]]] = defaultdict(list)
         for request in moved:
-            stream = self._streams.get(request.request_id)
+            stream = self._at_work.get(request.request_id)
             if stream is not None:
+                if request.ended:
+                    del self._at_work[request.request_id]
                 by_loop[stream._loop].append((stream, request.output()))
         for loop, outputs in by_loop.items():
-            self._tell(loop, lambda outputs=outputs: self._deliver(outputs))  # type: ignore[misc]
+            if not self._tell(loop, lambda outputs=outputs: self._deliver(outputs)):  # type: ignore[misc]
+                for stream, _ in outputs:
+                    self._forget(stream)
+                    self._abandon(stream)
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # of a loop that is closed, and with it all who waited
+    def _tell(self, loop: asyncio.AbstractEventLoop, function: Callable[[], None]) -> bool:
+        """False if the loop is closed, and with it all who waited."""
+        try:
             loop.call_soon_threadsafe(function)
+        except RuntimeError:
+            return False
+        return True
 
     # ---- its end ------------------------------------------------------------------------------------------------
 
@@ -334,13 +387,9 @@ class AsyncInferenceEngine:
             self._closed = True
             if self._thread is not None:
                 self._commands.put(None)
-                self._thread.join()
-                self._preparing.shutdown(wait=False, cancel_futures=True)
+                self._thread.join(_PATIENCE_S)
+                self._preparing.shutdown(wait=False)
             self.engine.close()
-
-    def when_it_ends(self, function: Callable[[], None]) -> None:
-        """Calls `function` on the engine's thread when it ends, by `close` or because a rank is lost."""
-        self._mourners.append(function)
 
     def __enter__(self) -> "AsyncInferenceEngine":
         return self

@@ -82,15 +82,23 @@ class Request:
     search: BeamSearch | None = None  # until its completions are found
     replica: int = 0
     scheduled_s: float | None = None
-    token_times: list[float] = field(default_factory=list)  # of the first completion
+    token_s: list[float] = field(default_factory=list)  # from the arrival until each token of the first completion
 
     @property
     def ended(self) -> bool:
         return self.search is None and all(c.sequence.finish_reason is not None for c in self.completions)
 
+    @property
+    def timings(self) -> RequestTimings:
+        return RequestTimings(
+            queue_s=None if self.scheduled_s is None else self.scheduled_s - self.arrival_s,
+            ttft_s=self.token_s[0] if self.token_s else None,
+            total_s=time.monotonic() - self.arrival_s,
+            token_s=tuple(self.token_s),
+        )
+
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
-        since = lambda moment: None if moment is None else moment - self.arrival_s  # noqa: E731
         first, params = self.first, self.params
         prompt_logprobs = None if params.prompt_logprobs is None else (None, *first.prompt_scores)
         return RequestOutput(
@@ -101,12 +109,7 @@ class Request:
             num_cached_tokens=first.num_cached_tokens or 0,
             outputs=self._outputs(),
             finished=self.ended,
-            timings=RequestTimings(
-                queue_s=since(self.scheduled_s),
-                ttft_s=since(self.token_times[0]) if self.token_times else None,
-                total_s=time.monotonic() - self.arrival_s,
-                token_s=tuple(moment - self.arrival_s for moment in self.token_times),
-            ),
+            timings=self.timings,
             prompt_logprobs=prompt_logprobs,
             pooled=tuple(first.pooled_parts),
             num_drafted=sum(completion.sequence.num_drafted for completion in self.completions),
@@ -129,6 +132,7 @@ class ReplicaStats:
 
     num_waiting: int
     num_running: int
+    num_queued_tokens: int  # to be computed, outputs that are expected included: what requests are balanced by
     num_blocks: int
     num_free_blocks: int
     num_preemptions: int
@@ -166,6 +170,7 @@ class Replica:
         return ReplicaStats(
             num_waiting=len(scheduler.waiting),
             num_running=len(scheduler.running),
+            num_queued_tokens=scheduler.work,
             num_blocks=scheduler.blocks.num_blocks,
             num_free_blocks=scheduler.blocks.num_free_blocks,
             num_preemptions=scheduler.num_preemptions,
@@ -205,6 +210,7 @@ class EngineCore:
         self._by_sequence: dict[Sequence, tuple[Request, Completion]] = {}
         self._compiling: dict[Request, Future[Grammar]] = {}
         self._aborted: list[Request] = []
+        self.observers: list[Callable[[Request], None]] = []  # told of each request that has ended, however it did
 
     @property
     def has_unfinished(self) -> bool:
@@ -364,7 +370,7 @@ class EngineCore:
         replica.num_output_tokens += 1
         request, completion = self._by_sequence[sequence]
         if sequence is request.first:
-            request.token_times.append(now)
+            request.token_s.append(now - request.arrival_s)
         token_id, detokenizer, reason = sequence.token_ids[-1], completion.detokenizer, None
         if sequence.constraint is not None:
             reason, sequence.error = sequence.constraint.accept(token_id), sequence.constraint.error
@@ -386,7 +392,7 @@ class EngineCore:
             search.give_up("error", error)
             self._conclude(request, search)
         elif search.is_ready:
-            request.token_times.append(now)
+            request.token_s.append(now - request.arrival_s)
             replica.num_output_tokens += len(search.beams)
             chosen = search.choose()
             if not chosen:
@@ -415,6 +421,8 @@ class EngineCore:
     def _retire(self, request: Request) -> None:
         del self._requests[request.request_id]
         self._forget([completion.sequence for completion in request.completions])
+        for told in self.observers:
+            told(request)
 
     def speculate(self, config: SpeculativeConfig | None, longest: int) -> None:
         """Lets every replica guess tokens ahead, or none; no step is in flight. longest: as `create_speculator`."""

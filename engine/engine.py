@@ -171,7 +171,7 @@ class InferenceEngine:
         )
         self._grammars = GrammarCompiler(self.tokenizer, checkpoint.spec.vocab_size, defaults.eos_token_ids or ())
         self._num_requests = 0
-        self._fresh_ids = (f"request-{number}" for number in count())
+        self._numbers = count()  # of requests
         self._claimed: set[str] = set()  # ids of the requests that a running `generate` or `stream` waits for
         self._unclaimed: list[RequestOutput] = []  # outputs that moved on while another call was stepping
 
@@ -299,9 +299,17 @@ class InferenceEngine:
         """Queues a prepared request, while driving."""
         self._add([request], [request_id])
 
-    def abort_silently(self, request_id: str) -> None:
-        """Ends a request, while driving; nobody is told of it any more."""
-        self._core.abort(request_id, silently=True)
+    def end(self, request_id: str, silently: bool) -> None:
+        """Ends a request, while driving; unless silently, the next step gives it for the last time."""
+        self._core.abort(request_id, silently)
+
+    def busy_now(self) -> list[dict[str, float]]:
+        """As `busy`, while driving: steps in flight are not collected, and what they took is counted."""
+        return self._world.executor.call("busy")
+
+    def watch_ends(self, told: Callable[[Request], None]) -> None:
+        """Lets `told` know, on the thread that drives, of every request that has ended, however it did."""
+        self._core.observers.append(told)
 
     def preparer_with(self, tokenizer: Any) -> Preparer:
         """What prepares requests, as `add_request` does, in another thread and with a tokenizer of its own."""
@@ -313,8 +321,8 @@ class InferenceEngine:
         return self._preparer.defaults
 
     def fresh_id(self) -> str:
-        """A request id that is in use nowhere."""
-        return next(request_id for request_id in self._fresh_ids if request_id not in self._core)
+        """A request id that no request in the core has. From any thread."""
+        return next(name for name in map("request-{}".format, self._numbers) if name not in self._core)
 
     def stats_now(self) -> EngineStats:
         """As `stats`, from any thread of the driver: in the middle of a step perhaps."""

@@ -39,10 +39,10 @@ class Executor(ABC):
 
     @abstractmethod
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
-        """Lets every rank begin with a `Worker` method, no step being in flight; the result waits for the answers."""
+        """Lets every rank begin with a `Worker` method, after the steps that it has; the result waits."""
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """Runs a `Worker` method on every rank, with no step in flight; its results by rank."""
+        """Runs a `Worker` method on every rank; its results by rank. What changes a rank wants no step in flight."""
         return self.begin(method, *arguments)()
 
     @abstractmethod
@@ -136,6 +136,7 @@ class MeshExecutor(Executor):
         self._selector = selectors.DefaultSelector()
         for rank, connection in enumerate(self.connections):
             self._selector.register(connection, selectors.EVENT_READ, rank)
+        self._outputs: deque[tuple[int, StepOutput]] = deque()  # that came while replies were waited for
         self._closed = False
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
@@ -151,6 +152,9 @@ class MeshExecutor(Executor):
             if rank < 0:
                 missing = sorted(set(range(len(self.connections))) - set(found))
                 raise self._failure(missing[0], f"no answer from ranks {missing} within start_timeout_s={timeout_s:g}")
+            if isinstance(message, StepOutput):
+                self._outputs.append((rank // self._ranks_per_replica, message))
+                continue
             assert isinstance(message, Reply)
             found[rank] = message.value
         return [found[rank] for rank in range(len(self.connections))]
@@ -160,6 +164,8 @@ class MeshExecutor(Executor):
         self._send(range(first, first + self._ranks_per_replica), step)
 
     def collect(self) -> tuple[int, StepOutput]:
+        if self._outputs:
+            return self._outputs.popleft()
         rank, message = self._receive(None)
         assert isinstance(message, StepOutput)
         return rank // self._ranks_per_replica, message

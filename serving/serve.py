@@ -1,21 +1,41 @@
 """A server's life: the engine, the application, the signals that end it.
 
-    SIGTERM, Ctrl-C   no new requests (503, not ready); those there are have `drain_s` seconds to end
-    a second one      at once
+    SIGTERM, Ctrl-C   no new requests (503, not ready); those there are have `drain_s` seconds, then end as they are
+    a second one      they end at once
     a rank is lost    every request fails, and the process ends with exit code 1
+
+Under torchrun rank 0 serves. A signal on any host goes to rank 0 by torchrun's store, and the others stay until it is
+done.
 """
 
+import os
 import signal
-from collections.abc import Callable
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing, suppress
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
+import torch.distributed as dist
 import uvicorn
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from ..config import InferenceConfig
 from ..engine.async_engine import AsyncInferenceEngine
+from ..mesh.launch import torchrun_place
 from ..shardformer import Model
 from .api import Service, create_app
+from .connection import Connection
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LAST_WORDS_S = 5.0  # for answers to go out, once the requests have ended
+_POLL_S = 1.0  # how often rank 0 looks whether another host has been told to end
+_KEEP_ALIVE_S = 75  # of an idle connection: longer than the proxies that may stand before a server keep theirs
 
 
 def serve(
@@ -27,34 +47,167 @@ def serve(
     port: int,
     drain_s: float,
     max_queued: int,
+    tokenizer: Any = None,
+    cors_origins: Sequence[str] = (),
 ) -> int:
-    """Serves until a signal comes; gives the exit code. Under torchrun rank 0 serves and the others work with it."""
-    with AsyncInferenceEngine(model, config, max_queued=max_queued) as engine:
-        if not engine.engine.is_driver:
-            engine.follow()
-            return 0
+    """Serves until a signal comes; gives the exit code. Under torchrun rank 0 serves and the others work with it.
+
+    port: 0 for any that is free. cors_origins: web pages of which may use the server from a browser; "*" for all.
+    Raises as `InferenceEngine` does, before anything is served.
+    """
+    place = torchrun_place()
+    if place is not None and place.rank:
+        with AsyncInferenceEngine(model, config, tokenizer) as engine:
+            return _follow(engine)
+    try:
+        listener = bind(host, port)
+    except OSError as error:
+        return _fail(f"cannot listen on {host}, port {port}: {error.strerror or error}; give another host or port")
+    told = threading.Event()
+    with closing(listener), AsyncInferenceEngine(model, config, tokenizer, max_queued=max_queued) as engine:
         service = new_service(engine)
-        server = _Server(service, host, port, drain_s)
-        engine.when_it_ends(server.end)
-        server.run()
-        return 1 if engine.error is not None else 0
+        server = Server(service, new_app(service, cors_origins), listener, drain_s)
+        if place is not None and place.world_size > 1:
+            threading.Thread(target=_watch, args=(server.drain, told), daemon=True).start()
+        try:
+            server.run([listener])
+        except OSError as error:
+            return _fail(f"cannot listen on {server.address}: {error.strerror or error}")
+        if engine.error is not None:
+            return _fail(f"the engine has ended: {engine.error}")
+    if told.is_set() and "TORCHELASTIC_RUN_ID" in os.environ:
+        # It would wait five minutes for the torchrun of the host that was told, which is gone.
+        os.kill(os.getppid(), signal.SIGTERM)
+    return 0
 
 
-class _Server(uvicorn.Server):
-    """Drains before it ends."""
+def new_app(service: Service, cors_origins: Sequence[str]) -> FastAPI:
+    app = create_app(service)
+    if cors_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(cors_origins), allow_methods=["*"], allow_headers=["*"])
+    return app
 
-    def __init__(self, service: Service, host: str, port: int, drain_s: float) -> None:
-        self._service = service
-        settings: dict[str, Any] = {"log_level": "warning", "timeout_graceful_shutdown": round(drain_s)}
-        super().__init__(uvicorn.Config(create_app(service), host, port, server_header=False, **settings))
+
+def _fail(why: str) -> int:
+    print(f"meshlm serve: error: {why}", file=sys.stderr, flush=True)
+    return 1
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that has its address and does not listen yet: nobody is to wait at it while the weights are loaded."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class Server(uvicorn.Server):
+    """Says when it is ready, drains before it ends, and ends when the engine does."""
+
+    def __init__(self, service: Service, app: FastAPI, listener: socket.socket, drain_s: float) -> None:
+        self._service, self._drain_s = service, drain_s
+        self._until: float | None = None  # when draining ends
+        self._signalled = False
+        host, port = listener.getsockname()[:2]
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        quiet: dict[str, Any] = {"log_config": None, "log_level": "critical", "access_log": False}
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                **quiet,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        config = self._service.engine.config
+        mesh = f"mesh dp={config.dp_size} × pp={config.pp_size} × tp={config.tp_size}"
+        print(f"serving {self._service.model_name} on {self.address} ({mesh})", file=sys.stderr, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.force_exit = self.should_exit  # the second time
-        self.end()
+        if self._signalled:
+            self._until = time.monotonic()
+        self._signalled = True
+        self.drain()
 
-    def end(self) -> None:
+    def drain(self) -> None:
+        """Takes no new requests, and ends with those that there are. From any thread."""
         self._service.is_draining = True
-        self.should_exit = True
+        if self._until is None:
+            self._until = time.monotonic() + self._drain_s
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self._may_exit()
+        return await super().on_tick(counter)
+
+    def _may_exit(self) -> bool:
+        """Whether nothing is left to do but to send what there is; new connections are served until then."""
+        engine, left_s = self._service.engine, 0.0
+        if engine.is_alive:
+            if self._until is None:
+                return False
+            left_s = max(0.0, self._until - time.monotonic())
+            if engine.num_unfinished:
+                if left_s:
+                    return False
+                engine.abort_all()
+        self.config.timeout_graceful_shutdown = round(left_s + _LAST_WORDS_S)
+        return True
 
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# ---- several hosts ----------------------------------------------------------------------------------------------
+
+
+class _Bell:
+    """How a rank of torchrun that is told to end tells rank 0: a key in torchrun's store."""
+
+    def __init__(self) -> None:
+        environ = os.environ
+        self._key = f"meshlm/end/{environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        self._store = dist.TCPStore(
+            environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
+        )
+
+    def ring(self) -> None:
+        self._store.set(self._key, "")
+
+    def has_rung(self) -> bool:
+        return bool(self._store.check([self._key]))
+
+
+def _watch(drain: Callable[[], None], told: threading.Event) -> None:
+    """On rank 0. A store that is gone says nothing: its torchrun has ended, and tells its own ranks."""
+    with suppress(RuntimeError):
+        bell = _Bell()
+        while not bell.has_rung():
+            time.sleep(_POLL_S)
+        told.set()
+        drain()
+
+
+def _follow(engine: AsyncInferenceEngine) -> int:
+    """On the other ranks; told to end, they tell rank 0. A second signal ends this one at once, and all with it."""
+
+    def tell(sig: int, frame: FrameType | None) -> None:
+        signal.signal(sig, signal.SIG_DFL)
+        with suppress(RuntimeError):
+            bell.ring()
+
+    try:
+        bell = _Bell()
+        for sig in SIGNALS:
+            signal.signal(sig, tell)
+        engine.follow()
+    except RuntimeError as error:
+        return _fail(str(error))
+    return 0

@@ -14,6 +14,7 @@ from .embeddings import embedding_routes
 from .errors import ApiError
 from .handlers import add_error_handlers
 from .models import model_routes
+from .observe import observe_routes
 from .page import PAGE_PATHS, page_routes
 from .responses import response_routes
 from .service import VERSION, Service
@@ -26,6 +27,7 @@ _ROUTES = (
     embedding_routes,
     response_routes,
     tokenize_routes,
+    observe_routes,
     page_routes,
 )
 _OPEN = (*PAGE_PATHS, "/health", "/health/live", "/health/ready", "/metrics", "/version")  # without a key

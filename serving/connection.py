@@ -1,0 +1,73 @@
+"""A client's connection, which must not be slow in asking: a request comes whole within a time, its head within a size.
+
+uvicorn limits neither, and a few hundred clients that send a byte now and then would hold all connections there can be.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+READ_S = 60.0  # for a request's head and body
+MOST_HEAD_BYTES = 64 << 10
+
+
+class Connection(HttpToolsProtocol):
+    """Answers 408 to a request that is too slow, 431 to one whose head is too long, and closes."""
+
+    _timer: asyncio.TimerHandle | None = None  # runs from a request's first byte, or the connection's, to its last
+    _in_head = True
+    _num_head_bytes = 0  # so far
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._hurry()
+
+    def data_received(self, data: bytes) -> None:
+        self._num_head_bytes += len(data)
+        if self._in_head:
+            self._hurry()
+        super().data_received(data)
+        if self._in_head and self._num_head_bytes > MOST_HEAD_BYTES:
+            self._refuse(b"431 Request Header Fields Too Large")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head = True
+        self._hurry()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._in_head, self._num_head_bytes = True, 0
+        self._rest()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._rest()
+        super().connection_lost(exc)
+
+    def _hurry(self) -> None:
+        if self._timer is None:
+            self._timer = self.loop.call_later(READ_S, self._too_slow)
+
+    def _rest(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _too_slow(self) -> None:
+        self._timer = None
+        if self.flow.read_paused:  # it is us who do not read
+            self._hurry()
+        else:
+            self._refuse(b"408 Request Timeout")
+
+    def _refuse(self, status: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        self.transport.close()
