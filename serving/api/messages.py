@@ -2,10 +2,7 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
-
-import orjson
 
 from .errors import ApiError
 
@@ -16,7 +13,7 @@ Message = dict[str, Any]
 
 
 def template_messages(messages: Sequence[Mapping[str, Any]], param: str = "messages") -> list[Message]:
-    """As templates know messages: contents are strings, calls of tools have their arguments as objects.
+    """As templates know messages: contents are strings, and who develops is the system.
 
     param: the field that has them. Raises ApiError for what is no text.
     """
@@ -53,10 +50,7 @@ def _for_template(message: Mapping[str, Any], param: str) -> Message:
     if content is None and role != "assistant":
         text = f"Invalid value for '{param}.content': expected a string, got null."
         raise ApiError(400, text, param=f"{param}.content")
-    given = {**message, "role": "system" if role == "developer" else role, "content": _text(content, param)}
-    if isinstance(calls := message.get("tool_calls"), list):
-        given["tool_calls"] = [_with_arguments(call) for call in calls]
-    return given
+    return {**message, "role": "system" if role == "developer" else role, "content": _text(content, param)}
 
 
 def _text(content: str | Sequence[Mapping[str, Any]] | None, param: str) -> str:
@@ -77,13 +71,3 @@ def _text_of_part(part: Mapping[str, Any], param: str) -> str:
         name = f"{param}.{key}"
         raise ApiError(400, f"Missing required parameter: '{name}'.", param=name, code="missing_required_parameter")
     return text
-
-
-def _with_arguments(call: Any) -> Any:
-    """A call of a tool whose arguments, a JSON text to OpenAI, are an object."""
-    function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
-        return call
-    with suppress(ValueError):
-        return {**call, "function": {**function, "arguments": orjson.loads(function["arguments"] or "{}")}}
-    return call

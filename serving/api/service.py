@@ -143,6 +143,8 @@ class Service:
         """The engine's errors as ApiErrors."""
         try:
             return await work
+        except RecursionError:
+            raise ApiError(400, f"Invalid value for '{param}': it is nested too deeply", param=param) from None
         except QueueFull as error:
             headers = {"Retry-After": str(error.retry_after_s)}
             raise ApiError(429, f"Rate limit reached: {error}", code="rate_limit_exceeded", headers=headers) from None

@@ -9,9 +9,11 @@ from ...engine.prompts import Preparer
 from .answers import JsonAnswer
 from .errors import ApiError
 from .messages import render_chat, template_messages
+from .protocol.chat import ChatCompletionRequest
 from .protocol.tokenize import DetokenizeRequest, TokenizeRequest
 from .routing import new_router
 from .service import Service
+from .tools import ToolPlan
 
 
 def tokenize_routes(service: Service) -> APIRouter:
@@ -23,8 +25,12 @@ def tokenize_routes(service: Service) -> APIRouter:
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "One of 'prompt' and 'messages' must be given", param="prompt")
 
+        # A chat is what a chat completion would make of it.
+        chat = None if body.messages is None else ChatCompletionRequest(messages=body.messages, tools=body.tools)
+        plan = None if chat is None else ToolPlan(chat, service.tokenizer)
+
         def prepare(preparer: Preparer) -> dict[str, Any]:
-            token_ids = _token_ids(preparer, body)
+            token_ids = _token_ids(preparer, body, plan)
             texts = preparer.tokenizer.convert_ids_to_tokens(token_ids) if body.return_token_strs else None
             told = {"count": len(token_ids), "max_model_len": preparer.max_model_len}
             return told | {"tokens": token_ids, "token_strs": texts}
@@ -46,19 +52,19 @@ def tokenize_routes(service: Service) -> APIRouter:
     return router
 
 
-def _token_ids(preparer: Preparer, body: TokenizeRequest) -> list[int]:
+def _token_ids(preparer: Preparer, body: TokenizeRequest, plan: ToolPlan | None) -> list[int]:
     _need_tokenizer(preparer)
-    if body.prompt is not None:
+    if plan is None:
         with_special = body.add_special_tokens is not False
         token_ids: list[int] = preparer.tokenizer.encode(body.prompt, add_special_tokens=with_special)
         return token_ids
-    options: dict[str, Any] = {**(body.chat_template_kwargs or {})}
+    options = {**plan.template_options, **(body.chat_template_kwargs or {})}
     options["add_generation_prompt"] = body.add_generation_prompt is not False
     options["continue_final_message"] = bool(body.continue_final_message)
-    if body.tools:
-        options["tools"] = [tool.model_dump(exclude_none=True) for tool in body.tools]
     messages = template_messages([message.model_dump(exclude_unset=True) for message in body.messages or ()])
-    return render_chat(preparer.tokenizer, messages, options, add_special_tokens=bool(body.add_special_tokens))
+    return render_chat(
+        preparer.tokenizer, plan.messages(messages), options, add_special_tokens=bool(body.add_special_tokens)
+    )
 
 
 def _need_tokenizer(preparer: Preparer) -> None:

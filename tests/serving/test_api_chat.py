@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import json
 from typing import Any, Literal
 
@@ -12,7 +11,6 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from pydantic import BaseModel
 
-from meshlm.serving.api.messages import render_chat, template_messages
 from served import Server
 
 MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Name a colour"}]
@@ -189,19 +187,3 @@ def test_a_client_that_goes_away_ends_its_request(server: Server, stream: bool) 
         next(answer.iter_lines())
     server.wait_until_idle()
     assert server.engine.stats().num_output_tokens - before < 40 * 150
-
-
-def test_calls_of_tools_reach_the_template(server: Server) -> None:
-    """Their arguments as objects; however deep a text of them is, it is the client's mistake at most."""
-    tokenizer = copy.copy(server.engine.tokenizer)
-    tokenizer.chat_template = "{% for m in messages %}{{ m.tool_calls[0].function.arguments }}{% endfor %}"
-
-    def text(arguments: str) -> str:
-        call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
-        messages = template_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
-        rendered: str = tokenizer.decode(render_chat(tokenizer, messages, {}))
-        return rendered
-
-    assert text('{"a": [1]}') == "{'a': [1]}"
-    assert text("no JSON") == "no JSON"
-    assert text("[" * 5000) == "[" * 5000

@@ -93,6 +93,8 @@ def error_of(answer: httpx.Response) -> tuple[int, str | None, str | None]:
         (TEXT, {"prompt": [None, "a"]}, (400, "prompt[0]", "invalid_type")),
         (CHAT, {**HI, **{f"x{i}": 1 for i in range(100)}}, (400, None, None)),
         (CHAT, {**HI, "metadata": {f"x{i}": 1 for i in range(100)}}, (400, "metadata", None)),
+        ("/tokenize", {"messages": []}, (400, "messages", "empty_array")),
+        ("/tokenize", {"prompt": "a", "messages": HI["messages"]}, (400, "prompt", None)),
         ("/v1/responses", {"input": "a", "x": 1}, (400, "x", "unknown_parameter")),
         ("/v1/responses", {"input": [{"type": "reasoning"}]}, (400, "input[0].type", "invalid_value")),
     ],

@@ -1,6 +1,8 @@
 """`POST /tokenize` and `POST /detokenize`, as vLLM has them."""
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from .base import Body, List, TokenIds
 from .chat import Message, Tool
@@ -10,7 +12,7 @@ class TokenizeRequest(Body):
     """A text, or a chat's messages."""
 
     prompt: str | None = None
-    messages: List[Message] | None = None
+    messages: Annotated[List[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None  # None: of a text, not of a chat, whose template has them
     return_token_strs: bool | None = False
     add_generation_prompt: bool | None = True
