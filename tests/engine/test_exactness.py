@@ -327,7 +327,7 @@ def test_without_a_compiler(
     """The same in plain torch, which all ops fall back to."""
     monkeypatch.setenv("MESHLM_CACHE", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
-    with running(demo_model, tp_size=2, pp_size=2) as engine:  # in other processes: this one has its ops compiled already
+    with running(demo_model, tp_size=2, pp_size=2) as engine:
         assert "attention eager" in engine.describe() and "false failed" in engine.describe()
         outputs = generate(engine, [reference.prompts[index] for index in FEW], SHORT)
         reference.check(outputs, FEW, 16)
