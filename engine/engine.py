@@ -10,7 +10,7 @@ import torch
 
 from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
 from ..config.speculative import as_speculative_config
-from ..mesh.launch import torchrun_place
+from ..mesh.torchrun import torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .binding import Binding, Guessing, try_draft

@@ -23,8 +23,10 @@ from typing import Any, NoReturn, cast
 import torch
 
 from ..config import InferenceConfig
-from ..mesh.launch import Failure, RankFailure, RankPlace, RankProcesses, connect_to_driver, portable
+from ..mesh.launch import Failure, RankFailure, RankPlace, portable
+from ..mesh.own_ranks import RankProcesses
 from ..mesh.process_group_mesh import check_topology
+from ..mesh.torchrun import connect_to_driver
 from ..shardformer import Checkpoint
 from .model_runner import RunningStep
 from .rank import Call, Published, Reply, Stop, make_worker, serve

@@ -151,7 +151,8 @@ struct Group {
     return kDone;
   }
 
-  // Begins a collective to which this rank brings so many bytes at most, and `expected` of each other.
+  // Begins a collective to which each rank brings so many bytes, or this one none of them (null); kMismatch if they
+  // do not agree on how many.
   Status exchange(const void* data, int64_t bytes, int64_t timeout_ns) {
     parity ^= 1;
     if (data) std::memcpy(slot(rank), data, bytes);

@@ -8,7 +8,8 @@ _PR_SET_CHILD_SUBREAPER, _PR_GET_CHILD_SUBREAPER = 36, 37
 
 
 class _Subreaper:
-    """This process adopts its orphaned descendants for as long as anyone wants it."""
+    """This process adopts its orphaned descendants for as long as anyone wants it: seconds, while ranks start. A daemon
+    that the caller's own program lets go of in that time becomes its child as well, and a zombie when it ends."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

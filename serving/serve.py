@@ -27,7 +27,7 @@ from fastapi import FastAPI
 
 from ..config import InferenceConfig
 from ..engine.async_engine import AsyncInferenceEngine
-from ..mesh.launch import torchrun_place
+from ..mesh.torchrun import torchrun_place
 from ..shardformer import Model
 from .api import Service, create_app
 from .connection import Connection

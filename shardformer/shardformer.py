@@ -7,8 +7,9 @@ import torch
 from ..config import InferenceConfig
 from ..kernels import select_ops
 from ..mesh.collectives import Communicator
-from ..mesh.launch import RankPlace, torchrun_place
+from ..mesh.launch import RankPlace
 from ..mesh.process_group_mesh import ProcessGroupMesh
+from ..mesh.torchrun import torchrun_place
 from ..policies import DecoderSpec, GenericSpec, ModelSpec
 from .backends import Workload, tune
 from .base import Stage

@@ -1,12 +1,14 @@
 """Parts of answers that several endpoints give."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
 from starlette.responses import Response
 
 from ...engine.output import RequestOutput
+from .protocol.base import SamplingFields
+from .sse import DONE, event
 
 
 class JsonAnswer(Response):
@@ -31,3 +33,30 @@ def usage_of(outputs: Sequence[RequestOutput | None], num_copies: int = 1) -> di
         "total_tokens": prompt + completion,
         "prompt_tokens_details": {"cached_tokens": sum(output.num_cached_tokens for output in prompts)},
     }
+
+
+class Chunks:
+    """A stream's chunks: what all of them begin with, and what has been used where the client wants to know.
+
+    num_streams: the engine's requests. num_copies: as in `usage_of`.
+    """
+
+    def __init__(self, body: SamplingFields, head: dict[str, Any], num_streams: int, num_copies: int) -> None:
+        self._body, self._head, self._num_copies = body, head, num_copies
+        self._latest: list[RequestOutput | None] = [None] * num_streams
+
+    def note(self, stream: int, output: RequestOutput) -> None:
+        """The latest output of one of the engine's requests."""
+        self._latest[stream] = output
+
+    def chunk(self, choice: dict[str, Any]) -> bytes:
+        return self._chunk([choice], tells_usage=self._body.tells_usage_so_far)
+
+    def end(self) -> Iterator[bytes]:
+        if self._body.tells_usage:
+            yield self._chunk([], tells_usage=True)
+        yield DONE
+
+    def _chunk(self, choices: list[dict[str, Any]], tells_usage: bool) -> bytes:
+        usage = usage_of(self._latest, self._num_copies) if tells_usage else None
+        return event({**self._head, "choices": choices, **({"usage": usage} if self._body.tells_usage else {})})

@@ -1,7 +1,7 @@
 """`POST /v1/chat/completions`: https://platform.openai.com/docs/api-reference/chat."""
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ...engine.async_engine import RequestStream
 from ...engine.output import CompletionOutput, RequestOutput
 from ...engine.prompts import PreparedRequest, Preparer
-from .answers import JsonAnswer, usage_of
+from .answers import Chunks, JsonAnswer, usage_of
 from .errors import ApiError
 from .logprobs import LogprobsReader, chat_logprobs
 from .messages import render_chat, template_messages
@@ -20,7 +20,7 @@ from .protocol.chat import ChatCompletionRequest
 from .routing import new_router
 from .sampling import Sampling, new_sampling
 from .service import FINISH_REASONS, Service, new_id
-from .sse import DONE, EventStream, event
+from .sse import EventStream
 from .tools import ToolPlan
 
 
@@ -80,7 +80,7 @@ class _Chat:
             for stream, output in enumerate(outputs)
             for one in output.outputs
         ]
-        return JsonAnswer({**self.head, "choices": choices, "usage": self._usage(outputs)})
+        return JsonAnswer({**self.head, "choices": choices, "usage": usage_of(outputs, len(outputs))})
 
     def _has_its_calls(self) -> Callable[[int, RequestOutput], bool]:
         """Says of a request's outputs, as they come, whether what else is drawn would be left out."""
@@ -117,31 +117,22 @@ class _Chat:
         }
 
     async def events(self, streams: list[RequestStream]) -> AsyncGenerator[bytes, None]:
-        latest: list[RequestOutput | None] = [None] * len(streams)
+        chunks = Chunks(self.body, self.head, len(streams), len(streams))
         choices: dict[int, _Choice] = {}
         with self.plan.in_its_fields():
             async with aclosing(self.service.outputs(streams)) as outputs:
                 async for stream, output in outputs:
-                    latest[stream] = output
+                    chunks.note(stream, output)
                     for one in output.outputs:
                         index = self._index(stream, one)
                         if index not in choices:
                             choices[index] = _Choice(self, index)
                         for choice in choices[index].chunks(one):
-                            yield self._chunk([choice], self._usage(latest) if self.body.tells_usage_so_far else None)
+                            yield chunks.chunk(choice)
                     if self._have_ended(choices, stream):  # of one call, perhaps before the engine would end it
                         streams[stream].close()
-        if self.body.tells_usage:
-            yield self._chunk([], self._usage(latest))
-        yield DONE
-
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        told = {"usage": usage} if self.body.tells_usage else {}
-        return event({**self.head, "choices": choices, **told})
-
-    @staticmethod
-    def _usage(outputs: Sequence[RequestOutput | None]) -> dict[str, Any]:
-        return usage_of(outputs, len(outputs))  # of one prompt
+        for chunk in chunks.end():
+            yield chunk
 
     def reader(self) -> LogprobsReader:
         return LogprobsReader(self.service.engine.engine.default_params.eos_token_ids or ())

@@ -12,13 +12,13 @@ from starlette.responses import Response
 from ...engine.async_engine import RequestStream
 from ...engine.output import CompletionOutput, RequestOutput
 from ...engine.prompts import PreparedRequest, Preparer
-from .answers import JsonAnswer, usage_of
+from .answers import Chunks, JsonAnswer, usage_of
 from .logprobs import CompletionLogprobs, LogprobsReader
 from .protocol.completions import DEFAULT_MAX_TOKENS, CompletionRequest
 from .routing import new_router
 from .sampling import Sampling, check_context, new_sampling, place_of, prepare_each
 from .service import FINISH_REASONS, Service, new_id
-from .sse import DONE, EventStream, event
+from .sse import EventStream
 
 
 def completion_routes(service: Service) -> APIRouter:
@@ -97,30 +97,22 @@ class _Completion:
         for stream, output in enumerate(outputs):
             for one in output.outputs:
                 choices += _Choice(self, self._index(stream, one), self._text_of(stream, output)).told(output, one)
-        return JsonAnswer({**self.head, "choices": choices, "usage": self._usage(outputs)})
+        return JsonAnswer({**self.head, "choices": choices, "usage": usage_of(outputs, self._num_streams_each)})
 
     async def events(self, streams: list[RequestStream]) -> AsyncGenerator[bytes, None]:
-        latest: list[RequestOutput | None] = [None] * len(streams)
+        chunks = Chunks(self.body, self.head, len(streams), self._num_streams_each)
         choices: dict[int, _Choice] = {}
         async with aclosing(self.service.outputs(streams, self._places(streams))) as outputs:
             async for stream, output in outputs:
-                latest[stream] = output
+                chunks.note(stream, output)
                 for one in output.outputs:
                     index = self._index(stream, one)
                     if index not in choices:
                         choices[index] = _Choice(self, index, self._text_of(stream, output))
                     for choice in choices[index].told(output, one):
-                        yield self._chunk([choice], self._usage(latest) if self.body.tells_usage_so_far else None)
-        if self.body.tells_usage:
-            yield self._chunk([], self._usage(latest))
-        yield DONE
-
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None) -> bytes:
-        told = {"usage": usage} if self.body.tells_usage else {}
-        return event({**self.head, "choices": choices, **told})
-
-    def _usage(self, outputs: Sequence[RequestOutput | None]) -> dict[str, Any]:
-        return usage_of(outputs, self._num_streams_each)
+                        yield chunks.chunk(choice)
+        for chunk in chunks.end():
+            yield chunk
 
     def _text_of(self, stream: int, output: RequestOutput) -> str:
         """Of its prompt, as far as it is asked for."""

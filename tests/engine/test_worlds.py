@@ -31,7 +31,7 @@ from meshlm.engine.executor import MeshExecutor
 from meshlm.engine.rank import Published
 from meshlm.engine.step import StepInput
 from meshlm.engine.world import World
-from meshlm.mesh import launch
+from meshlm.mesh import launch, own_ranks
 from meshlm.mesh.launch import RankFailure
 from meshlm.shardformer import open_checkpoint
 from meshlm.shardformer.shard import Shards, split_layers, stage_bytes
@@ -537,7 +537,9 @@ def test_a_rank_that_dies_while_idle(victim: int, tiny: Path) -> None:
 @pytest.mark.slow
 def test_a_rank_that_hangs(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The collective's timeout ends the wait; the message names the group."""
-    monkeypatch.setattr(launch.RankProcesses.close, "__defaults__", (1.0,))  # which the one that hangs is given to end
+    monkeypatch.setattr(
+        own_ranks.RankProcesses.close, "__defaults__", (1.0,)
+    )  # which the one that hangs is given to end
     engine = InferenceEngine(tiny, InferenceConfig(**COMMON, tp_size=2, collective_timeout_s=2))
     pids = pids_of(engine)
     with (

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from meshlm.mesh.launch import RankFailure, _gather_ranks, _reach_driver
+from meshlm.mesh.launch import RankFailure
+from meshlm.mesh.torchrun import _gather_ranks, _reach_driver
 
 KEY = bytes(range(32))
 pytestmark = pytest.mark.timeout(60)
