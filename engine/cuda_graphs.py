@@ -95,10 +95,20 @@ class DecodeGraphs:
     def record(self, size: int) -> None:
         """Makes the recording of a batch size; those of larger ones come before, whose memory it shares."""
         assert not self._sizes or size < self._sizes[0]
-        stage, shapes = self._stage, token_shapes(size, size)
-        self._numbers[size] = torch.zeros(num_bytes(shapes), dtype=torch.uint8, device=stage.device)
-        arrays = views(self._numbers[size], shapes)
-        arrays["slots"].fill_(-1)
+        self._buffers(size)["slots"].fill_(-1)
+        self._replays[size] = self._capture(self._forward(size))
+        self._sizes.insert(0, size)
+
+    def _buffers(self, size: int) -> dict[str, Tensor]:
+        """The arrays of `token_shapes` that a recording reads, from its `_numbers`."""
+        shapes = token_shapes(size, size)
+        if size not in self._numbers:
+            self._numbers[size] = torch.zeros(num_bytes(shapes), dtype=torch.uint8, device=self._stage.device)
+        return views(self._numbers[size], shapes)
+
+    def _forward(self, size: int) -> Callable[[], None]:
+        """What is recorded: all of a step's forward that happens on the device."""
+        stage, arrays = self._stage, self._buffers(size)
         batch = PagedBatch(
             block_tables=self._tables[:size],
             query_starts=self._starts[: size + 1],
@@ -120,8 +130,7 @@ class DecodeGraphs:
             metadata = AttentionMetadata(positions=arrays["positions"], slots=arrays["slots"], plans=plans)
             self._hidden_out[:size].copy_(stage(x, metadata))
 
-        self._replays[size] = self._capture(run)
-        self._sizes.insert(0, size)
+        return run
 
     def load(self, size: int, sent: Sent) -> None:
         """Takes the arrays of a step that is padded to `size`. The block tables are as wide as the step needs: beyond

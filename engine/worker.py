@@ -26,6 +26,7 @@ from ..shardformer.base import Stage
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len, workload_of
 from .cuda_graphs import CudaCapture, DecodeGraphs, ladder, rerun
+from .decode_tapes import LARGEST, DecodeTapes
 from .draft_model import draft_config
 from .drawing import Drawing
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
@@ -226,6 +227,8 @@ class Worker:
     def allocate(self, num_blocks: int) -> None:
         """Allocates the KV cache; from here on `launch` works."""
         KVCache(self.stage, num_blocks, self.block_size)
+        if self.runner is not None:
+            self.runner.graphs = self._new_tapes(self.runner)
 
     # ---- a draft model ------------------------------------------------------------------------------------------
 
@@ -278,6 +281,7 @@ class Worker:
             _free(draft)
             return f"no memory for the draft model's KV cache of {num_blocks} blocks: {' '.join(str(error).split())}"
         self.draft = draft
+        draft.graphs = self._new_tapes(draft)
         draft.stages = runner.stages = [self.stage, draft.stage]
         return None
 
@@ -313,6 +317,16 @@ class Worker:
     def _new_graphs(self, runner: ModelRunner, largest: int, longest: int) -> DecodeGraphs:
         capture = CudaCapture(self.device) if self.device.type == "cuda" else rerun
         return DecodeGraphs(runner.stage, largest, longest, self.block_size, runner.drawn, capture)
+
+    def _new_tapes(self, runner: ModelRunner) -> DecodeTapes | None:
+        """What graphs are on a CPU, unless they are asked for or refused by name."""
+        tp = Communicator.along(self.mesh, "tp")
+        if self.device.type != "cpu" or self.config.cuda_graphs is not None:
+            return None
+        if self._why_no_graphs(runner.stage) or not tp.on_tape:
+            return None
+        largest = min(self.config.max_num_seqs, LARGEST)
+        return DecodeTapes(runner.stage, largest, self._longest, self.block_size, runner.drawn, tp)
 
     def _estimate_graph_bytes(self, runner: ModelRunner, sizes: Sequence[int]) -> int:
         """What graphs of these sizes will take; measured on the largest two, since all share one pool and each has a
@@ -388,6 +402,7 @@ class Worker:
         bind(self.stage, self._candidates)
         self._candidates, (self._asked, self._bound_as) = former, (self._bound_as, self._asked)
         self.runner.backends = self.stage.backends
+        self.runner.graphs = self._new_tapes(self.runner)
         return {"attention": self._bound(self._bound_as), "graph_sizes": self.graph_sizes(), "graph_bytes": 0}
 
     def _bound(self, asked: str) -> tuple[Bound, ...]:

@@ -4,6 +4,8 @@ A group of size 1 is a no-op here, and nowhere else in the project.
 """
 
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -59,12 +61,18 @@ class Communicator:
         self.rank = self.ranks.index(global_rank)
         self.size = len(self.ranks)
         self.bound = "nothing" if group is None else dist.get_backend(group)  # what it communicates by
+        self.on_tape = group is None
         self._group: Any = group  # called directly, which spares the checks and logging of torch.distributed's wrappers
         self._reduce_options = {
             "sum": _reduce_options(dist.ReduceOp.SUM),
             "max": _reduce_options(dist.ReduceOp.MAX),
             "min": _reduce_options(dist.ReduceOp.MIN),
         }
+
+    def record_on(self, tape: Callable[[Callable[[], object]], None] | None) -> None:
+        """From here on the tape is given what each collective of the group does, to be done again on the same tensors;
+        None: no longer."""
+        assert self.on_tape
 
     @classmethod
     def along(cls, mesh: ProcessGroupMesh, axis: Axes, backend: str | None = None) -> "Communicator":
@@ -208,13 +216,21 @@ class SharedCommunicator(Communicator):
         self, group: dist.ProcessGroup | None, name: str, timeout_s: float | None, shared: SharedMemory
     ) -> None:
         super().__init__(group, name, timeout_s)
-        self.bound = "shared memory"
+        self.bound, self.on_tape = "shared memory", True
         self._shared = shared
         self._receives: list[deque[SharedReceive]] = [deque() for _ in self.ranks]  # begun, not done, by peer
+
+    def record_on(self, tape: Callable[[Callable[[], object]], None] | None) -> None:
+        self._shared.tape = tape  # the group's, whoever else has a communicator of it
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         if not tensor.is_cpu or not tensor.is_contiguous() or not self._shared.reduces(tensor.dtype):
             return super().all_reduce(tensor, op)
+        if self._shared.tape is not None:
+            self._shared.tape(partial(self._all_reduce, tensor, op))
+        return self._all_reduce(tensor, op)
+
+    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
         try:
             self._shared.all_reduce(tensor, op)
         except SharedMemoryError as error:
@@ -224,9 +240,14 @@ class SharedCommunicator(Communicator):
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_cpu:
             return super().all_gather(tensor)
-        gathered = tensor.new_empty((self.size, *tensor.shape))
+        tensor, gathered = tensor.contiguous(), tensor.new_empty((self.size, *tensor.shape))
+        if self._shared.tape is not None:
+            self._shared.tape(partial(self._all_gather, tensor, gathered))
+        return self._all_gather(tensor, gathered)
+
+    def _all_gather(self, tensor: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
         try:
-            self._shared.all_gather(tensor.contiguous(), gathered)
+            self._shared.all_gather(tensor, gathered)
         except SharedMemoryError as error:
             raise self._error("all_gather", tensor, error) from error
         return gathered

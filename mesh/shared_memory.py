@@ -63,6 +63,7 @@ class SharedMemory:
             _SPIN_CROWDED_NS if crowded else _SPIN_NS,
         )
         self._left = False
+        self.tape: Callable[[Callable[[], object]], None] | None = None  # see `Communicator.record_on`
         self._all_reduce = self._library.shm_all_reduce
         has_half = bool(self._library.shm_has_half())
         self._reduced = {d: code for d, code in REDUCED.items() if has_half or d is not torch.float16}

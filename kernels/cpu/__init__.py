@@ -2,5 +2,6 @@
 
 from .build import Unavailable
 from .ops import CpuOps
+from .tape import Pool, Tape, recording
 
-__all__ = ["CpuOps", "Unavailable"]
+__all__ = ["CpuOps", "Pool", "Tape", "Unavailable", "recording"]

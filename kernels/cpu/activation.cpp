@@ -2,6 +2,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "calls.h"
 #include "vector.h"
 
 enum Kind { SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SWIGLU_OAI };  // as in `eager.KINDS`
@@ -96,3 +97,4 @@ extern "C" void activation(int dtype, int kind, int gated, const void* x, void* 
     else by_kind<T, PLAIN>(kind, x, out, count, n, stride, threads);
   });
 }
+CALLABLE(activation)

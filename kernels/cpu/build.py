@@ -6,6 +6,7 @@ threads of the OpenMP runtime that torch has loaded; with one of their own, two 
 
 import ctypes
 import platform
+import warnings
 from functools import cache
 from pathlib import Path
 
@@ -39,6 +40,7 @@ def _try_load() -> ctypes.CDLL | Unavailable:
     except Unavailable as reason:
         return reason
     except (CompileError, OSError) as error:
+        warnings.warn(f"no C++ ops, plain torch does their work, slower: {error}", stacklevel=2)
         return Unavailable(f"{error}")
 
 

@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "product.h"
 
 // A panel is PANEL rows of an expert's weight, which are columns of its product, side by side for each step along `in`:
@@ -91,3 +92,4 @@ extern "C" int grouped_step(int dtype) {
   by_dtype(dtype, [&](auto* type) { n = Step<std::remove_pointer_t<decltype(type)>>::N; });
   return n;
 }
+CALLABLE(grouped_linear)

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "calls.h"
 #include "vector.h"
 
 template <class T>
@@ -44,3 +45,4 @@ extern "C" void add_layer_norm(int dtype, const void* x, const void* residual, c
           (T*)total + r * hidden, hidden, eps);
   });
 }
+CALLABLE(add_layer_norm)

@@ -2,6 +2,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "product.h"
 
 // oneDNN's panels, where this op reads its packed weights (`kernels/linear.py`): PANEL rows of the weight, which are
@@ -219,3 +220,5 @@ extern "C" void linear_plain(int dtype, const void* x, const void* weight, const
 
 extern "C" int linear_panel() { return PANEL; }
 extern "C" int linear_depth() { return DEPTH; }
+CALLABLE(linear_packed)
+CALLABLE(linear_plain)

@@ -1,6 +1,7 @@
 // plan_experts and combine: `kernels/eager_moe.py`.
 #include <type_traits>
 
+#include "calls.h"
 #include "vector.h"
 
 // ids, places: [num_pairs]; pairs: [num_pairs]; starts: [num_local + 1].
@@ -47,3 +48,5 @@ extern "C" void combine(int dtype, const void* rows, const float* weights, const
     }
   });
 }
+CALLABLE(plan_experts)
+CALLABLE(combine)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from ..batch import PagedBatch
 from ..eager import KINDS, PLAIN, Activation, AttentionFeatures, values_in_keys
 from ..eager_moe import ExpertPlan, GroupedLinear, Routing
 from .build import Unavailable, load_library
+from .tape import current_tape
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -391,4 +393,11 @@ def _function(library: CDLL, name: str, signature: str) -> _Function:
     function = getattr(library, name)
     function.argtypes = [{"i": c_int, "l": c_long, "f": c_float, "p": c_void_p}[letter] for letter in signature]
     function.restype = None
-    return function
+
+    def call(*arguments: Any) -> None:
+        tape = current_tape()
+        if tape is not None:
+            tape.call(library, name, signature, arguments)
+        function(*arguments)
+
+    return call

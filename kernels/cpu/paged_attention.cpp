@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "calls.h"
 #include "vector.h"
 
 namespace {
@@ -396,3 +397,4 @@ extern "C" void paged_attention(int dtype, const void* query, const void* key_ca
 
 extern "C" int head_dim_multiple() { return W; }
 extern "C" int max_head_dim() { return MAX_HEAD_DIM; }
+CALLABLE(paged_attention)

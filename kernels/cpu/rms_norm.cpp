@@ -2,6 +2,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "calls.h"
 #include "vector.h"
 
 template <class T>
@@ -36,3 +37,4 @@ extern "C" void add_rms_norm(int dtype, const void* x, const void* residual, con
           (T*)total + r * hidden, hidden, eps, offset);
   });
 }
+CALLABLE(add_rms_norm)

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "calls.h"
 #include "vector.h"
 
 // NaN and infinities as zeros: what is not finite differs from itself once zero times it is added.
@@ -77,3 +78,5 @@ extern "C" void store_kv(int dtype, const void* key, const void* value, void* ke
     }
   });
 }
+CALLABLE(rotary_store_kv)
+CALLABLE(store_kv)

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "calls.h"
 #include "vector.h"
 
 enum Scoring { SOFTMAX, SIGMOID, SOFTMAX_OF_CHOSEN };
@@ -81,3 +82,4 @@ extern "C" void route(int dtype, const void* logits, const float* correction, fl
     }
   });
 }
+CALLABLE(route)

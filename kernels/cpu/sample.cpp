@@ -2,6 +2,7 @@
 #include <limits>
 #include <vector>
 
+#include "calls.h"
 #include "vector.h"
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
@@ -140,3 +141,6 @@ extern "C" void apply_bitmask(void* logits, const void* rows, const void* mask, 
     }
   }
 }
+CALLABLE(counter_noise)
+CALLABLE(sample_shard)
+CALLABLE(apply_bitmask)
