@@ -265,6 +265,7 @@ class Scheduler:
         if copy is not None:
             chosen.copies.append(copy)
         sequence.num_in_flight += count
+        self.blocks.commit(sequence)  # for who comes after it in this step already
         chosen.counts[sequence] = count
         chosen.budget -= count
 
