@@ -130,8 +130,10 @@ class BlockManager:
         if not self.enable_prefix_caching:
             return
         nodes, size = sequence.block_nodes, self.block_size
-        num_settled = min(sequence.num_tokens, sequence.num_scheduled_tokens - len(sequence.drafts))
-        for index in range(len(nodes), num_settled // size):
+        num_settled = sequence.num_scheduled_tokens - len(sequence.drafts)
+        if num_settled < (len(nodes) + 1) * size:
+            return  # as in most steps
+        for index in range(len(nodes), min(num_settled, sequence.num_tokens) // size):
             tokens = tuple(sequence.token_ids[index * size : (index + 1) * size])
             key = (nodes[-1] if nodes else _ROOT, tokens)
             if key not in self._nodes:  # else another block holds the same already, and this one stays anonymous
