@@ -114,18 +114,26 @@ class BlockManager:
     def fork(self, sequence: Sequence, other: Sequence) -> None:
         """Lets another sequence, which begins with the same tokens, hold the blocks of those that are computed."""
         assert not other.block_table
-        other.num_computed_tokens = sequence.num_computed_tokens
-        other.block_table += sequence.block_table[: self.num_blocks_for(sequence.num_computed_tokens)]
-        other.block_nodes += sequence.block_nodes
+        other.num_computed_tokens = num_tokens = sequence.num_computed_tokens
+        other.block_table += sequence.block_table[: self.num_blocks_for(num_tokens)]
+        other.block_nodes += sequence.block_nodes[: num_tokens // self.block_size]
         for block in other.block_table:
             self._references[block] += 1
 
     def commit(self, sequence: Sequence) -> None:
-        """Makes the sequence's blocks that are full and computed known, so that others can match them."""
+        """Makes the sequence's blocks known that are full of its own tokens, computed or in a step, so that others can
+        match them.
+
+        Whoever does reads a block when it is written: steps are computed in their order on every rank, and a layer
+        stores all keys and values of a step before it attends. A sequence keeps its blocks until its step is back.
+        """
         if not self.enable_prefix_caching:
             return
         nodes, size = sequence.block_nodes, self.block_size
-        for index in range(len(nodes), sequence.num_computed_tokens // size):
+        num_settled = sequence.num_scheduled_tokens - len(sequence.drafts)
+        if num_settled < (len(nodes) + 1) * size:
+            return  # as in most steps
+        for index in range(len(nodes), min(num_settled, sequence.num_tokens) // size):
             tokens = tuple(sequence.token_ids[index * size : (index + 1) * size])
             key = (nodes[-1] if nodes else _ROOT, tokens)
             if key not in self._nodes:  # else another block holds the same already, and this one stays anonymous

@@ -80,9 +80,13 @@ class Request:
     completions: list[Completion]
     arrival_s: float
     search: BeamSearch | None = None  # until its completions are found
+    prompt_token_ids: tuple[int, ...] = field(init=False)
     replica: int = 0
     scheduled_s: float | None = None
     token_s: list[float] = field(default_factory=list)  # from the arrival until each token of the first completion
+
+    def __post_init__(self) -> None:
+        self.prompt_token_ids = tuple(self.first.token_ids[: self.first.num_prompt_tokens])
 
     @property
     def ended(self) -> bool:
@@ -105,7 +109,7 @@ class Request:
             request_id=self.request_id,
             index=self.index,
             prompt=self.prompt,
-            prompt_token_ids=tuple(first.token_ids[: first.num_prompt_tokens]),
+            prompt_token_ids=self.prompt_token_ids,
             num_cached_tokens=first.num_cached_tokens or 0,
             outputs=self._outputs(),
             finished=self.ended,

@@ -117,7 +117,7 @@ class Sampler:
         self.tp, self.device = tp, device
         self.start, self.stop = vocabulary[tp.rank]
         self.largest_shard = max(stop - start for start, stop in vocabulary)
-        self.noise, self.sample_shard = ops.counter_noise, ops.sample_shard
+        self.noise, self.sample_shard, self.likeliest = ops.counter_noise, ops.sample_shard, ops.likeliest
 
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
@@ -139,9 +139,10 @@ class Sampler:
     def _draw(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         if not draws.filtered:
             return Draw(self._best(logits, arrays))
+        own = logits if len(draws.filtered) == len(logits) else logits.index_select(0, arrays["filtered"])
         filtered = Filtered(
             rows=arrays["filtered"],
-            scaled=logits.index_select(0, arrays["filtered"]).div_(arrays["filtered_temperatures"]),
+            scaled=own.div_(arrays["filtered_temperatures"]).contiguous(),
             keys=arrays["keys"].index_select(0, arrays["filtered"]),
             filters=arrays["filters"],
             num_candidates=draws.num_candidates,
@@ -192,21 +193,21 @@ class Sampler:
         Returns float64 values and int64 token ids [num_rows, n], the log of the sum of exp over the whole vocabulary
         [num_rows, 1], and the value below which tokens may be missing [num_rows, 1].
         """
-        mass = scaled.logsumexp(dim=-1, keepdim=True).double()
         size = min(count, scaled.shape[1])
-        values, index = scaled.topk(size, dim=-1)
+        values, index, masses = self.likeliest(scaled, size)
+        mass = masses.double()
         floor = values[:, -1:].double() if size < scaled.shape[1] else torch.full_like(mass, _NEVER)
         filler = torch.full((len(scaled), count - size), _NEVER, dtype=torch.float64, device=self.device)
         packed = torch.cat(
             (values.double(), filler, index.double() + self.start, torch.zeros_like(filler), mass, floor), dim=-1
         )
         gathered = self.tp.all_gather(packed)  # [tp, num_rows, 2 * count + 2]
-        masses, floors = gathered[:, :, -2:-1], gathered[:, :, -1:]
+        shards, floors = gathered[:, :, -2:-1], gathered[:, :, -1:]
         by_row = gathered.transpose(0, 1)
         all_values = by_row[:, :, :count].reshape(len(scaled), -1)
         all_ids = by_row[:, :, count : 2 * count].reshape(len(scaled), -1)
         all_values, order = all_values.sort(dim=-1, descending=True, stable=True)
-        return all_values, all_ids.gather(1, order).long(), masses.logsumexp(dim=0), floors.amax(dim=0)
+        return all_values, all_ids.gather(1, order).long(), shards.logsumexp(dim=0), floors.amax(dim=0)
 
 
 def _filter(

@@ -265,11 +265,14 @@ class Scheduler:
         if copy is not None:
             chosen.copies.append(copy)
         sequence.num_in_flight += count
+        self.blocks.commit(sequence)  # for who comes after it in this step already
         chosen.counts[sequence] = count
         chosen.budget -= count
 
     def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses for which there is room: in the budget, in what may come of the output, and in the blocks."""
+        if self.speculator is None and not sequence.forced:
+            return ()
         most = min(budget, sequence.max_tokens - sequence.num_output_tokens - 1)
         if most <= 0 or sequence.siblings or sequence.num_candidates:
             return ()
@@ -435,9 +438,9 @@ class Scheduler:
             self.speculator.observe(sequence, len(drafts), sequence.num_tokens - num_before - 1)
 
     def _append(self, sequence: Sequence, token_id: int, told: TokenLogprobs | None) -> None:
-        self._count(sequence, -1)
+        self.num_expected_tokens -= sequence.num_expected_tokens > 0  # the one that it is
+        self.num_pending_tokens += 1
         sequence.token_ids.append(token_id)
-        self._count(sequence, 1)
         if told is not None:
             sequence.scores.append(told)
 

@@ -98,7 +98,7 @@ class Staged:
     """A step's arrays: to be filled on the host, then sent."""
 
     def __init__(self, memory: Tensor, shapes: Shapes, send: Callable[[], Tensor]) -> None:
-        self._shapes, self._send, data = shapes, send, memory.numpy()
+        self._memory, self._shapes, self._send, data = memory, shapes, send, memory.numpy()
         self.host: dict[str, Any] = {}  # numpy, not initialised
         start = 0
         for name, (dtype, shape) in shapes.items():
@@ -108,6 +108,8 @@ class Staged:
 
     def send(self) -> "Sent":
         buffer = self._send()
+        if buffer is self._memory:  # nothing had to be copied
+            return Sent(buffer, {name: torch.from_numpy(array) for name, array in self.host.items()})
         return Sent(buffer, views(buffer, self._shapes))
 
 

@@ -7,7 +7,7 @@ token is that is known already (`GivenRows`).
 from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from .sequence import Sequence
 from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, StepInput, drawn_before
@@ -74,7 +74,7 @@ class StepRows:
         if has_rules:
             self._tell(sequence, sequence.drafted, None)
         sample = _sample_request(sequence, row, sequence.num_tokens + len(sequence.drafted))
-        self.samples.append(replace(sample, slot=sample.slot if has_rules else -1, logprobs=None))
+        self.samples.append(sample._replace(slot=sample.slot if has_rules else -1, logprobs=None))
         self.draws.append((sequence, ()))
 
     def _mask(self, sequence: Sequence) -> None:
@@ -102,6 +102,8 @@ class StepRows:
     def add_given(self, sequence: Sequence, first: int, count: int) -> None:
         """What is asked of the prompt and was not before, the step having `count` of the sequence's tokens from its
         `first` on."""
+        if sequence.prompt_logprobs is None and not sequence.is_pooled:
+            return
         start = sequence.num_scheduled_tokens - count
         num_askable = sequence.num_prompt_tokens - (0 if sequence.is_pooled else 1)
         begin, stop = max(start, sequence.num_asked), min(start + count, num_askable)

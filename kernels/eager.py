@@ -480,6 +480,16 @@ def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int)
     return best.values, best.indices + start
 
 
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` largest logits of each row, descending, and where they are; and log-sum-exp over the row.
+
+    logits: float32 [num_rows, n], contiguous, count <= n. Returns float32 and int64 [num_rows, count], of equals any
+    (where a logit is -inf, its place says nothing), and float32 [num_rows, 1].
+    """
+    values, places = logits.topk(count, dim=-1)
+    return values, places, logits.logsumexp(dim=-1, keepdim=True)
+
+
 def apply_bitmask(logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
     """Sets the logits of tokens whose bit is not set to -inf, in place.
 

@@ -35,6 +35,7 @@ class Ops:
     combine: Callable[[Tensor, Tensor, ExpertPlan], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    likeliest: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
     apply_bitmask: Callable[[Tensor, Tensor | None, Tensor, int], None]
 
 
@@ -57,6 +58,7 @@ EAGER = Ops(
     combine=eager_moe.combine,
     counter_noise=eager.counter_noise,
     sample_shard=eager.sample_shard,
+    likeliest=eager.likeliest,
     apply_bitmask=eager.apply_bitmask,
 )
 
@@ -102,6 +104,7 @@ def _compiled(compiled: CpuOps) -> Ops:
         combine=compiled.combine,
         counter_noise=compiled.counter_noise,
         sample_shard=compiled.sample_shard,
+        likeliest=compiled.likeliest,
         apply_bitmask=compiled.apply_bitmask,
     )
 

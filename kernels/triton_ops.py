@@ -1,4 +1,4 @@
-"""Every op as a Triton kernel, for GPUs; matrix products stay torch's.
+"""Every op as a Triton kernel, for GPUs; matrix products and the search for the likeliest tokens stay torch's.
 
 This imports triton, which not every machine has and no CPU needs: `ops.select_ops` imports it late.
 """
@@ -6,6 +6,7 @@ This imports triton, which not every machine has and no CPU needs: `ops.select_o
 from . import linear
 from .activation import activation, gated_activation
 from .bitmask import apply_bitmask
+from .eager import likeliest
 from .embedding import embedding
 from .experts import combine, plan_experts
 from .grouped_linear import bind_grouped_linear
@@ -35,5 +36,6 @@ TRITON = Ops(
     combine=combine,
     counter_noise=counter_noise,
     sample_shard=sample_shard,
+    likeliest=likeliest,
     apply_bitmask=apply_bitmask,
 )

@@ -245,15 +245,19 @@ def _read_spec(config: Any, architectures: list[str], name: str, policy: str, ow
 
     own: the class of a model that only the checkpoint's code knows.
     """
-    generic, usual = own or transformers_class(architectures), _architecture_of(config)
-    if own is None and generic is not None and _policy_of(architectures) is not _policy_of([usual]):
-        find_policy(architectures)  # raises where there is none, as for a model without its head
-        raise ValueError(
-            f"{name}: architectures names {', '.join(architectures)}, but the causal language model of model_type "
-            f"{config.model_type!r} is {usual}"
-        )
-    if generic is not None and (policy == "generic" or not has_policy(architectures)):
-        return read_generic(config, generic)
+    usual = _architecture_of(config)
+    is_usual = own is not None or _policy_of(architectures) is _policy_of([usual])
+    is_by_hand = policy != "generic" and has_policy(architectures)
+    if not (is_usual and is_by_hand):  # only then transformers' code of the model is imported, which takes a second
+        generic = own or transformers_class(architectures)
+        if generic is not None and not is_usual:
+            find_policy(architectures)  # raises where there is none, as for a model without its head
+            raise ValueError(
+                f"{name}: architectures names {', '.join(architectures)}, but the causal language model of model_type "
+                f"{config.model_type!r} is {usual}"
+            )
+        if generic is not None and not is_by_hand:
+            return read_generic(config, generic)
     spec = find_policy(architectures).spec(config, read_rotary)
     check_spec(spec, name)
     return spec

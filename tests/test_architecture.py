@@ -140,6 +140,16 @@ def test_importing_the_package_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=ROOT.parent)
 
 
+def test_importing_the_engine_imports_nothing_heavy_but_torch() -> None:
+    """What is here takes from a tenth of a second to several; it is imported when something asks for it, if at all."""
+    heavy = (
+        "transformers tokenizers huggingface_hub triton fastapi uvicorn sympy torch._dynamo torch.distributed.tensor"
+    )
+    program = f"import sys, meshlm; meshlm.AsyncInferenceEngine; print(*set('{heavy}'.split()) & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-P", "-c", program], check=True, cwd=ROOT.parent, capture_output=True)
+    assert run.stdout.split() == []
+
+
 def test_a_program_started_in_this_folder_can_use_transformers() -> None:
     """There `import kernels`, which transformers tries, finds our folder: it must do no harm, and so imports no other
     room before something is called."""

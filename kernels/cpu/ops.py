@@ -50,6 +50,7 @@ class CpuOps:
         self._combine = _function(library, "combine", "ipppp" + "llli")
         self._counter_noise = _function(library, "counter_noise", "ppp" + "llli")
         self._sample_shard = _function(library, "sample_shard", "ppppp" + "lllli")
+        self._likeliest = _function(library, "likeliest", "ppppllli")
         self._apply_bitmask = _function(library, "apply_bitmask", "ppp" + "lllli")
         self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
@@ -356,6 +357,23 @@ class CpuOps:
             self._threads,
         )
         return values, token_ids
+
+    def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        assert logits.is_contiguous() and logits.dtype == torch.float32
+        rows, n = logits.shape
+        values, places = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
+        masses = torch.empty(rows, 1)
+        self._likeliest(
+            logits.data_ptr(),
+            values.data_ptr(),
+            places.data_ptr(),
+            masses.data_ptr(),
+            rows,
+            n,
+            count,
+            self._threads,
+        )
+        return values, places, masses
 
     def apply_bitmask(self, logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
         assert logits.is_contiguous() and mask.is_contiguous() and logits.dtype == torch.float32

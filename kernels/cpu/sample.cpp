@@ -1,4 +1,6 @@
-// counter_noise, sample_shard and apply_bitmask: `kernels/eager.py`.
+// counter_noise, sample_shard, likeliest and apply_bitmask: `kernels/eager.py`.
+#include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -33,19 +35,39 @@ static inline vuint mix32(vuint bits) {
   return bits ^ (bits >> 16);
 }
 
-// Noise of tokens by a key's two words. Whole vectors only, and one piece of code for all that call it, so that a token
-// has the same noise wherever it stands.
-__attribute__((noinline)) static vfloat gumbel(uint32_t first, uint32_t second, vuint token_ids) {
+// From 0 to 1, by a key's two words and tokens; neither end is reached.
+static inline vfloat uniform(uint32_t first, uint32_t second, vuint token_ids) {
   vuint bits = mix32(mix32(token_ids * 0x9E3779B9u + first) ^ second);
-  vfloat uniform = (__builtin_convertvector((vint)(bits >> 1), vfloat) + 0.5f) * 0x1p-31f;
+  vfloat u = (__builtin_convertvector((vint)(bits >> 1), vfloat) + 0.5f) * 0x1p-31f;
   vfloat largest = splat(1 - 0x1p-24f);
-  uniform = uniform > largest ? largest : uniform;
+  return u > largest ? largest : u;
+}
+
+// Noise of uniform numbers. Whole vectors only, and one piece of code for all that call it, so that a token has the same
+// noise wherever it stands.
+__attribute__((noinline)) static vfloat gumbel(vfloat u) {
   // -log1p(-u) = log(w) * u / (w - 1) with w = 1 - u as rounded, whose error both factors share (Kahan, in Goldberg
   // 1991, theorem 4).
-  vfloat rest = 1.0f - uniform, gap = rest - 1.0f;
+  vfloat rest = 1.0f - u, gap = rest - 1.0f;
   vint whole = gap == 0.0f;
-  vfloat exponential = log(rest) * (uniform / (whole ? splat(-1.0f) : gap));
-  return -log(whole ? uniform : exponential);
+  vfloat exponential = log(rest) * (u / (whole ? splat(-1.0f) : gap));
+  return -log(whole ? u : exponential);
+}
+
+// What noise stays below: -log(-log(1 - u)) <= -log(u), of which only the exponent is looked at.
+static inline vfloat most_noise(vfloat u) {
+  return __builtin_convertvector(127 - ((vint)u >> 23), vfloat) * 0.6931473f + 1e-3f;
+}
+constexpr float MOST_NOISE = 22.5f;  // of the smallest number, 2^-32
+
+static inline bool any(vint mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < W; i++) found |= mask[i];
+  return found;
+#endif
 }
 
 static inline vint lanes() {
@@ -66,7 +88,7 @@ extern "C" void counter_noise(const void* keys, const void* token_ids, void* out
       long count = n - i < W ? n - i : W;
       vuint some = {};
       std::memcpy(&some, ids + i, 4 * count);
-      vfloat noise = gumbel(key[0], key[1], some);
+      vfloat noise = gumbel(uniform(key[0], key[1], some));
       std::memcpy(to + i, &noise, 4 * count);
     }
   }
@@ -80,17 +102,27 @@ struct Best {
 // Of equals the first; NaN is above all.
 static inline bool beats(float a, float b) { return a > b || (a != a && b == b); }
 
+// The noise, which takes most of the time, is made of those tokens only that could win by it.
 static Best best_of(const float* logits, float temperature, const uint32_t* key, uint32_t start, long n) {
-  vfloat best = splat(NEVER);
+  float floor = NEVER;  // the best of all lanes
+  vfloat best = splat(floor);
   vint places = {}, at = lanes();
   for (long i = 0; i < n; i += W, at += W) {
     vfloat scores = splat(NEVER);
     if (n - i >= W) scores = load(logits + i);
     else std::memcpy(&scores, logits + i, 4 * (n - i));
-    if (temperature) scores = scores / temperature + gumbel(key[0], key[1], (vuint)at + start);
+    if (temperature) {
+      scores = scores / temperature;
+      if (!any(~(scores + MOST_NOISE <= floor))) continue;  // nor is NaN passed over
+      vfloat u = uniform(key[0], key[1], (vuint)at + start);
+      if (!any(~(scores + most_noise(u) <= floor))) continue;
+      scores += gumbel(u);
+    }
     vint better = (scores > best) | ((scores != scores) & (best == best));
     best = better ? scores : best;
     places = better ? at : places;
+    if (temperature && any(better))
+      for (int j = 0; j < W; j++) floor = best[j] > floor ? best[j] : floor;
   }
   Best found = {best[0], places[0]};
   for (int i = 1; i < W; i++)
@@ -118,6 +150,64 @@ extern "C" void sample_shard(const void* logits, const void* temperatures, const
     ((float*)values)[r] = best.value;
     ((int64_t*)token_ids)[r] = start + best.place;
   }
+}
+
+// Of one row: the `count` likeliest, in their order, and the log of the sum of exp.
+static float likeliest_of(const float* logits, long n, long count, float* values, int64_t* places) {
+  // The maxima of at least 4 * count groups (a lane of some vectors each), as far as there are so many elements: the
+  // count-th largest of them is not above the count-th largest element, and not far below.
+  long vectors = (n + W - 1) / W, wanted = (4 * count + W - 1) / W, size = std::max(1L, vectors / wanted);
+  long num_groups = (vectors + size - 1) / size;
+  auto part = [&](long v) {
+    vfloat x = splat(NEVER);
+    if ((v + 1) * W <= n) x = load(logits + v * W);
+    else std::memcpy(&x, logits + v * W, 4 * (n - v * W));
+    return x;
+  };
+  std::vector<float> maxima(num_groups * W);
+  for (long g = 0; g < num_groups; g++) {
+    vfloat most = splat(NEVER);
+    for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++) {
+      vfloat x = part(v);
+      most = x > most ? x : most;
+    }
+    std::memcpy(&maxima[g * W], &most, sizeof most);
+  }
+  float top = *std::max_element(maxima.begin(), maxima.end()), least = NEVER;
+  if (count < (long)maxima.size()) {
+    std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<float>());
+    least = maxima[count - 1];
+  }
+  std::vector<std::pair<float, long>> found;
+  double sum = 0;
+  for (long g = 0; g < num_groups; g++) {
+    vfloat sums = {};
+    for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++) {
+      vfloat x = part(v);
+      sums += exp(x - top);
+      if (!any((x >= least) & (x > NEVER))) continue;
+      for (int i = 0; i < W; i++)
+        if (x[i] >= least && x[i] > NEVER) found.push_back({x[i], v * W + i});
+    }
+    for (int i = 0; i < W; i++) sum += sums[i];
+  }
+  auto before = [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; };
+  long num_found = std::min(count, (long)found.size());
+  std::partial_sort(found.begin(), found.begin() + num_found, found.end(), before);
+  for (long i = 0; i < count; i++) {
+    values[i] = i < num_found ? found[i].first : NEVER;
+    places[i] = i < num_found ? found[i].second : 0;
+  }
+  return std::isinf(top) ? top : float(top + std::log(sum));
+}
+
+// logits: [rows, n], contiguous; values, places: [rows, count]; masses: [rows].
+extern "C" void likeliest(const void* logits, void* values, void* places, void* masses, long rows, long n, long count,
+                          int threads) {
+#pragma omp parallel for num_threads(threads) if (rows * n > SERIAL)
+  for (long r = 0; r < rows; r++)
+    ((float*)masses)[r] = likeliest_of((const float*)logits + r * n, n, count, (float*)values + r * count,
+                                       (int64_t*)places + r * count);
 }
 
 // logits: [.., n], of tokens from `start` on; rows: which of them each mask is for, null: the first, the second, ...;

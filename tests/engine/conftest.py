@@ -1,4 +1,9 @@
-"""What tests of the engine share: processes that they start, and engines of a tiny model."""
+"""What tests of the engine share: processes that they start, and engines of a tiny model.
+
+transformers' models take seconds to import, which files that have no model need not wait for.
+"""
+
+from __future__ import annotations
 
 import contextlib
 import os
@@ -6,14 +11,15 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
-from transformers import LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine
-from tiny import make_llama
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 Torchrun = Callable[..., contextlib.AbstractContextManager[subprocess.Popen[str]]]
 
@@ -58,6 +64,8 @@ TINY_MESHES: dict[str, dict[str, int]] = {
 
 @pytest.fixture(scope="session")
 def tiny_model() -> LlamaForCausalLM:
+    from tiny import make_llama
+
     return make_llama(num_hidden_layers=2, max_position_embeddings=96)
 
 

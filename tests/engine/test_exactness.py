@@ -482,6 +482,19 @@ def test_prefix_hits(demo_model: Path, reference: Reference) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("fields", [{}, {"attention_backend": "eager", "block_size": 7}, {"pp_size": 2}], ids=str)
+def test_prompts_that_come_together_share_a_prefix(
+    fields: dict[str, Any], demo_model: Path, reference: Reference
+) -> None:
+    """The first computes it; the others take it from the same step, or from one in flight."""
+    with running(demo_model, **{"num_kv_blocks": 400, **fields}) as engine:
+        outputs = engine.generate([reference.prompts[i] for i in (0, 1, 2)], GREEDY, progress=False)
+        size = engine.block_size
+        assert [output.num_cached_tokens for output in outputs] == [0, 32 // size * size, 31 // size * size]
+        reference.check([output.token_ids for output in outputs], [0, 1, 2])
+
+
+@pytest.mark.slow
 def test_the_prefix_cache_can_be_turned_off(demo_model: Path, reference: Reference) -> None:
     with running(demo_model, enable_prefix_caching=False) as engine:
         outputs = engine.generate([reference.prompts[2]] * 2, GREEDY, progress=False)

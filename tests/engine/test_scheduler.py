@@ -146,15 +146,48 @@ def test_a_prefix_hit_starts_further_along() -> None:
     assert list(step.input.block_tables[0])[:2] == [0, 1]
 
 
-def test_no_prefix_is_taken_from_a_step_that_is_not_back() -> None:
+def test_requests_that_come_together_compute_their_common_prefix_once() -> None:
+    scheduler = make()
+    first, *others = [add(scheduler, name, [*range(8), 90 + i]) for i, name in enumerate("abc")]
+    step = next_step(scheduler)
+    assert counts(step) == {"a": 9, "b": 1, "c": 1} and step.input.context_lens == (0, 8, 8)
+    assert [list(table)[:2] for table in step.input.block_tables] == [[0, 1]] * 3
+    assert first.num_cached_tokens == 0 and [other.num_cached_tokens for other in others] == [8, 8]
+
+
+@pytest.mark.parametrize("is_aborted", [False, True])
+def test_a_prefix_is_taken_from_a_step_that_is_not_back(is_aborted: bool) -> None:
     scheduler = make(num_stages=2)
-    add(scheduler, "a", range(9))
-    add(scheduler, "b", range(9))
+    a = add(scheduler, "a", range(9))
     first = next_step(scheduler)
+    b = add(scheduler, "b", range(9))
+    if is_aborted:
+        scheduler.finish(a, "abort")
     second = next_step(scheduler)
-    assert counts(first) == {"a": 9} and counts(second) == {"b": 9}
-    assert second.input.context_lens == (0,)
-    assert set(first.input.block_tables[0]).isdisjoint(second.input.block_tables[0])
+    assert counts(second) == {"b": 1} and second.input.context_lens == (8,)
+    assert second.input.block_tables[0][:2] == first.input.block_tables[0][:2]
+    back(scheduler, first, (7,))
+    scheduler.check()
+    assert b.block_table[:2] == [0, 1] and scheduler.blocks.num_free_blocks == (61 if is_aborted else 60)
+
+
+def test_of_a_chunk_only_full_blocks_are_taken() -> None:
+    scheduler = make(max_num_batched_tokens=6)
+    a = add(scheduler, "a", range(9))
+    first = next_step(scheduler)
+    assert scheduler.blocks.match(a.token_ids) == [0]
+    back(scheduler, first, ())
+    add(scheduler, "b", range(9))
+    assert counts(next_step(scheduler)) == {"a": 3, "b": 1}
+
+
+def test_drafts_are_not_taken_by_others_before_they_are_accepted() -> None:
+    scheduler = make(block_size=2)
+    a = add(scheduler, "a", [1, 2, 3], forced=(4, 5, 6))
+    step = next_step(scheduler)
+    assert step.drafts == ((4, 5, 6),) and scheduler.blocks.match([1, 2, 3, 4, 5, 6, 7]) == a.block_table[:1]
+    back(scheduler, step, (4, 5, 6, 7))
+    assert scheduler.blocks.match([1, 2, 3, 4, 5, 6, 7]) == a.block_table[:3]
 
 
 # ---- preemption -----------------------------------------------------------------------------------------------------

@@ -115,6 +115,45 @@ def test_unusual_rows(
         assert token_ids.tolist() == [100 + place] * 2
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1.0, 30.0], ids=str)
+def test_noise_that_cannot_win_is_not_made(compiled: Callable[[str, str], Any], scale: float) -> None:
+    """The score is that of all noise, whatever was passed over: where logits are alike, and where they are not."""
+    kernel = compiled("C++", "sample")
+    torch.manual_seed(2)
+    logits, temperatures = scale * torch.randn(24, 9001), torch.tensor([0.7, 1.0, 3.0]).repeat(8)
+    keys = keys_of(24, logits.device)
+    scores = logits / temperatures[:, None] + kernel.counter_noise(keys, torch.arange(9001, dtype=torch.int32))
+    values, token_ids = kernel.sample_shard(logits, temperatures, keys, 0)
+    assert torch.equal(values, scores.amax(dim=1)) and torch.equal(token_ids, scores.argmax(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "count"), [(0, 5, 2), (1, 1, 1), (3, 7, 7), (2, 1000, 1), (5, 1023, 128), (4, 5000, 4999)], ids=str
+)
+def test_likeliest(
+    compiled: Callable[[str, str], Any],
+    rows: int,
+    n: int,
+    count: int,
+    device: torch.device,
+    assert_same: Callable[[Tensor, Tensor], None],
+) -> None:
+    kernel = compiled("C++", "sample")
+    torch.manual_seed(0)
+    logits = torch.randn(rows, n, device=device).mul(3).round(decimals=1)  # with equals
+    logits[:, ::3] = -INF
+    for case in (logits, torch.full_like(logits, 2.0), torch.full_like(logits, -INF)):
+        values, places, masses = kernel.likeliest(case, count)
+        expected_values, _, expected_masses = eager.likeliest(case, count)
+        assert torch.equal(values, expected_values)
+        assert_same(masses, expected_masses)
+        there = values > -INF
+        assert torch.equal(case.gather(1, places)[there], values[there])
+        assert all(
+            len(set(row[is_there].tolist())) == is_there.sum() for row, is_there in zip(places, there, strict=True)
+        )
+
+
 @pytest.mark.cuda
 def test_sample_shard_of_a_real_size(
     kernel: Any, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]
