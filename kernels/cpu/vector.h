@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -87,6 +88,15 @@ static inline vfloat max(vfloat a, vfloat b) {
   return a > b ? a : b;
 #endif
 }
+static inline float greatest(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float x = v[0];
+  for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
+  return x;
+#endif
+}
 static inline float sum(vfloat v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -96,6 +106,18 @@ static inline float sum(vfloat v) {
   return s;
 #endif
 }
+
+template <int HALF, int... I> static inline void swap_halves(vfloat* square, std::integer_sequence<int, I...>) {
+  for (int i = 0; i < W; i++)
+    if (!(i & HALF)) {
+      const vfloat a = square[i], b = square[i + HALF];
+      square[i] = __builtin_shufflevector(a, b, (I & HALF ? W + I - HALF : I)...);
+      square[i + HALF] = __builtin_shufflevector(a, b, (I & HALF ? W + I : I + HALF)...);
+    }
+  if constexpr (HALF > 1) swap_halves<HALF / 2>(square, std::integer_sequence<int, I...>());
+}
+// W rows of W, as columns: by blocks of half the size, in place.
+static inline void transpose(vfloat* square) { swap_halves<W / 2>(square, std::make_integer_sequence<int, W>()); }
 
 // Calls f for all of a row: f(i, vfloat{}) where it takes a vector from i on, then f(i, 0.0f) where one element.
 template <class F> static inline void each(long n, F f) {
