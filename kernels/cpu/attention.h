@@ -4,7 +4,6 @@
 
 #include "vector.h"
 
-constexpr int KEYS = 64;           // taken at a time
 constexpr int MAX_HEAD_DIM = 576;  // of keys, queries and values; a multiple of W
 constexpr float LOWEST = -1e30f;   // a maximum before the first key: finite, so that differences are no NaN
 constexpr float LOG2_E = 1.44269504f;

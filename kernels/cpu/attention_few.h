@@ -7,7 +7,8 @@
 #include "attention.h"
 #include "product.h"
 
-constexpr int FEW = 8;  // rows, at most
+constexpr int FEW = 8;    // rows, at most
+constexpr int KEYS = 64;  // taken at a time
 
 // The softmax over some of the keys, to base 2, not yet divided: of each row of each KV head value_dim sums, then
 struct Partial {

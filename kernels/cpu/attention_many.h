@@ -8,19 +8,28 @@
 
 constexpr int NV = W == 16 ? 6 : 2;  // vectors of rows: with 4 keys or values beside, what registers hold
 constexpr int ROWS = NV * W;
+constexpr int TILE_KEYS = 128;  // taken at a time
 
 template <class T> struct Tile {  // what a thread works on
   typedef typename Step<T>::Row Row;
   alignas(64) Row query[MAX_HEAD_DIM * ROWS];  // [step][ROWS][N]
-  alignas(64) float scores[KEYS * ROWS];       // [key][ROWS]
-  alignas(64) Row weights[KEYS * ROWS];        // [step][ROWS][N], as a step takes N keys
+  alignas(64) float scores[TILE_KEYS * ROWS];       // [key][ROWS]
+  alignas(64) Row weights[TILE_KEYS * ROWS];        // [step][ROWS][N], as a step takes N keys
   alignas(64) float out[MAX_HEAD_DIM * ROWS];  // [value_dim][ROWS]
-  alignas(64) Row keys[KEYS * MAX_HEAD_DIM];   // converted, where they cannot be read in place
-  alignas(64) Row values[KEYS * MAX_HEAD_DIM];  // [step][value_dim][N]
+  alignas(64) Row keys[TILE_KEYS * MAX_HEAD_DIM];   // converted, where they cannot be read in place
+  alignas(64) Row values[TILE_KEYS * MAX_HEAD_DIM];  // [step][value_dim][N]
 };
 
 // Keys or values taken at once with V vectors of rows: as many as hide an addition's latency. W is a multiple of 4.
 constexpr int at_once(int V) { return W == 16 ? (V <= 3 ? 8 : 4) : W == 8 && V == 1 ? 8 : 4; }
+
+// Keeps the compiler from loading x anew at each use, which would take as long as multiplying.
+template <class X> static inline X in_register(X x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
 
 // c[j][row] = c[j][row] * scale[row] (0 without) + sum over steps of a[j][step] * b[step][row] for J rows a.
 template <class T, int V, int J>
@@ -34,7 +43,7 @@ static inline void multiply(float* c, const typename Step<T>::Row* const* a, lon
   for (int j = 0; j < J; j++) from[j] = a[j];
   for (int k = 0; k < steps; k++, b += ROWS * S::N) {
     decltype(S::vector(b)) row[V];
-    for (int v = 0; v < V; v++) row[v] = S::vector(b + v * W * S::N);
+    for (int v = 0; v < V; v++) row[v] = in_register(S::vector(b + v * W * S::N));
     for (int j = 0; j < J; j++) {
       const auto x = S::row(from[j] + k * a_step);
       for (int v = 0; v < V; v++) sums[j][v] = S::add(sums[j][v], x, row[v]);
@@ -146,13 +155,13 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
   vfloat maximum[V], total[V], decay[V];
   for (int v = 0; v < V; v++) maximum[v] = load(maxima + v * W), total[v] = splat(a.sinks ? 1 : 0);
 
-  const T *keys[KEYS], *values[KEYS];
-  const typename S::Row *key_rows[KEYS], *value_rows[J];
+  const T *keys[TILE_KEYS], *values[TILE_KEYS];
+  const typename S::Row *key_rows[TILE_KEYS], *value_rows[J];
   const long first_query = position[0], last_query = position[V * W - 1], stop = last_query + 1;
-  for (long start = a.window ? std::max(0l, first_query - a.window + 1) : 0; start < stop; start += KEYS) {
-    const int count = std::min<long>(KEYS, stop - start);
+  for (long start = a.window ? std::max(0l, first_query - a.window + 1) : 0; start < stop; start += TILE_KEYS) {
+    const int count = std::min<long>(TILE_KEYS, stop - start);
     cache.find(start, count, keys, values);
-    for (int n = 0; n < KEYS; n++)
+    for (int n = 0; n < TILE_KEYS; n++)
       key_rows[n] = n < count ? as_row(keys[n], head_dim, head_dim, tile.keys + n * head_dim) : key_rows[count - 1];
     for (int n = 0; n < count; n += J)
       multiply<T, V, J>(tile.scores + n * ROWS, key_rows + n, S::N, tile.query, head_dim / S::N, nullptr);

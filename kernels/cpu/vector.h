@@ -41,11 +41,16 @@ static inline vfloat load(const float16* p) {
 }
 
 static inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-static inline void store(bfloat16* p, vfloat v) {  // to nearest even; NaN stays NaN
+// To nearest even; NaN stays NaN.
+static inline void store(bfloat16* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+#else
   vuint bits = (vuint)v;
   vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vuint nan = (vuint)(v != v);
   vushort out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vushort);
+#endif
   std::memcpy(p, &out, sizeof out);
 }
 static inline void store(float16* p, vfloat v) {
