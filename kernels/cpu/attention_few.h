@@ -38,33 +38,35 @@ template <int HALF, int... I> static inline vfloat sums_of(vfloat* vectors, std:
   return vectors[0];
 }
 
-// The products of a query with W keys.
-template <class T> static inline vfloat dots(const T* query, const T* const* keys, int head_dim) {
+// The products of a query with W keys, which lie `offset` elements after `keys`.
+template <class T> static inline vfloat dots(const T* query, const T* const* keys, long offset, int head_dim) {
   typedef Step<T> S;
   vfloat sums[W] = {};
   int i = 0;
   if constexpr (S::N == 2)
     for (; i + 2 * W <= head_dim; i += 2 * W) {
       const auto q = S::vector(query + i);
-      for (int n = 0; n < W; n++) sums[n] = S::add(sums[n], S::vector(keys[n] + i), q);
+      for (int n = 0; n < W; n++) sums[n] = S::add(sums[n], S::vector(keys[n] + offset + i), q);
     }
   for (; i < head_dim; i += W) {
     const vfloat q = load(query + i);
-    for (int n = 0; n < W; n++) sums[n] += load(keys[n] + i) * q;
+    for (int n = 0; n < W; n++) sums[n] += load(keys[n] + offset + i) * q;
   }
   return sums_of<W / 2>(sums, std::make_integer_sequence<int, W>());
 }
 
-// Adds values times weights to what decays, for C vectors of each of R rows from `first` on.
+// Adds `count` values times weights to what decays: C vectors, from element i on, of R rows from `first` on. The values
+// lie `offset` elements after `values`.
 template <class T, int R, int C>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const T* const* values,
-                              int count, int i, const float* decay) {
+                              long offset, int count, int i, const float* decay) {
   vfloat sums[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = load(to.out(first + r) + i + c * W) * decay[r];
   for (int n = 0; n < count; n++) {
+    const T* from = values[n] + offset + i;
     vfloat value[C];
-    for (int c = 0; c < C; c++) value[c] = load(values[n] + i + c * W);
+    for (int c = 0; c < C; c++) value[c] = load(from + c * W);
     for (int r = 0; r < R; r++) {
       const vfloat weight = splat(weights[r][n]);
       for (int c = 0; c < C; c++) sums[r][c] += value[c] * weight;
@@ -74,33 +76,53 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
     for (int c = 0; c < C; c++) store(to.out(first + r) + i + c * W, sums[r][c]);
 }
 
-static inline void fetch(const void* p, long bytes) {
-  for (long i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
-}
+// Keys and values that are taken together.
+template <class T> struct KeyTile {
+  long start;
+  int count;
+  const T *keys[KEYS], *values[KEYS];  // of the task's first KV head
 
-// A tile of keys or values: where each lies for the first KV head of the task.
-template <class T> using Places = const T* [KEYS];
+  // Those of [start, stop).
+  void find(const Cache<T>& cache, long from, long stop) {
+    start = from, count = std::max(0l, std::min<long>(KEYS, stop - from));
+    if (count) cache.find(start, count, keys, values);
+    for (int n = count; n % W; n++) keys[n] = keys[count - 1];  // so that W are taken at once
+  }
+  // Brings some of them, all KV heads of a task, to the cache. Their rows lie side by side in a block.
+  void fetch(int first, int last, long key_bytes, long value_bytes) const {
+    for (int n = first; n < last; n++)
+      for (long i = 0; i < key_bytes; i += 64) __builtin_prefetch((const char*)keys[n] + i);
+    for (int n = first; n < last; n++)
+      for (long i = 0; i < value_bytes; i += 64) __builtin_prefetch((const char*)values[n] + i);
+  }
+};
 
-// R rows of a KV head with the `count` keys from `start` on. next: the places of so many keys and values, to be fetched.
+// The queries of one KV head.
+template <class T, int R> struct Queries {
+  const T* row[R];
+  long position[R];
+  float slope[R];
+};
+
+// R rows of the task's KV head `head` with a tile.
 template <class T, int R>
-static inline void attend_tile(const Arguments& a, const T* const* queries, const long* positions, const float* slopes,
-                               long start, int count, const T* const* keys, const T* const* values, int next,
-                               const T* const* next_keys, const T* const* next_values, const Partial& to, long first) {
+static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries, long head, const KeyTile<T>& tile,
+                               const Partial& to) {
   constexpr int C = W == 16 && R <= 6 ? 4 : R <= 4 ? 2 : 1;
-  const int head_dim = a.head_dim, value_dim = a.value_dim, padded = (count + W - 1) / W * W;
+  const int head_dim = a.head_dim, value_dim = a.value_dim, padded = (tile.count + W - 1) / W * W;
+  const long first = head * R, keys_at = head * a.head_dim, values_at = head * (a.value_row / a.kv_heads);
   const float to_exponent = a.to_exponent();
   alignas(64) float weights[R][KEYS];
   float decay[R];
-  for (int n = 0; n < padded; n += W) {
-    for (int k = n; k < std::min(n + W, next); k++) fetch(next_keys[k], head_dim * sizeof(T));
-    for (int r = 0; r < R; r++) store(weights[r] + n, dots(queries[r], keys + n, head_dim));
-  }
+  for (int n = 0; n < padded; n += W)
+    for (int r = 0; r < R; r++) store(weights[r] + n, dots(queries.row[r], tile.keys + n, keys_at, head_dim));
   for (int r = 0; r < R; r++) {
+    const long position = queries.position[r];
     vfloat highest = splat(-INFINITY);
     for (int n = 0; n < padded; n += W) {
       vfloat s = load(weights[r] + n);
-      if (a.changes_scores() || a.window || start + n + W > positions[r] + 1) {  // hides what is beyond the keys, too
-        s = score(a, s, vint{} + int32_t(positions[r]), count_from(start + n), splat(slopes[r]));
+      if (a.changes_scores() || a.window || tile.start + n + W > position + 1) {  // hides what is beyond the keys, too
+        s = score(a, s, vint{} + int32_t(position), count_from(tile.start + n), splat(queries.slope[r]));
         store(weights[r] + n, s);
       }
       highest = max(highest, s);
@@ -116,50 +138,41 @@ static inline void attend_tile(const Arguments& a, const T* const* queries, cons
     to.total(first + r) = to.total(first + r) * decay[r] + sum(total);
     to.maximum(first + r) = maximum;
   }
-  for (int n = 0; n < next; n++) fetch(next_values[n], value_dim * sizeof(T));
   int i = 0;
-  for (; i + C * W <= value_dim; i += C * W) add_values<T, R, C>(to, first, weights, values, count, i, decay);
-  for (; i < value_dim; i += W) add_values<T, R, 1>(to, first, weights, values, count, i, decay);
+  for (; i + C * W <= value_dim; i += C * W)
+    add_values<T, R, C>(to, first, weights, tile.values, values_at, tile.count, i, decay);
+  for (; i < value_dim; i += W)
+    add_values<T, R, 1>(to, first, weights, tile.values, values_at, tile.count, i, decay);
 }
 
 template <class T, int R> void attend_few(const Arguments& a, const FewTask& task, const Partial& to) {
-  const long queries = a.query_starts[task.sequence + 1] - a.query_starts[task.sequence];
-  const long keys = a.key_lens[task.sequence], heads = task.kv_heads;
-  std::vector<const T*> query(heads * R);
-  std::vector<float> slopes(heads * R);
-  long positions[R];
+  const long num_queries = a.query_starts[task.sequence + 1] - a.query_starts[task.sequence];
+  const long num_keys = a.key_lens[task.sequence], heads = task.kv_heads;
+  std::vector<Queries<T, R>> queries(heads);
   for (long h = 0; h < heads; h++) {
     const Rows rows(a, task.sequence, task.kv_head + h);
     for (int r = 0; r < R; r++) {
-      query[h * R + r] = (const T*)a.query + rows.place(r) * a.head_dim;
-      slopes[h * R + r] = a.alibi_slopes ? a.alibi_slopes[rows.head(r)] : 0;
-      positions[r] = keys - queries + r / rows.group;
+      queries[h].row[r] = (const T*)a.query + rows.place(r) * a.head_dim;
+      queries[h].position[r] = num_keys - num_queries + r / rows.group;
+      queries[h].slope[r] = a.alibi_slopes ? a.alibi_slopes[rows.head(r)] : 0;
       std::fill_n(to.out(h * R + r), a.value_dim, 0.0f);
       to.maximum(h * R + r) = LOWEST, to.total(h * R + r) = 0;
     }
   }
-  const long lowest = a.window ? std::max(0l, positions[0] - a.window + 1) : 0;
-  const long each = ((keys - lowest + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
-  const long first = std::min(keys, lowest + task.split * each), stop = std::min(keys, first + each);
+  const long lowest = a.window ? std::max(0l, queries[0].position[0] - a.window + 1) : 0;
+  const long each = ((num_keys - lowest + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
+  const long first = std::min(num_keys, lowest + task.split * each), stop = std::min(num_keys, first + each);
+  const long key_bytes = heads * a.head_dim * sizeof(T), value_bytes = heads * a.value_dim * sizeof(T);
   const Cache<T> cache(a, task.sequence, task.kv_head);
-  const long value_head = a.value_row / a.kv_heads;
-  const T *key[2][KEYS], *value[2][KEYS], *k[KEYS], *v[KEYS], *next_k[KEYS], *next_v[KEYS];
-  int turn = 0, count = std::max(0l, std::min<long>(KEYS, stop - first));
-  if (count) cache.find(first, count, key[0], value[0]);
-  for (int n = 0; n < count; n++) fetch(key[0][n], heads * a.head_dim * sizeof(T));
-  for (long start = first; start < stop; start += KEYS, turn ^= 1) {
-    const int next = std::max(0l, std::min<long>(KEYS, stop - start - KEYS));
-    if (next) cache.find(start + KEYS, next, key[turn ^ 1], value[turn ^ 1]);
+  KeyTile<T> tiles[2], *tile = tiles, *next = tiles + 1;
+  tile->find(cache, first, stop);
+  tile->fetch(0, tile->count, key_bytes, value_bytes);
+  for (; tile->count; std::swap(tile, next)) {
+    next->find(cache, tile->start + KEYS, stop);
     for (long h = 0; h < heads; h++) {
-      for (int n = 0; n < KEYS; n++) {
-        const int m = std::min(n, count - 1);
-        k[n] = key[turn][m] + h * a.head_dim, v[n] = value[turn][m] + h * value_head;
-      }
-      for (int n = 0; n < next; n++)
-        next_k[n] = key[turn ^ 1][n] + h * a.head_dim, next_v[n] = value[turn ^ 1][n] + h * value_head;
-      attend_tile<T, R>(a, &query[h * R], positions, &slopes[h * R], start, count, k, v, next, next_k, next_v, to, h * R);
+      next->fetch(next->count * h / heads, next->count * (h + 1) / heads, key_bytes, value_bytes);
+      attend_tile(a, queries[h], h, *tile, to);
     }
-    count = next;
   }
 }
 

@@ -1,5 +1,5 @@
-// Paged attention of many rows (prefill): vectors lie along the rows. Queries are transposed once for all keys, keys and
-// values are broadcast, and nothing is ever summed across a vector. What is multiplied is taken in steps (`product.h`).
+// Paged attention of many rows (prefill): vectors lie along the rows. Queries are transposed once for all keys, keys
+// and values are broadcast, and nothing is ever summed across a vector. Products are taken in steps (`product.h`).
 #pragma once
 #include <algorithm>
 
@@ -12,11 +12,11 @@ constexpr int TILE_KEYS = 128;  // taken at a time
 
 template <class T> struct Tile {  // what a thread works on
   typedef typename Step<T>::Row Row;
-  alignas(64) Row query[MAX_HEAD_DIM * ROWS];  // [step][ROWS][N]
-  alignas(64) float scores[TILE_KEYS * ROWS];       // [key][ROWS]
-  alignas(64) Row weights[TILE_KEYS * ROWS];        // [step][ROWS][N], as a step takes N keys
-  alignas(64) float out[MAX_HEAD_DIM * ROWS];  // [value_dim][ROWS]
-  alignas(64) Row keys[TILE_KEYS * MAX_HEAD_DIM];   // converted, where they cannot be read in place
+  alignas(64) Row query[MAX_HEAD_DIM * ROWS];        // [step][ROWS][N]
+  alignas(64) float scores[TILE_KEYS * ROWS];        // [key][ROWS]
+  alignas(64) Row weights[TILE_KEYS * ROWS];         // [step][ROWS][N], as a step takes N keys
+  alignas(64) float out[MAX_HEAD_DIM * ROWS];        // [value_dim][ROWS]
+  alignas(64) Row keys[TILE_KEYS * MAX_HEAD_DIM];    // converted, where they cannot be read in place
   alignas(64) Row values[TILE_KEYS * MAX_HEAD_DIM];  // [step][value_dim][N]
 };
 
@@ -67,7 +67,8 @@ static inline void put(bfloat16* to, const vfloat* weights) {
 
 struct ManyTask { long sequence, kv_head, row; int rows; };
 
-template <class T, int V> void pack_queries(const Arguments& a, const Rows& rows, const ManyTask& task, Tile<T>& tile) {
+template <class T, int V>
+void pack_queries(const Arguments& a, const Rows& rows, const ManyTask& task, Tile<T>& tile) {
   typedef Step<T> S;
   const int steps = a.head_dim / S::N;
   for (int first = 0; first < V * W; first += W) {
@@ -104,8 +105,7 @@ template <class T> void pack_values(const T* const* values, int count, int value
       }
 }
 
-// The running softmax of Milakov & Gimelshein (2018) over `count` scores of each row; decay: what earlier weights shrink
-// by. maximum: of the exponents.
+// The running softmax over `count` scores of each row; decay: what earlier weights shrink by; maximum: of exponents.
 template <class T, int V>
 static inline void weigh(Tile<T>& tile, int count, float to_exponent, vfloat* maximum, vfloat* total, vfloat* decay) {
   typedef Step<T> S;
