@@ -89,7 +89,7 @@ def attention(ops: CpuOps, dtype: torch.dtype, clock: Clock) -> Iterator[tuple[s
         size = 2 * sum(key_lens) * KV_HEADS * HEAD_DIM * dtype.itemsize
         shape = (2, sum(counts), BLOCK, KV_HEADS, HEAD_DIM)
         caches = [huge_pages(*shape, dtype=dtype) for _ in range(min(60, COLD_BYTES // size + 1))]
-        ours: list[Call] = [partial(ops.paged_attention, query, *cache, batch, 0.125) for cache in caches]
+        ours: list[Call] = [partial(ops.paged_attention, query, cache[0], cache[1], batch, 0.125) for cache in caches]
         theirs: list[Call] = [partial(torchs, query, cache, query_lens, key_lens) for cache in caches]
         is_flop = max(query_lens) > 1
         pairs = sum(q * (k - q) + q * (q + 1) / 2 for q, k in zip(query_lens, key_lens, strict=True))
@@ -103,7 +103,8 @@ def rows(ops: CpuOps, dtype: torch.dtype, clock: Clock) -> Iterator[tuple[str, f
     for n in (1, 32, 1024):
         up, x, residual = (torch.randn(n, size).to(dtype) for size in (2 * INTERMEDIATE, HIDDEN, HIDDEN))
         weight, table = torch.randn(HIDDEN).to(dtype), torch.randn(2, 1024, HEAD_DIM // 2).to(dtype)
-        heads = torch.randn(n, HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype).split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+        qkv = torch.randn(n, HEADS + 2 * KV_HEADS, HEAD_DIM).to(dtype)
+        query, key, value = qkv.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
         caches = torch.zeros(2, 1024 // BLOCK, BLOCK, KV_HEADS, HEAD_DIM, dtype=dtype)
         places = torch.arange(n)
         calls: dict[str, tuple[int, Call]] = {
@@ -111,7 +112,9 @@ def rows(ops: CpuOps, dtype: torch.dtype, clock: Clock) -> Iterator[tuple[str, f
             "norm + residual": (4 * HIDDEN, partial(ops.add_rms_norm, x, residual, weight, 1e-5)),
             "rotary + store": (
                 2 * (HEADS + 2 * KV_HEADS) * HEAD_DIM,
-                partial(ops.rotary_store_kv, *heads, *table, places, *caches, places),
+                partial(
+                    ops.rotary_store_kv, query, key, value, table[0], table[1], places, caches[0], caches[1], places
+                ),
             ),
         }
         for name, (elements, call) in calls.items():

@@ -1,5 +1,5 @@
-// Paged attention of few rows (decode): vectors lie along head_dim, and keys and values are read where they lie, those
-// of the next tile being fetched meanwhile. Long sequences are split over tasks, whose results are combined.
+// Paged attention of few rows (decode): vectors lie along head_dim, keys and values are read where they lie, all KV
+// heads of a tile in one. Long sequences are split over tasks, whose results are combined.
 #pragma once
 #include <algorithm>
 #include <vector>
@@ -82,18 +82,11 @@ template <class T> struct KeyTile {
   int count;
   const T *keys[KEYS], *values[KEYS];  // of the task's first KV head
 
-  // Those of [start, stop).
+  // The first of [from, stop), which is not empty.
   void find(const Cache<T>& cache, long from, long stop) {
-    start = from, count = std::max(0l, std::min<long>(KEYS, stop - from));
-    if (count) cache.find(start, count, keys, values);
+    start = from, count = std::min<long>(KEYS, stop - from);
+    cache.find(start, count, keys, values);
     for (int n = count; n % W; n++) keys[n] = keys[count - 1];  // so that W are taken at once
-  }
-  // Brings some of them, all KV heads of a task, to the cache. Their rows lie side by side in a block.
-  void fetch(int first, int last, long key_bytes, long value_bytes) const {
-    for (int n = first; n < last; n++)
-      for (long i = 0; i < key_bytes; i += 64) __builtin_prefetch((const char*)keys[n] + i);
-    for (int n = first; n < last; n++)
-      for (long i = 0; i < value_bytes; i += 64) __builtin_prefetch((const char*)values[n] + i);
   }
 };
 
@@ -162,17 +155,11 @@ template <class T, int R> void attend_few(const Arguments& a, const FewTask& tas
   const long lowest = a.window ? std::max(0l, queries[0].position[0] - a.window + 1) : 0;
   const long each = ((num_keys - lowest + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
   const long first = std::min(num_keys, lowest + task.split * each), stop = std::min(num_keys, first + each);
-  const long key_bytes = heads * a.head_dim * sizeof(T), value_bytes = heads * a.value_dim * sizeof(T);
   const Cache<T> cache(a, task.sequence, task.kv_head);
-  KeyTile<T> tiles[2], *tile = tiles, *next = tiles + 1;
-  tile->find(cache, first, stop);
-  tile->fetch(0, tile->count, key_bytes, value_bytes);
-  for (; tile->count; std::swap(tile, next)) {
-    next->find(cache, tile->start + KEYS, stop);
-    for (long h = 0; h < heads; h++) {
-      next->fetch(next->count * h / heads, next->count * (h + 1) / heads, key_bytes, value_bytes);
-      attend_tile(a, queries[h], h, *tile, to);
-    }
+  KeyTile<T> tile;
+  for (long start = first; start < stop; start += KEYS) {
+    tile.find(cache, start, stop);
+    for (long h = 0; h < heads; h++) attend_tile(a, queries[h], h, tile, to);
   }
 }
 
