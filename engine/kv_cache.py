@@ -6,8 +6,10 @@
 A block id means the same place in every layer and on every rank of a replica.
 """
 
+import mmap
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -18,6 +20,8 @@ import torch
 
 from ..shardformer.backends import AttentionSpec
 from ..shardformer.base import Stage
+
+_HUGE_PAGE = 2 << 20  # bytes
 
 
 class KVCache:
@@ -34,11 +38,18 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     """Zeros, not empty: a padded block table reads block 0, whose masked values must be finite.
 
     On the CPU pages that the system gives as zeros when they are first touched, which torch.zeros would fill at once:
-    a cache takes memory as it is used.
+    a cache takes memory as it is used. They are huge ones where there are: a prompt that is the first to use its blocks
+    would spend a tenth of its time on page faults, and a decode reads them faster.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
+    size = prod(shape) * dtype.itemsize
+    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a system without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 def copy_blocks(stage: Stage, sources: torch.Tensor, targets: torch.Tensor) -> None:

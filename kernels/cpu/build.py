@@ -12,6 +12,7 @@ from pathlib import Path
 
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-fopenmp", "-w")
 _FOLDER = Path(__file__).parent
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 
 
 class Unavailable(Exception):
@@ -36,12 +37,22 @@ def _try_load() -> ctypes.CDLL | Unavailable:
         sources, headers = sorted(_FOLDER.glob("*.cpp")), sorted(_FOLDER.glob("*.h"))
         file = compiled("cpu", "the CPU ops (once, about ten seconds)", sources, _FLAGS, headers)
         ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # loaded already: its names become known to what follows
+        _keep_freed_memory()
         return ctypes.CDLL(str(file))
     except Unavailable as reason:
         return reason
     except (CompileError, OSError) as error:
         warnings.warn(f"no C++ ops, plain torch does their work, slower: {error}", stacklevel=2)
         return Unavailable(f"{error}")
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep what a step frees for the next one: outputs of megabytes would else go back to the system, and
+    cost a page fault for every 4 KiB when they are written anew, a tenth of a long prefill's time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)  # the most there is
+        mallopt(_M_TRIM_THRESHOLD, 256 << 20)
 
 
 def _openmp_runtime() -> Path:

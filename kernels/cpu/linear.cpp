@@ -107,18 +107,14 @@ template <class T, int R> static auto dots_of(long rows) {
 template <class T> static void make_panel(const T* weight, long stride, long count, long in, long steps, T* panel) {
   constexpr int N = Step<T>::N;
   long whole = 0;
-#if defined(__AVX512F__)
-  if (sizeof(T) * N == 4)
-    for (; whole + 16 <= steps && (whole + 16) * N <= in; whole += 16) {
-      for (long r = 0; r < PANEL; r += 16) {
-        __m512i square[16];
-        for (long k = 0; k < 16; k++)
-          square[k] = r + k < count ? load_as<__m512i>(weight + (r + k) * stride + whole * N) : _mm512_setzero_si512();
+  if (sizeof(T) * N == sizeof(float))
+    for (; (whole + W) * N <= in; whole += W)
+      for (long r = 0; r < PANEL; r += W) {
+        vfloat square[W];
+        for (long k = 0; k < W; k++) square[k] = r + k < count ? load_as<vfloat>(weight + (r + k) * stride + whole * N) : vfloat{};
         transpose(square);
-        for (long k = 0; k < 16; k++) std::memcpy(panel + ((whole + k) * PANEL + r) * N, &square[k], 64);
+        for (long k = 0; k < W; k++) std::memcpy(panel + ((whole + k) * PANEL + r) * N, &square[k], sizeof(vfloat));
       }
-    }
-#endif
   for (long i = whole; i < steps; i++)
     for (long r = 0; r < PANEL; r++)
       for (int n = 0; n < N; n++) {

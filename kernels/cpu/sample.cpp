@@ -234,3 +234,4 @@ extern "C" void apply_bitmask(void* logits, const void* rows, const void* mask, 
 CALLABLE(counter_noise)
 CALLABLE(sample_shard)
 CALLABLE(apply_bitmask)
+CALLABLE(likeliest)

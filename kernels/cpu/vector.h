@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -40,11 +41,16 @@ static inline vfloat load(const float16* p) {
 }
 
 static inline void store(float* p, vfloat v) { std::memcpy(p, &v, sizeof v); }
-static inline void store(bfloat16* p, vfloat v) {  // to nearest even; NaN stays NaN
+// To nearest even; NaN stays NaN.
+static inline void store(bfloat16* p, vfloat v) {
+#if defined(__AVX512BF16__)
+  __m256bh out = _mm512_cvtneps_pbh((__m512)v);
+#else
   vuint bits = (vuint)v;
   vuint rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   vuint nan = (vuint)(v != v);
   vushort out = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), vushort);
+#endif
   std::memcpy(p, &out, sizeof out);
 }
 static inline void store(float16* p, vfloat v) {
@@ -87,6 +93,15 @@ static inline vfloat max(vfloat a, vfloat b) {
   return a > b ? a : b;
 #endif
 }
+static inline float greatest(vfloat v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float x = v[0];
+  for (int i = 1; i < W; i++) x = v[i] > x ? v[i] : x;
+  return x;
+#endif
+}
 static inline float sum(vfloat v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -96,6 +111,23 @@ static inline float sum(vfloat v) {
   return s;
 #endif
 }
+
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, vint{__VA_ARGS__})
+#endif
+template <int HALF, int... I> static inline void swap_halves(vfloat* square, std::integer_sequence<int, I...>) {
+  for (int i = 0; i < W; i++)
+    if (!(i & HALF)) {
+      const vfloat a = square[i], b = square[i + HALF];
+      square[i] = SHUFFLE(a, b, (I & HALF ? W + I - HALF : I)...);
+      square[i + HALF] = SHUFFLE(a, b, (I & HALF ? W + I : I + HALF)...);
+    }
+  if constexpr (HALF > 1) swap_halves<HALF / 2>(square, std::integer_sequence<int, I...>());
+}
+// W rows of W, as columns: by blocks of half the size, in place.
+static inline void transpose(vfloat* square) { swap_halves<W / 2>(square, std::make_integer_sequence<int, W>()); }
 
 // Calls f for all of a row: f(i, vfloat{}) where it takes a vector from i on, then f(i, 0.0f) where one element.
 template <class F> static inline void each(long n, F f) {
@@ -132,31 +164,6 @@ static inline vfloat exp(vfloat x) {
   vint scaled = (vint)p + (((vint)shifted - 0x4B400000) << 23);
   return (vfloat)(scaled & ~tiny);
 }
-
-#if defined(__AVX512F__)
-// Rows become columns, of 16 elements of 4 bytes.
-static inline void transpose(__m512i (&rows)[16]) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int k = 0; k < 2; k++) {
-      b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + k + 2]);
-      b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + k + 2]);
-    }
-  for (int k = 0; k < 4; k++)  // b[4 i + k]: column 4 l + k of rows 4 i to 4 i + 3, in its l-th quarter
-    for (int half = 0; half < 2; half++) {
-      a[8 * half + k] = _mm512_shuffle_i32x4(b[8 * half + k], b[8 * half + 4 + k], 0x88);      // quarters 0 and 2
-      a[8 * half + 4 + k] = _mm512_shuffle_i32x4(b[8 * half + k], b[8 * half + 4 + k], 0xdd);  // quarters 1 and 3
-    }
-  for (int k = 0; k < 8; k++) {
-    rows[k] = _mm512_shuffle_i32x4(a[k], a[8 + k], 0x88);
-    rows[8 + k] = _mm512_shuffle_i32x4(a[k], a[8 + k], 0xdd);
-  }
-}
-#endif
 
 // Calls f with a null pointer of the element type that `dtype` (0 float, 1 bfloat16, 2 float16) names.
 template <class F> static inline void by_dtype(int dtype, F f) {

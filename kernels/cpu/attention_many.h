@@ -1,0 +1,206 @@
+// Paged attention of many rows (prefill): vectors lie along the rows. Queries are transposed once for all keys, keys
+// and values are broadcast, and nothing is ever summed across a vector. Products are taken in steps (`product.h`).
+#pragma once
+#include <algorithm>
+
+#include "attention.h"
+#include "product.h"
+
+constexpr int NV = W == 16 ? 6 : 2;  // vectors of rows: with 4 keys or values beside, what registers hold
+constexpr int ROWS = NV * W;
+constexpr int TILE_KEYS = 128;  // taken at a time
+
+template <class T> struct Tile {  // what a thread works on
+  typedef typename Step<T>::Row Row;
+  alignas(64) Row query[MAX_HEAD_DIM * ROWS];        // [step][ROWS][N]
+  alignas(64) float scores[TILE_KEYS * ROWS];        // [key][ROWS]
+  alignas(64) Row weights[TILE_KEYS * ROWS];         // [step][ROWS][N], as a step takes N keys
+  alignas(64) float out[MAX_HEAD_DIM * ROWS];        // [value_dim][ROWS]
+  alignas(64) Row keys[TILE_KEYS * MAX_HEAD_DIM];    // converted, where they cannot be read in place
+  alignas(64) Row values[TILE_KEYS * MAX_HEAD_DIM];  // [step][value_dim][N]
+};
+
+// Keys or values taken at once with V vectors of rows: as many as hide an addition's latency. W is a multiple of 4.
+constexpr int at_once(int V) { return W == 16 ? (V <= 3 ? 8 : 4) : W == 8 && V == 1 ? 8 : 4; }
+
+// Keeps the compiler from loading x anew at each use, which would take as long as multiplying.
+template <class X> static inline X in_register(X x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#endif
+  return x;
+}
+
+// c[j][row] = c[j][row] * scale[row] (0 without) + sum over steps of a[j][step] * b[step][row] for J rows a.
+template <class T, int V, int J>
+static inline void multiply(float* c, const typename Step<T>::Row* const* a, long a_step,
+                            const typename Step<T>::Row* b, int steps, const vfloat* scale) {
+  typedef Step<T> S;
+  vfloat sums[J][V];
+  for (int j = 0; j < J; j++)
+    for (int v = 0; v < V; v++) sums[j][v] = scale ? load(c + j * ROWS + v * W) * scale[v] : vfloat{};
+  const typename S::Row* from[J];
+  for (int j = 0; j < J; j++) from[j] = a[j];
+  for (int k = 0; k < steps; k++, b += ROWS * S::N) {
+    decltype(S::vector(b)) row[V];
+    for (int v = 0; v < V; v++) row[v] = in_register(S::vector(b + v * W * S::N));
+    for (int j = 0; j < J; j++) {
+      const auto x = S::row(from[j] + k * a_step);
+      for (int v = 0; v < V; v++) sums[j][v] = S::add(sums[j][v], x, row[v]);
+    }
+  }
+  for (int j = 0; j < J; j++)
+    for (int v = 0; v < V; v++) store(c + j * ROWS + v * W, sums[j][v]);
+}
+
+// The weights of a step's keys, as the product takes them.
+static inline void put(float* to, const vfloat* weights) { store(to, weights[0]); }
+#if defined(__AVX512BF16__)
+static inline void put(bfloat16* to, const vfloat* weights) {
+  const __m512i one_after_the_other = (__m512i)_mm512_cvtne2ps_pbh((__m512)weights[1], (__m512)weights[0]);
+  const __m512i in_turns = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                            21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i pairs = _mm512_permutexvar_epi16(in_turns, one_after_the_other);
+  std::memcpy(to, &pairs, sizeof pairs);
+}
+#endif
+
+struct ManyTask { long sequence, kv_head, row; int rows; };
+
+template <class T, int V>
+void pack_queries(const Arguments& a, const Rows& rows, const ManyTask& task, Tile<T>& tile) {
+  typedef Step<T> S;
+  const int steps = a.head_dim / S::N;
+  for (int first = 0; first < V * W; first += W) {
+    const typename S::Row* from[W];
+    for (int r = 0; r < W; r++) {
+      const long row = task.row + std::min(first + r, task.rows - 1);
+      from[r] = as_row((const T*)a.query + rows.place(row) * a.head_dim, a.head_dim, a.head_dim,
+                       tile.keys + r * a.head_dim);
+    }
+    for (int step = 0; step < steps; step += W) {
+      const int count = std::min(W, steps - step);
+      vfloat square[W] = {};  // a step as one lane
+      for (int r = 0; r < W; r++)
+        if (count == W) square[r] = load_as<vfloat>(from[r] + step * S::N);
+        else std::memcpy(&square[r], from[r] + step * S::N, 4 * count);
+      transpose(square);
+      for (int s = 0; s < count; s++)
+        std::memcpy(tile.query + ((step + s) * ROWS + first) * S::N, &square[s], sizeof(vfloat));
+    }
+  }
+}
+
+// The values of `count` keys, with zeros for what a step is short of.
+template <class T> void pack_values(const T* const* values, int count, int value_dim, typename Step<T>::Row* to) {
+  constexpr int N = Step<T>::N;
+  for (int n = 0; n < count; n += N, to += value_dim * N)
+    for (int i = 0; i < value_dim; i += W)
+      if constexpr (N == 1) {
+        store(to + i, load(values[n] + i));
+      } else {
+        vuint pair = __builtin_convertvector(load_as<vushort>(values[n] + i), vuint);
+        if (n + 1 < count) pair |= __builtin_convertvector(load_as<vushort>(values[n + 1] + i), vuint) << 16;
+        std::memcpy(to + i * N, &pair, sizeof pair);
+      }
+}
+
+// The running softmax over `count` scores of each row; decay: what earlier weights shrink by; maximum: of exponents.
+template <class T, int V>
+static inline void weigh(Tile<T>& tile, int count, float to_exponent, vfloat* maximum, vfloat* total, vfloat* decay) {
+  typedef Step<T> S;
+  const int padded = (count + S::N - 1) / S::N * S::N;
+  for (int n = count; n < padded; n++)
+    for (int v = 0; v < V; v++) store(tile.scores + n * ROWS + v * W, splat(-INFINITY));
+  vfloat highest[V], sums[V];
+  for (int v = 0; v < V; v++) highest[v] = load(tile.scores + v * W), sums[v] = vfloat{};
+  for (int n = 1; n < count; n++)
+    for (int v = 0; v < V; v++) highest[v] = max(highest[v], load(tile.scores + n * ROWS + v * W));
+  for (int v = 0; v < V; v++) {
+    highest[v] = max(maximum[v], highest[v] * to_exponent);
+    decay[v] = power_of_2(maximum[v] - highest[v]);
+    maximum[v] = highest[v];
+  }
+  for (int n = 0; n < padded; n += S::N)
+    for (int v = 0; v < V; v++) {
+      vfloat weights[S::N];
+      for (int k = 0; k < S::N; k++) {
+        const vfloat s = load(tile.scores + (n + k) * ROWS + v * W);
+        weights[k] = power_of_2<S::N == 2>(s * to_exponent - highest[v]);
+        sums[v] += weights[k];
+      }
+      put(tile.weights + (n * ROWS + v * W * S::N), weights);
+    }
+  for (int v = 0; v < V; v++) total[v] = total[v] * decay[v] + sums[v];
+}
+
+template <class T, int V> void attend_many(const Arguments& a, const ManyTask& task, Tile<T>& tile) {
+  typedef Step<T> S;
+  constexpr int J = at_once(V);
+  const Rows rows(a, task.sequence, task.kv_head);
+  const Cache<T> cache(a, task.sequence, task.kv_head);
+  const int head_dim = a.head_dim, value_dim = a.value_dim;
+  const float to_exponent = a.to_exponent();
+  const long before = a.key_lens[task.sequence] - (a.query_starts[task.sequence + 1] - rows.start);
+  alignas(64) int32_t position[ROWS];
+  alignas(64) float slope[ROWS] = {}, maxima[ROWS];
+  for (int r = 0; r < V * W; r++) {  // rows beyond the last are as the last, and are not written
+    const long row = task.row + std::min(r, task.rows - 1);
+    position[r] = before + row / rows.group;
+    if (a.alibi_slopes) slope[r] = a.alibi_slopes[rows.head(row)];
+    maxima[r] = a.sinks ? a.sinks[rows.head(row)] * LOG2_E : LOWEST;  // a sink is as a first key without value
+  }
+  pack_queries<T, V>(a, rows, task, tile);
+  std::fill_n(tile.out, value_dim * ROWS, 0.0f);
+  vfloat maximum[V], total[V], decay[V];
+  for (int v = 0; v < V; v++) maximum[v] = load(maxima + v * W), total[v] = splat(a.sinks ? 1 : 0);
+
+  const T *keys[TILE_KEYS], *values[TILE_KEYS];
+  const typename S::Row *key_rows[TILE_KEYS], *value_rows[J];
+  const long first_query = position[0], last_query = position[V * W - 1], stop = last_query + 1;
+  for (long start = a.window ? std::max(0l, first_query - a.window + 1) : 0; start < stop; start += TILE_KEYS) {
+    const int count = std::min<long>(TILE_KEYS, stop - start);
+    cache.find(start, count, keys, values);
+    for (int n = 0; n < TILE_KEYS; n++)
+      key_rows[n] = n < count ? as_row(keys[n], head_dim, head_dim, tile.keys + n * head_dim) : key_rows[count - 1];
+    for (int n = 0; n < count; n += J)
+      multiply<T, V, J>(tile.scores + n * ROWS, key_rows + n, S::N, tile.query, head_dim / S::N, nullptr);
+    const bool hides = start + count - 1 > first_query || (a.window && start <= last_query - a.window);
+    if (hides || a.changes_scores())
+      for (int n = 0; n < count; n++)
+        for (int v = 0; v < V; v++) {
+          float* s = tile.scores + n * ROWS + v * W;
+          const vint key = vint{} + int32_t(start + n);
+          store(s, score(a, load(s), load_as<vint>(position + v * W), key, load(slope + v * W)));
+        }
+    weigh<T, V>(tile, count, to_exponent, maximum, total, decay);
+    pack_values(values, count, value_dim, tile.values);
+    for (int i = 0; i < value_dim; i += J) {
+      for (int j = 0; j < J; j++) value_rows[j] = tile.values + (i + j) * S::N;
+      multiply<T, V, J>(tile.out + i * ROWS, value_rows, value_dim * S::N, tile.weights, (count + S::N - 1) / S::N,
+                        decay);
+    }
+  }
+  for (int v = 0; v < V; v++) {
+    const vfloat inverse = total[v] > vfloat{} ? 1.0f / total[v] : vfloat{};
+    for (int i = 0; i < value_dim; i += W) {
+      vfloat square[W];
+      for (int j = 0; j < W; j++) square[j] = load(tile.out + (i + j) * ROWS + v * W) * inverse;
+      transpose(square);
+      for (int r = 0; r < std::min(W, task.rows - v * W); r++)
+        store((T*)a.out + rows.place(task.row + v * W + r) * value_dim + i, square[r]);
+    }
+  }
+}
+
+template <class T> void attend_rows(const Arguments& a, const ManyTask& task, Tile<T>& tile) {
+  static_assert(NV == 6 || NV == 2);
+  switch ((task.rows + W - 1) / W) {
+    case 1: return attend_many<T, 1>(a, task, tile);
+    case 2: return attend_many<T, 2>(a, task, tile);
+    case 3: return attend_many<T, std::min(NV, 3)>(a, task, tile);
+    case 4: return attend_many<T, std::min(NV, 4)>(a, task, tile);
+    case 5: return attend_many<T, std::min(NV, 5)>(a, task, tile);
+    default: return attend_many<T, NV>(a, task, tile);
+  }
+}
