@@ -147,7 +147,7 @@ def collectives(dtype: str, rounds: int) -> list[dict[str, Any]]:
         for connection in processes.connections:
             connection.send((dtype, rounds))
         try:
-            measured = [connection.recv() for connection in processes.connections][0]
+            measured, _ = (connection.recv() for connection in processes.connections)
         except EOFError:
             raise processes.failure(0) from None
     finally:

@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 
 from ..config import InferenceConfig
-from ..mesh.collectives import Communicator
 from ..mesh.channel import Channel
-from ..mesh.launch import Failure, RankPlace, available_cores, choose_backend, divide_threads, gpu_of, init_process_group
+from ..mesh.collectives import Communicator
+from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gpu_of, init_process_group
 from ..mesh.process_group_mesh import ProcessGroupMesh
 from .model_runner import RunningStep
 from .step import StepInput
@@ -143,6 +143,6 @@ def run_own_rank(connection: Connection, place: RankPlace, store: dist.Store) ->
     channel = Channel(connection)
     join_ranks(config, place, store, torch.device(device))
     worker = make_worker(config, torch.device(device))
-    accepted = channel.accept(offer, is_crowded=place.local_world_size > available_cores())
+    accepted = channel.accept(offer, place.is_crowded)
     connection.send(Reply(accepted))
     return 0 if serve(channel, worker) else 1

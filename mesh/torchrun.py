@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 
 from .channel import Channel
-from .launch import RankFailure, RankPlace, available_cores
+from .launch import RankFailure, RankPlace
 
 _LOOPBACK = "127.0.0.1"
 _SILENCE_S = 60  # of another host, after which it counts as gone: one that loses its power closes no connection
@@ -72,7 +72,7 @@ def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Channel]
 def _accept(connection: Connection, place: RankPlace) -> Channel:
     """A rank's side of the offer to share memory; it says whether that can be."""
     channel = Channel(connection)
-    connection.send(channel.accept(connection.recv(), is_crowded=place.local_world_size > available_cores()))
+    connection.send(channel.accept(connection.recv(), place.is_crowded))
     return channel
 
 
