@@ -42,6 +42,7 @@ class SpinGuard:
         self._waited_s, self._new_team, self._clock = waited_s, new_team, clock
         self._team: Team | None = None
         self._pause_s = _FIRST_PAUSE_S
+        self._since = self._next = self._waited = 0.0
         self._begin()
 
     def look(self) -> None:
