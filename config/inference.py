@@ -102,7 +102,7 @@ class InferenceConfig(BaseSettings):
     async_scheduling: bool | None = Field(
         default=None,
         description="schedule each step while the one before it runs, whose tokens are not known yet; needs pp_size=1; "
-        "None: where it pays, on a GPU",
+        "None: where it pays, on a GPU or several ranks",
     )
     cuda_graphs: bool | None = Field(
         default=None,

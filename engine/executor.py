@@ -1,12 +1,11 @@
 """Executors: how the driver reaches the ranks. The scheduler and everything above see this interface only.
 
 - `LocalExecutor`: one rank, in this process.
-- `MeshExecutor`: a connection to each rank. The ranks are child processes (`start_own_ranks`) or were there before,
+- `MeshExecutor`: a channel to each rank. The ranks are child processes (`start_own_ranks`) or were there before,
   under torchrun (`join_torchrun`); steps, replies and failures look the same.
 """
 
 import queue
-import selectors
 import threading
 import time
 import warnings
@@ -17,12 +16,12 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from multiprocessing import reduction
-from multiprocessing.connection import Connection
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 
 from ..config import InferenceConfig
+from ..mesh.channel import Channel, Inbox
 from ..mesh.launch import Failure, RankFailure, RankPlace, portable
 from ..mesh.own_ranks import RankProcesses
 from ..mesh.process_group_mesh import check_topology
@@ -126,7 +125,7 @@ def _failed(error: Exception) -> RankFailure:
 
 
 class MeshExecutor(Executor):
-    """Many ranks, each behind a connection; rank = (dp, pp, tp) row-major.
+    """Many ranks, each behind a channel; rank = (dp, pp, tp) row-major.
 
     failure: makes the exception for a rank that is lost (rank, its traceback if it sent one).
     shut_down: ends the ranks' processes once they were told to stop.
@@ -134,39 +133,37 @@ class MeshExecutor(Executor):
 
     def __init__(
         self,
-        connections: Sequence[Connection],
+        channels: Sequence[Channel],
         config: InferenceConfig,
         failure: Callable[[int, str], RankFailure],
         shut_down: Callable[[], None],
     ) -> None:
-        self.connections = list(connections)
+        self.channels = list(channels)
         self._failure, self._shut_down = failure, shut_down
         self._ranks_per_replica = config.pp_size * config.tp_size
-        self._selector = selectors.DefaultSelector()
-        for rank, connection in enumerate(self.connections):
-            self._selector.register(connection, selectors.EVENT_READ, rank)
+        self._inbox = Inbox(self.channels)
         self._outputs: deque[tuple[int, StepOutput]] = deque()  # that came while replies were waited for
         self._closed = False
 
     def begin(self, method: str, *arguments: Any) -> Callable[[], list[Any]]:
-        self._send(range(len(self.connections)), Call(method, arguments))
+        self._send(range(len(self.channels)), Call(method, arguments))
         return self.replies
 
     def replies(self, timeout_s: float | None = None) -> list[Any]:
         """One reply from every rank, by rank."""
         found: dict[int, Any] = {}
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while len(found) < len(self.connections):
+        while len(found) < len(self.channels):
             rank, message = self._receive(None if deadline is None else max(0.0, deadline - time.monotonic()))
             if rank < 0:
-                missing = sorted(set(range(len(self.connections))) - set(found))
+                missing = sorted(set(range(len(self.channels))) - set(found))
                 raise self._failure(missing[0], f"no answer from ranks {missing} within start_timeout_s={timeout_s:g}")
             if isinstance(message, StepOutput):
                 self._outputs.append((rank // self._ranks_per_replica, message))
                 continue
             assert isinstance(message, Reply)
             found[rank] = message.value
-        return [found[rank] for rank in range(len(self.connections))]
+        return [found[rank] for rank in range(len(self.channels))]
 
     def submit(self, replica: int, step: StepInput) -> None:
         first = replica * self._ranks_per_replica
@@ -180,7 +177,7 @@ class MeshExecutor(Executor):
         return rank // self._ranks_per_replica, message
 
     def look(self) -> None:
-        if self._selector.select(0):
+        if self._inbox.wait(0):
             self._receive(None)  # ranks that nothing is asked of say nothing but that they have failed
 
     def publish(self, message: Published) -> None:
@@ -188,26 +185,26 @@ class MeshExecutor(Executor):
         if message.error is not None:
             message = replace(message, error=portable(message.error))
         data = reduction.ForkingPickler.dumps(message)
-        for connection in self.connections[1:]:
+        for channel in self.channels[1:]:
             with suppress(OSError):
-                connection.send_bytes(data)
+                channel.send_bytes(data)
 
     def _send(self, ranks: Sequence[int], message: Any) -> None:
         data = reduction.ForkingPickler.dumps(message)  # once for all of them
         for rank in ranks:
             try:
-                self.connections[rank].send_bytes(data)
+                self.channels[rank].send_bytes(data)
             except OSError:
                 self._lost(rank, {})
 
     def _receive(self, timeout_s: float | None) -> tuple[int, Any]:
         """The next message: (rank, message); (-1, None) when the time is up."""
-        ready = self._selector.select(timeout_s)
+        ready = self._inbox.wait(timeout_s)
         if not ready:
             return -1, None
-        rank = cast(int, ready[0][0].data)
+        rank = ready[0]
         try:
-            message = self.connections[rank].recv()
+            message = self.channels[rank].recv()
         except (EOFError, OSError):
             self._lost(rank, {rank: None})
         if isinstance(message, Failure):
@@ -222,19 +219,18 @@ class MeshExecutor(Executor):
         """
         deadline = time.monotonic() + _LAST_WORDS_S
         while not (fell := [r for r, words in found.items() if words is None or not words.lost_peer]):
-            ready = self._selector.select(max(0.0, deadline - time.monotonic()))
+            ready = self._inbox.wait(max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for key, _ in ready:
-                connection = cast(Connection, key.fileobj)
+            for other in ready:
                 try:
-                    message = connection.recv()
+                    message = self.channels[other].recv()
                 except (EOFError, OSError):
-                    self._selector.unregister(connection)
-                    found.setdefault(key.data, None)
+                    self._inbox.drop(other)
+                    found.setdefault(other, None)
                     continue
                 if isinstance(message, Failure):
-                    found[key.data] = message
+                    found[other] = message
         culprit = next(iter(fell or found), rank)
         words = found.get(culprit)
         if words is not None and words.error is not None:
@@ -245,13 +241,13 @@ class MeshExecutor(Executor):
         if self._closed:
             return
         self._closed = True
-        self._selector.close()
-        for connection in self.connections:
-            try:
-                connection.send(Stop())
-            except OSError:
-                continue  # gone already
+        self._inbox.close()
+        for channel in self.channels:
+            with suppress(OSError):  # gone already
+                channel.send(Stop())
         self._shut_down()
+        for channel in self.channels:
+            channel.close()
 
 
 def rank_name(config: InferenceConfig, rank: int) -> str:
@@ -269,14 +265,14 @@ def start_own_ranks(config: InferenceConfig, devices: Sequence[torch.device]) ->
         lambda rank: rank_name(config, rank),
         fork=all(device.type == "cpu" for device in devices),  # what a GPU's driver has begun does not survive a fork
     )
-    executor = MeshExecutor(processes.connections, config, processes.failure, processes.close)
+    channels = [Channel(connection) for connection in processes.connections]
+    executor = MeshExecutor(channels, config, processes.failure, processes.close)
     try:
-        for connection, device in zip(processes.connections, devices, strict=True):
-            try:
-                connection.send((config, str(device)))
-            except OSError:
-                continue  # it has died already; waiting for its reply says of what
-        executor.replies(config.start_timeout_s)
+        for channel, device in zip(channels, devices, strict=True):
+            with suppress(OSError):  # it has died already; waiting for its reply says of what
+                channel.send((config, str(device), channel.offer()))
+        for channel, accepted in zip(channels, executor.replies(config.start_timeout_s), strict=True):
+            channel.share(accepted)
     except BaseException:
         executor.close()
         raise
@@ -286,21 +282,21 @@ def start_own_ranks(config: InferenceConfig, devices: Sequence[torch.device]) ->
 class Follower:
     """A rank under torchrun that does not drive: its worker runs in a thread, its caller waits for what rank 0 says."""
 
-    def __init__(self, connection: Connection, worker: Worker) -> None:
+    def __init__(self, channel: Channel, worker: Worker) -> None:
         self._mesh = worker.mesh
         self._published: queue.SimpleQueue[Published | None] = queue.SimpleQueue()
         self._kept: dict[int, deque[Published]] = defaultdict(deque)  # by call: several streams can go on at once
         self._left: set[int] = set()  # calls whose results nobody waits for any more, and whose last is still to come
-        self._thread = threading.Thread(target=self._serve, args=(connection, worker), daemon=True)
+        self._thread = threading.Thread(target=self._serve, args=(channel, worker), daemon=True)
         self._thread.start()
 
-    def _serve(self, connection: Connection, worker: Worker) -> None:
+    def _serve(self, channel: Channel, worker: Worker) -> None:
         try:
-            with connection, suppress(EOFError, OSError):
-                if serve(connection, worker, self._published.put):
+            with channel, suppress(EOFError, OSError):
+                if serve(channel, worker, self._published.put):
                     return
                 # The worker is lost; what rank 0 makes of that is still to be told.
-                while not isinstance(message := connection.recv(), Stop):
+                while not isinstance(message := channel.recv(), Stop):
                     if isinstance(message, Published):
                         self._published.put(message)
         finally:
@@ -344,7 +340,7 @@ def join_torchrun(
     worker = make_worker(config, device)
     worker.checkpoint, mesh = checkpoint, worker.mesh
     try:
-        connections, own = connect_to_driver(place, config.start_timeout_s)
+        channels, own = connect_to_driver(place, config.start_timeout_s)
     except BaseException:
         mesh.destroy()
         raise
@@ -361,7 +357,7 @@ def join_torchrun(
         thread.join(5.0)
         mesh.destroy()
 
-    return MeshExecutor(connections, config, failure, leave), None
+    return MeshExecutor(channels, config, failure, leave), None
 
 
 def warn_if_tp_spans_hosts(config: InferenceConfig, hosts: Sequence[str]) -> None:

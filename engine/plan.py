@@ -185,12 +185,12 @@ def _weight_bytes(
 def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
     """Whether steps are scheduled before the tokens of the one before are known.
 
-    On a GPU the host's work hides behind the device's then. A CPU has nothing to hide it behind, and would compute one
-    token too many for each sequence that a stop token ends.
+    The driver's work hides behind a GPU's then, or behind other processes'. One rank on a CPU has nothing to hide it
+    behind, and would compute one token too many for each sequence that a stop token ends.
     """
     if config.async_scheduling is not None:
         return config.async_scheduling
-    return config.pp_size == 1 and ranks[0].device.startswith("cuda")
+    return config.pp_size == 1 and (config.world_size > 1 or ranks[0].device.startswith("cuda"))
 
 
 def check_backend_name(where: str, name: str) -> None:

@@ -1,6 +1,6 @@
 """A rank's process: joining the others, and the loop that answers the driver.
 
-The driver sends steps and calls over a connection, the rank's `Worker` does them, and what comes of it goes back:
+The driver sends steps and calls over a channel, the rank's `Worker` does them, and what comes of it goes back:
 
     StepInput  ->  StepOutput    from tp 0 of the last stage; other ranks answer nothing
     Call       ->  Reply         from every rank
@@ -9,7 +9,6 @@ The driver sends steps and calls over a connection, the rank's `Worker` does the
     Stop       ->                the end
 """
 
-import socket
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import InferenceConfig
+from ..mesh.channel import Channel
 from ..mesh.collectives import Communicator
 from ..mesh.launch import Failure, RankPlace, choose_backend, divide_threads, gpu_of, init_process_group
 from ..mesh.process_group_mesh import ProcessGroupMesh
@@ -59,19 +59,19 @@ class Published:
     is_last: bool = True  # False: one item of several
 
 
-def serve(connection: Connection, worker: Worker, publish: Callable[[Published], None] | None = None) -> bool:
+def serve(channel: Channel, worker: Worker, publish: Callable[[Published], None] | None = None) -> bool:
     """Answers the driver until it says stop or goes away. A rank of the last stage, tp 0, answers for its replica.
 
     publish: takes what is not for the worker but for this rank's caller (under torchrun).
     Returns False if it failed; the driver was told.
     """
     try:
-        return _serve(connection, worker, publish)
+        return _serve(channel, worker, publish)
     finally:
         worker.let_go()
 
 
-def _serve(connection: Connection, worker: Worker, publish: Callable[[Published], None] | None) -> bool:
+def _serve(channel: Channel, worker: Worker, publish: Callable[[Published], None] | None) -> bool:
     if worker.device.type == "cuda":
         torch.cuda.set_device(worker.device)  # the current device is a thread's own
     answers = worker.mesh.coordinate("tp") == 0
@@ -79,19 +79,19 @@ def _serve(connection: Connection, worker: Worker, publish: Callable[[Published]
     while True:
         try:
             # What has come is begun with before anything is waited for: so a GPU always has something to do.
-            ready = running and (running[0].has_ended() or not connection.poll())
-            message = None if ready else connection.recv()
+            ready = running and (running[0].has_ended() or not channel.poll())
+            message = None if ready else channel.recv()
         except (EOFError, OSError):
             return True
         try:
             if message is None:
                 output = running.popleft().wait()
                 if output is not None and answers:
-                    connection.send(output)
+                    channel.send(output)
             elif isinstance(message, StepInput):
                 running.append(worker.launch(message))
             elif isinstance(message, Call):
-                connection.send(Reply(getattr(worker, message.method)(*message.arguments)))
+                channel.send(Reply(getattr(worker, message.method)(*message.arguments)))
             elif isinstance(message, Published):
                 assert publish is not None
                 publish(message)
@@ -102,7 +102,7 @@ def _serve(connection: Connection, worker: Worker, publish: Callable[[Published]
             with suppress(OSError):  # the driver is gone
                 # A request was checked before it came into a step: what fails in a step is no user's mistake.
                 in_step = message is None or isinstance(message, StepInput)
-                connection.send(Failure.of(error, for_user=not in_step))
+                channel.send(Failure.of(error, for_user=not in_step))
             return False
 
 
@@ -139,8 +139,10 @@ def make_worker(config: InferenceConfig, device: torch.device) -> Worker:
 
 def run_own_rank(connection: Connection, place: RankPlace, store: dist.Store) -> int:
     """A rank that the engine started: its first message says what to be. Returns the process's exit code."""
-    config, device = connection.recv()
+    config, device, offer = connection.recv()
+    channel = Channel(connection)
     join_ranks(config, place, store, torch.device(device))
     worker = make_worker(config, torch.device(device))
-    connection.send(Reply(socket.gethostname()))
-    return 0 if serve(connection, worker) else 1
+    accepted = channel.accept(offer, place.is_crowded)
+    connection.send(Reply(accepted))
+    return 0 if serve(channel, worker) else 1

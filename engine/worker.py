@@ -31,6 +31,7 @@ from .draft_model import draft_config
 from .drawing import Drawing
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
 from .model_runner import ModelRunner, RunningStep
+from .spinning import spin_guard
 from .step import MAX_DRAFTS, SampleRequest, StepInput
 
 
@@ -135,6 +136,7 @@ class Worker:
     def __init__(self, config: InferenceConfig, mesh: ProcessGroupMesh, device: torch.device) -> None:
         self.config, self.mesh, self.device = config, mesh, device
         self.checkpoint: Checkpoint | None = None  # what `load` takes if the driver sends none
+        self._spin_guard = spin_guard() if device.type == "cpu" else None
         self.runner: ModelRunner | None = None
         self.draft: ModelRunner | None = None  # of a smaller model
         self._tried_draft: ModelRunner | None = None  # what `try_draft` made ready
@@ -413,6 +415,8 @@ class Worker:
 
     def launch(self, step: StepInput) -> RunningStep:
         """Begins with a step; those that were begun are waited for in their order."""
+        if self._spin_guard is not None:
+            self._spin_guard.look()
         return self._runner(step.model).launch(step)
 
     def _runner(self, model: int) -> ModelRunner:
@@ -422,6 +426,8 @@ class Worker:
 
     def let_go(self) -> None:
         """Breaks the circles that would keep weights, cache and graphs alive, and NCCL waiting for the graphs."""
+        if self._spin_guard is not None:
+            self._spin_guard.let_go()
         for runner in (self.draft, self.runner):
             _free(runner)
 

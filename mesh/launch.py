@@ -59,6 +59,11 @@ class RankPlace:
     local_rank: int  # on its host
     local_world_size: int
 
+    @property
+    def is_crowded(self) -> bool:
+        """Whether its host has more ranks than cores, so that waiting must not keep one busy."""
+        return self.local_world_size > available_cores()
+
 
 def divide_threads(local_world_size: int) -> None:
     """Gives this rank its share of the cores that the process may use."""

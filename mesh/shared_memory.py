@@ -32,7 +32,7 @@ _OPERATIONS = {"sum": 0, "max": 1, "min": 2}
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-w")
 _SLOT_BYTES = 512 << 10  # what a rank brings to one round of a collective
 _BOX_BYTES = 64 << 20  # what can be under way to a peer that is late; as much of it is touched as has ever been
-_TOKEN_BYTES = 16
+TOKEN_BYTES = 16
 _SPIN_NS, _SPIN_CROWDED_NS = 200_000, 0  # of a wait, with a core for each rank and without
 
 
@@ -44,7 +44,7 @@ class SharedMemory:
     """What the ranks of a group share; `rank` and peers are positions in it. See `opened`."""
 
     def __init__(self, memory: mmap.mmap, rank: int, pids: list[int], crowded: bool, timeout_s: float | None) -> None:
-        self._memory, self._library = memory, _library()
+        self._memory, self._library = memory, library()
         self.rank, self.size = rank, len(pids)
         self._timeout_ns = 2**62 if timeout_s is None else round(timeout_s * 1e9)
         self._broken: str | None = None
@@ -149,12 +149,12 @@ def opened(
     memory: mmap.mmap | None = None
     try:
         try:
-            library, reason = _library(), None
-            token = secrets.token_bytes(_TOKEN_BYTES)
+            compiled_here, reason = library(), None
+            token = secrets.token_bytes(TOKEN_BYTES)
             if rank == 0:
                 file = os.memfd_create("meshlm-group", os.MFD_CLOEXEC)
-                os.ftruncate(file, library.shm_total_bytes(size, _SLOT_BYTES, _BOX_BYTES) + _TOKEN_BYTES)
-                os.pwrite(file, token, os.fstat(file).st_size - _TOKEN_BYTES)
+                os.ftruncate(file, compiled_here.shm_total_bytes(size, _SLOT_BYTES, _BOX_BYTES) + TOKEN_BYTES)
+                os.pwrite(file, token, os.fstat(file).st_size - TOKEN_BYTES)
         except (CompileError, OSError, AttributeError) as error:
             reason = str(error)
         told = everybodys((reason, os.getpid(), file, token if reason is None else b""))
@@ -162,7 +162,7 @@ def opened(
         if reason is None:
             _, maker, number, token = told[0]
             try:
-                memory = _mapped(f"/proc/{maker}/fd/{number}", token)
+                memory = mapped(f"/proc/{maker}/fd/{number}", token)
             except OSError as error:
                 reason = f"rank at position {rank} cannot open the memory of the one at 0: {error.strerror}"
         reason = next((each for each in everybodys(reason) if each is not None), None)
@@ -174,7 +174,7 @@ def opened(
     return SharedMemory(memory, rank, [each[1] for each in told], crowded, timeout_s)
 
 
-def _mapped(path: str, token: bytes) -> mmap.mmap:
+def mapped(path: str, token: bytes) -> mmap.mmap:
     """The whole file. Raises OSError, also if another process has that number here, and so another file."""
     file = os.open(path, os.O_RDWR)
     try:
@@ -183,16 +183,16 @@ def _mapped(path: str, token: bytes) -> mmap.mmap:
         raise OSError(0, str(error)) from None
     finally:
         os.close(file)
-    if memory[-_TOKEN_BYTES:] != token:
+    if memory[-TOKEN_BYTES:] != token:
         raise OSError(0, "it is another file")
     return memory
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def library() -> ctypes.CDLL:
     """Raises CompileError or OSError."""
-    source = Path(__file__).with_suffix(".cpp")
-    library = ctypes.CDLL(str(compiled("shared-memory", "collectives over shared memory (once)", [source], _FLAGS)))
+    sources = sorted(Path(__file__).parent.glob("*.cpp"))
+    found = ctypes.CDLL(str(compiled("shared-memory", "what ranks of one host communicate by (once)", sources, _FLAGS)))
     pointer, long, integer = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     signatures: dict[str, tuple[Any, ...]] = {
         "shm_open": (pointer, pointer, integer, integer, long, long, pointer, long),
@@ -207,6 +207,6 @@ def _library() -> ctypes.CDLL:
         "shm_receive": (pointer, pointer, long, integer, long),
     }
     for name, types in signatures.items():
-        getattr(library, name).argtypes = types
-    library.shm_group_bytes.restype = library.shm_total_bytes.restype = long
-    return library
+        getattr(found, name).argtypes = types
+    found.shm_group_bytes.restype = found.shm_total_bytes.restype = long
+    return found

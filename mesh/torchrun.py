@@ -1,5 +1,5 @@
 """Ranks that torchrun has started: rank 0 drives. It listens on a port that the system picked, the others connect to
-it, and from there on it is as with ranks of our own: a `Connection` from the driver to each rank.
+it, and from there on it is as with ranks of our own: a `Channel` from the driver to each rank.
 """
 
 import os
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from .channel import Channel
 from .launch import RankFailure, RankPlace
 
 _LOOPBACK = "127.0.0.1"
@@ -39,10 +40,10 @@ def torchrun_place() -> RankPlace | None:
     )
 
 
-def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Connection], Connection]:
-    """Control connections between rank 0, which drives, and every rank; collective over the default process group.
+def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Channel], Channel]:
+    """Control channels between rank 0, which drives, and every rank; collective over the default process group.
 
-    Returns (connections by rank on rank 0, empty elsewhere; this rank's own end). Rank 0 has a connection to itself.
+    Returns (channels by rank on rank 0, empty elsewhere; this rank's own end). Rank 0 has a channel to itself.
     Raises RankFailure if a rank does not come within `timeout_s`, or cannot reach rank 0.
     """
     one_host = place.local_world_size == place.world_size
@@ -50,7 +51,7 @@ def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Connecti
         box: list[Any] = [None]
         dist.broadcast_object_list(box, src=0)
         address, key = box[0]
-        return [], _reach_driver(place.rank, address, key, timeout_s)
+        return [], _accept(_reach_driver(place.rank, address, key, timeout_s), place)
 
     key = secrets.token_bytes(32)
     with socket.create_server((_LOOPBACK if one_host else "", 0), backlog=place.world_size) as server:
@@ -58,7 +59,31 @@ def connect_to_driver(place: RankPlace, timeout_s: float) -> tuple[list[Connecti
         dist.broadcast_object_list([((host, server.getsockname()[1]), key)], src=0)
         connections = _gather_ranks(server, key, place.world_size, timeout_s)
     ours, theirs = Pipe()
-    return [ours, *(connections[rank] for rank in range(1, place.world_size))], theirs
+    connections[0] = ours
+    channels = [Channel(connections[rank]) for rank in range(place.world_size)]
+    for channel in channels:
+        channel.connection.send(channel.offer())
+    own = _accept(theirs, place)
+    for rank, channel in enumerate(channels):
+        channel.share(_answer(rank, channel.connection, timeout_s))
+    return channels, own
+
+
+def _accept(connection: Connection, place: RankPlace) -> Channel:
+    """A rank's side of the offer to share memory; it says whether that can be."""
+    channel = Channel(connection)
+    connection.send(channel.accept(connection.recv(), place.is_crowded))
+    return channel
+
+
+def _answer(rank: int, connection: Connection, timeout_s: float) -> bool:
+    try:
+        if connection.poll(timeout_s):
+            return bool(connection.recv())
+        reason = f"has not answered within start_timeout_s={timeout_s:g}"
+    except (EOFError, OSError):
+        reason = "has gone"
+    raise RankFailure(f"rank {rank} has connected to rank 0 and {reason}")
 
 
 def _gather_ranks(server: socket.socket, key: bytes, world_size: int, timeout_s: float) -> dict[int, Connection]:

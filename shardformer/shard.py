@@ -18,6 +18,8 @@ from ..policies import Dim, ModelSpec, TensorSpec
 
 Range = tuple[int, int]
 
+_LAYER_OPS = 2_500_000  # elements of weight, reading which takes as long as a layer's ops beside its products
+
 
 def even_split(size: int, parts: int, unit: int = 1) -> list[Range]:
     """`parts` consecutive ranges that cover `size`, their lengths differing by one unit at most, the longer first."""
@@ -65,9 +67,9 @@ def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
     """The decoder layers of each pipeline stage, so that the slowest stage is as fast as can be, and the rest alike.
 
     Cost is counted in weight elements that a decode step reads: all of a layer's, all of the LM head's on the last
-    stage, and of the embedding on the first only one row, since a look-up reads no more. Attention and small ops are
-    not counted: on SmolLM2-135M an LM head of 8 layers' size, with the sampler, costs as much as 9 layers. Raises
-    ValueError if there are more parts than layers.
+    stage, and of the embedding on the first only one row, since a look-up reads no more; and for a layer's attention
+    and small ops `_LAYER_OPS`, as on a CPU: there SmolLM2-135M's LM head, of 8 layers' size, costs as much as 5 in
+    decodes of one sequence, and as 3 to 4 in those of 16. Raises ValueError if there are more parts than layers.
     """
     if parts > spec.num_layers:
         raise ValueError(
@@ -77,7 +79,7 @@ def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
         raise ValueError(
             f"pp_size={parts}: {spec.architecture} cannot be divided into stages ({spec.why_one_stage}); use pp_size=1"
         )
-    layers = [sum(prod(tensor.shape) for tensor in spec.layer_tensors(i)) for i in range(spec.num_layers)]
+    layers = [_LAYER_OPS + sum(prod(tensor.shape) for tensor in spec.layer_tensors(i)) for i in range(spec.num_layers)]
     costs = [0, *accumulate(layers)]  # of the layers before each
     extra = [0] * parts
     extra[0] += spec.hidden_size

@@ -8,6 +8,7 @@ any further. A run with more than two of them fails.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -318,6 +319,16 @@ def test_same_seed_same_tokens(
     greedy = [tuple(reference.token_ids[index][:12]) for index in SAMPLED]
     assert len({*outputs, *greedy}) > 2 * len(SAMPLED)  # they were sampled
     assert_at_rest(engine)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(180)
+def test_more_ranks_than_cores(demo_model: Path, reference: Reference) -> None:
+    """Whoever waits leaves its core to who works."""
+    with running(demo_model, dp_size=2, pp_size=2, tp_size=2) as engine:
+        assert "shared memory" in engine.ranks[0].collectives or not shutil.which("g++")
+        outputs = generate(engine, [reference.prompts[index] for index in FEW], SHORT)
+        reference.check(outputs, FEW, 16)
 
 
 @pytest.mark.slow

@@ -564,8 +564,8 @@ def test_an_exception_in_a_step_on_one_rank(
 
     def submit(replica: int, step: StepInput) -> None:
         wrong = replace(step, block_tables=())
-        for rank, connection in enumerate(executor.connections):
-            connection.send(wrong if rank == victim else step)
+        for rank, channel in enumerate(executor.channels):
+            channel.send(wrong if rank == victim else step)
 
     monkeypatch.setattr(executor, "submit", submit)
     started = time.monotonic()

@@ -21,7 +21,7 @@ T = TypeVar("T")
 SLOT = shared_memory._SLOT_BYTES
 
 try:
-    shared_memory._library()
+    shared_memory.library()
 except CompileError as reason:  # gloo does it all then
     pytest.skip(str(reason), allow_module_level=True)
 
@@ -258,5 +258,5 @@ def test_who_cannot_share_says_why_to_all(monkeypatch: pytest.MonkeyPatch) -> No
     def refuse() -> Any:
         raise CompileError("no C++ compiler is installed")
 
-    monkeypatch.setattr(shared_memory, "_library", refuse)
+    monkeypatch.setattr(shared_memory, "library", refuse)
     assert on_each(2, join) == ["no C++ compiler is installed"] * 2
