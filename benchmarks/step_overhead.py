@@ -68,7 +68,8 @@ class Steps:
         core, runner = self.engine._core, self.engine._world.executor.worker.runner  # type: ignore[attr-defined]
         scheduler = core.replicas[0].scheduler
         self._timers = timers = Timers()
-        timers.watch(runner.stage, "forward", "forward")
+        timers.watch(runner, "_forward", "forward")
+        timers.watch(runner, "_replay", "forward")
         timers.watch(runner.stage, "logits", "head")
         timers.watch(runner, "_draw", "head and drawing")
         timers.watch(runner, "launch", "launch")

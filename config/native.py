@@ -29,7 +29,7 @@ def compiled(
     file = cache_folder() / "kernels" / f"{name}-{_digest(sources, flags, headers)}.so"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(file.parent):
+        with locked(file.parent):
             if not file.exists():
                 print(f"meshlm: compiling {about} into {file.parent}", file=sys.stderr, flush=True)
                 _compile(file, sources, flags)
@@ -47,7 +47,7 @@ def _digest(sources: Sequence[Path], flags: Sequence[str], headers: Sequence[Pat
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """One process at a time: of several ranks one compiles."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,8 +1,9 @@
 """``linear``: ``x @ weight.T + bias``, bound once to the forms of the weight that the device multiplies fastest.
 
 On a CPU with oneDNN the weight is kept once, in oneDNN's own blocked layout; a plain weight would be laid out again, or
-multiplied slower, in each call. oneDNN multiplies many rows with it. Of a few rows, reading the weight is what takes
-the time, and our own op (`cpu/linear.cpp`) reads it where oneDNN has put it, in a straight line.
+multiplied slower, in each call. oneDNN multiplies many rows with it. Of fewer rows, reading the weight is what takes
+the time, and our own op (`cpu/linear.cpp`) reads it where oneDNN has put it, in a straight line. How many are few is
+measured on the processor that it runs on (`crossover.py`).
 """
 
 import ctypes
@@ -13,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .crossover import streamed_rows
+
 Linear = Callable[[Tensor, Tensor | None], Tensor]
 """x [num_tokens, in], or with more dimensions before, bias [out] or None -> [num_tokens, out]."""
-
-# Rows up to which our op is faster than oneDNN's. Measured on 2 cores with AVX512-BF16, SmolLM2-135M's layers.
-STREAMED_ROWS = {torch.bfloat16: 96, torch.float32: 96, torch.float16: 96}
 
 
 class Streaming(Protocol):
@@ -52,7 +52,8 @@ def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
 
     if streaming is None or not _is_in_panels(weight, packed, streaming.panel):
         return linear
-    few, stream, size_out = STREAMED_ROWS[weight.dtype] * weight.shape[1], streaming.linear_packed, len(weight)
+    stream, size_out = streaming.linear_packed, len(weight)
+    few = _few_packed(weight, streaming) * weight.shape[1]
     address = int(torch.ops.mkldnn.data_ptr(packed))
 
     def linear_or_streamed(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +67,7 @@ def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
 def bind_shared(weight: Tensor, streaming: Streaming | None = None) -> Linear:
     """The product with a plain weight that others read too, through oneDNN: faster than torch's own in float32."""
     product = torch.ops.mkldnn._linear_pointwise.default
-    few = 0 if streaming is None else STREAMED_ROWS[weight.dtype] * weight.shape[1]
+    few = 0 if streaming is None else _few_shared(weight, streaming) * weight.shape[1]
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
         if streaming is not None and x.numel() <= few and x.is_contiguous():
@@ -75,6 +76,35 @@ def bind_shared(weight: Tensor, streaming: Streaming | None = None) -> Linear:
         return out
 
     return linear
+
+
+def _few_packed(like: Tensor, streaming: Streaming) -> int:
+    """Rows up to which a packed weight is streamed."""
+    product, address = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn.data_ptr
+
+    def prepare(weight: Tensor) -> tuple[Tensor, int, int]:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+        return packed, int(address(packed)), len(weight)
+
+    return streamed_rows(
+        "packed",
+        like,
+        prepare,
+        lambda x, weight: streaming.linear_packed(x, weight[1], None, weight[2]),
+        lambda x, weight: product(x, weight[0], None, "none", [], ""),
+    )
+
+
+def _few_shared(like: Tensor, streaming: Streaming) -> int:
+    """Rows up to which a plain weight is."""
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return streamed_rows(
+        "plain",
+        like,
+        lambda weight: weight,
+        lambda x, weight: streaming.linear_plain(x, weight, None),
+        lambda x, weight: product(x, weight, None, "none", [], ""),
+    )
 
 
 def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
