@@ -103,26 +103,6 @@ template <class T, int R> static auto dots_of(long rows) {
   return dots_of<T, R>(rows, std::make_integer_sequence<int, MOST_DOT_ROWS>());
 }
 
-// A panel of `count` rows of a plain weight, filled up with zeros.
-template <class T> static void make_panel(const T* weight, long stride, long count, long in, long steps, T* panel) {
-  constexpr int N = Step<T>::N;
-  long whole = 0;
-  if (sizeof(T) * N == sizeof(float))
-    for (; (whole + W) * N <= in; whole += W)
-      for (long r = 0; r < PANEL; r += W) {
-        vfloat square[W];
-        for (long k = 0; k < W; k++) square[k] = r + k < count ? load_as<vfloat>(weight + (r + k) * stride + whole * N) : vfloat{};
-        transpose(square);
-        for (long k = 0; k < W; k++) std::memcpy(panel + ((whole + k) * PANEL + r) * N, &square[k], sizeof(vfloat));
-      }
-  for (long i = whole; i < steps; i++)
-    for (long r = 0; r < PANEL; r++)
-      for (int n = 0; n < N; n++) {
-        bool is_there = r < count && i * N + n < in;
-        panel[(i * PANEL + r) * N + n] = is_there ? weight[r * stride + i * N + n] : T{};
-      }
-}
-
 // All rows times columns first..last (vectors) of a panel. The panel comes near with the first rows and stays for the others.
 // next: the panel that follows, or null.
 template <class T>
@@ -177,37 +157,30 @@ extern "C" void linear_packed(int dtype, const void* x, const void* packed, cons
   });
 }
 
-// The same with a plain weight [out_size, in] of rows `stride` elements apart: few rows as dot products, more with panels
-// that each thread makes as it goes.
+// The same with a plain weight [out_size, in] of rows `stride` elements apart, as dot products.
 extern "C" void linear_plain(int dtype, const void* x, const void* weight, const void* bias, void* out, long rows, long in,
                              long out_size, long stride, int threads) {
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Row = typename Step<T>::Row;
-    long steps = (in + Step<T>::N - 1) / Step<T>::N, padded = steps * Step<T>::N;
-    bool in_panels = rows > MOST_DOT_ROWS;
-    int height = in_panels ? PANEL : WEIGHT_ROWS;
-    if (rows == 0) return;
+    long padded = (in + Step<T>::N - 1) / Step<T>::N * Step<T>::N;
 #pragma omp parallel num_threads(threads) if (in * out_size > SERIAL)
     {
       std::vector<Row> scratch(is_row<T>(in, padded) ? 0 : rows * padded);
-      std::vector<T> panel(in_panels ? PANEL * padded : 0);
       std::vector<const Row*> given(rows);
       for (long j = 0; j < rows; j++) given[j] = as_row((const T*)x + j * in, in, padded, scratch.data() + j * padded);
-      auto many = dots_of<T, WEIGHT_ROWS>(in_panels ? 1 : rows), one = dots_of<T, 1>(in_panels ? 1 : rows);
 #pragma omp for schedule(static) nowait
-      for (long group = 0; group < (out_size + height - 1) / height; group++) {
-        long row = group * height, left = std::min<long>(height, out_size - row);
+      for (long group = 0; group < (out_size + WEIGHT_ROWS - 1) / WEIGHT_ROWS; group++) {
+        long row = group * WEIGHT_ROWS, left = std::min<long>(WEIGHT_ROWS, out_size - row);
         const T* w = (const T*)weight + row * stride;
         const T* b = bias ? (const T*)bias + row : nullptr;
-        T* o = (T*)out + row;
-        if (in_panels) {
-          make_panel(w, stride, left, in, steps, panel.data());
-          panel_columns<T>(given.data(), rows, panel.data(), nullptr, b, o, steps, 0, VECTORS, out_size - row, out_size);
-        } else if (left == WEIGHT_ROWS) {
-          many(given.data(), w, stride, b, o, in, out_size);
-        } else {
-          for (long r = 0; r < left; r++) one(given.data(), w + r * stride, stride, b ? b + r : nullptr, o + r, in, out_size);
+        for (long start = 0; start < rows; start += MOST_DOT_ROWS) {
+          long count = std::min<long>(MOST_DOT_ROWS, rows - start);
+          T* o = (T*)out + start * out_size + row;
+          if (left == WEIGHT_ROWS) dots_of<T, WEIGHT_ROWS>(count)(given.data() + start, w, stride, b, o, in, out_size);
+          else
+            for (long r = 0; r < left; r++)
+              dots_of<T, 1>(count)(given.data() + start, w + r * stride, stride, b ? b + r : nullptr, o + r, in, out_size);
         }
       }
     }

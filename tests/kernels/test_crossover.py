@@ -60,6 +60,6 @@ def test_without_a_place_to_keep_it_is_measured_all_the_same(nothing_known: Path
 
 
 def test_rows_count_up_to_the_first_that_are_slower() -> None:
-    times = {"1": [1.0, 2.0], "2": [1.0, 0.99], "4": [2.0, 1.0], "8": [1.0, 2.0]}
+    times = {"1": [1.0, 2.0], "2": [1.0, 0.95], "4": [2.0, 1.0], "8": [1.0, 2.0]}
     assert crossover.last_faster(times) == 2
     assert crossover.last_faster({}) == 0
