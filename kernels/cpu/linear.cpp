@@ -9,57 +9,39 @@
 constexpr int PANEL = 64;
 constexpr int DEPTH = 16;  // of which the steps of a panel are a multiple
 constexpr int VECTORS = PANEL / W;
-constexpr int SUMS = W == 16 ? 24 : 12;  // vectors that stay in registers
-constexpr int MOST_ROWS = 12;
-constexpr long BLOCK = 128;  // steps after which other columns take their turn: what they read again is in the L1 cache
-constexpr long AHEAD = 4096;  // bytes
+constexpr int MOST_ROWS = 6;  // at once: with WIDE columns, as many sums as registers hold beside what is added
+constexpr int WIDE = W == 16 ? 4 : 2, NARROW = WIDE / 2;  // vectors of columns at once
+constexpr long AHEAD = 4096, LINE = 64;  // bytes
 
-// M rows times columns first..last (vectors, a multiple of C) of a panel, into sums.
-template <class T, int M, int C>
-static void multiply(const typename Step<T>::Row* const* x, const T* panel, long steps, int first, int last,
-                     vfloat (*sums)[VECTORS]) {
+// What is to be brought near while a tile is computed, so that memory is busy while registers are: some lines in a step.
+struct Ahead { const char* from; long stride; int lines; };
+
+// M rows times C vectors of columns of a panel; L: ahead.lines.
+template <class T, int M, int C, int L>
+static void tile(const typename Step<T>::Row* const* x, const T* panel, long steps, Ahead ahead, vfloat (*sums)[C]) {
   typedef Step<T> S;
-  for (int m = 0; m < M; m++)
-    for (int c = first; c < last; c++) sums[m][c] = vfloat{};
-  for (long begin = 0; begin < steps; begin += BLOCK) {
-    long end = std::min(begin + BLOCK, steps);
-    for (int c = first; c < last; c += C) {
-      vfloat s[M][C];
-      for (int m = 0; m < M; m++)
-        for (int k = 0; k < C; k++) s[m][k] = sums[m][c + k];
-      const T* p = panel + (begin * PANEL + c * W) * S::N;
-      for (long i = begin; i < end; i++, p += PANEL * S::N) {
-        for (int k = 0; k < C; k++) __builtin_prefetch((const char*)(p + k * W * S::N) + AHEAD);
-        decltype(S::weight(p)) w[C];
-        for (int k = 0; k < C; k++) w[k] = S::weight(p + k * W * S::N);
-        for (int m = 0; m < M; m++) {
-          auto a = S::row(x[m] + i * S::N);
-          for (int k = 0; k < C; k++) s[m][k] = S::add(s[m][k], a, w[k]);
-        }
-      }
-      for (int m = 0; m < M; m++)
-        for (int k = 0; k < C; k++) sums[m][c + k] = s[m][k];
+  vfloat s[M][C] = {};
+  for (long i = 0; i < steps; i++, panel += PANEL * S::N) {
+    for (int l = 0; l < L; l++) __builtin_prefetch(ahead.from + i * ahead.stride + l * LINE, 0, 2);
+    decltype(S::weight(panel)) w[C];
+    for (int c = 0; c < C; c++) w[c] = S::weight(panel + c * W * S::N);
+    for (int m = 0; m < M; m++) {
+      auto a = S::row(x[m] + i * S::N);
+      for (int c = 0; c < C; c++) s[m][c] = S::add(s[m][c], a, w[c]);
     }
   }
-}
-
-// As many columns at once as registers allow, and at most half a panel, which is what threads divide.
-constexpr int columns_at_once(int rows) {
-  int c = VECTORS / 2;
-  while (c > 1 && c * rows > SUMS) c /= 2;
-  return c;
-}
-
-template <class T, int M>
-static void columns(const typename Step<T>::Row* const* x, const T* panel, const T* bias, T* out, long steps, int first,
-                    int last, long count, long out_stride) {
-  vfloat sums[M][VECTORS];
-  if (last - first == VECTORS && M * VECTORS <= SUMS)
-    multiply<T, M, (M * VECTORS <= SUMS ? VECTORS : 1)>(x, panel, steps, first, last, sums);
-  else
-    multiply<T, M, columns_at_once(M)>(x, panel, steps, first, last, sums);
   for (int m = 0; m < M; m++)
-    for (int c = first; c < last; c++) {
+    for (int c = 0; c < C; c++) sums[m][c] = s[m][c];
+}
+
+// The same into `out`, of which `count` columns are left.
+template <class T, int M, int C, int L>
+static void columns(const typename Step<T>::Row* const* x, const T* panel, const T* bias, T* out, long steps, long count,
+                    long out_stride, Ahead ahead) {
+  vfloat sums[M][C];
+  tile<T, M, C, L>(x, panel, steps, ahead, sums);
+  for (int m = 0; m < M; m++)
+    for (int c = 0; c < C; c++) {
       long column = c * W, left = count - column;
       T* o = out + m * out_stride + column;
       if (left >= W)
@@ -96,17 +78,77 @@ static void dots(const typename Step<T>::Row* const* x, const T* weight, long st
     }
 }
 
-template <class T, int... M>
+template <class T, int C, int L, int... M>
 static auto columns_of(long rows, std::integer_sequence<int, M...>) {
-  static constexpr decltype(&columns<T, 1>) table[] = {columns<T, M + 1>...};
+  static constexpr decltype(&columns<T, 1, C, L>) table[] = {columns<T, M + 1, C, L>...};
   return table[rows - 1];
 }
+template <class T, int C> static auto columns_of(long rows, int lines) {
+  constexpr auto counts = std::make_integer_sequence<int, MOST_ROWS>();
+  return lines >= 4   ? columns_of<T, C, 4>(rows, counts)
+         : lines >= 2 ? columns_of<T, C, 2>(rows, counts)
+         : lines      ? columns_of<T, C, 1>(rows, counts)
+                      : columns_of<T, C, 0>(rows, counts);
+}
+constexpr int SUMS = MOST_ROWS * WIDE;
 constexpr int WEIGHT_ROWS = 4;
 constexpr int MOST_DOT_ROWS = SUMS / WEIGHT_ROWS;
 template <class T, int R, int... M>
 static auto dots_of(long rows, std::integer_sequence<int, M...>) {
   static constexpr decltype(&dots<T, 1, R>) table[] = {dots<T, M + 1, R>...};
   return table[rows - 1];
+}
+template <class T, int R> static auto dots_of(long rows) {
+  return dots_of<T, R>(rows, std::make_integer_sequence<int, MOST_DOT_ROWS>());
+}
+
+// A panel of `count` rows of a plain weight, filled up with zeros.
+template <class T> static void make_panel(const T* weight, long stride, long count, long in, long steps, T* panel) {
+  constexpr int N = Step<T>::N;
+  long whole = 0;
+#if defined(__AVX512F__)
+  if (sizeof(T) * N == 4)
+    for (; whole + 16 <= steps && (whole + 16) * N <= in; whole += 16) {
+      for (long r = 0; r < PANEL; r += 16) {
+        __m512i square[16];
+        for (long k = 0; k < 16; k++)
+          square[k] = r + k < count ? load_as<__m512i>(weight + (r + k) * stride + whole * N) : _mm512_setzero_si512();
+        transpose(square);
+        for (long k = 0; k < 16; k++) std::memcpy(panel + ((whole + k) * PANEL + r) * N, &square[k], 64);
+      }
+    }
+#endif
+  for (long i = whole; i < steps; i++)
+    for (long r = 0; r < PANEL; r++)
+      for (int n = 0; n < N; n++) {
+        bool is_there = r < count && i * N + n < in;
+        panel[(i * PANEL + r) * N + n] = is_there ? weight[r * stride + i * N + n] : T{};
+      }
+}
+
+// All rows times columns first..last (vectors) of a panel. The panel comes near with the first rows and stays for the others.
+// next: the panel that follows, or null.
+template <class T>
+static void panel_columns(const typename Step<T>::Row* const* x, long rows, const T* panel, const T* next, const T* bias, T* out,
+                          long steps, int first, int last, long count, long out_stride) {
+  constexpr long STEP = PANEL * Step<T>::N * sizeof(T);
+  long groups = (rows + MOST_ROWS - 1) / MOST_ROWS;
+  int wide = last - first >= WIDE ? WIDE : NARROW;
+  long passes = groups * ((last - first) / wide), pass = 0;
+  for (long g = 0; g < groups; g++) {
+    long begin = rows * g / groups, end = rows * (g + 1) / groups;
+    for (int c = first; c < last; c += wide, pass++) {
+      const T* p = panel + c * W * Step<T>::N;
+      Ahead ahead = {(const char*)p + AHEAD, STEP, int(wide * W * Step<T>::N * sizeof(T) / LINE)};
+      if (passes > 1) {
+        int lines = next ? (STEP / LINE + passes - 1) / passes : 0;
+        ahead = {(const char*)next + pass * steps * lines * LINE, lines * LINE, (pass * lines) * LINE < STEP ? lines : 0};
+      }
+      auto columns = wide == WIDE ? columns_of<T, WIDE>(end - begin, ahead.lines) : columns_of<T, NARROW>(end - begin, ahead.lines);
+      long column = c * W;
+      columns(x + begin, p, bias ? bias + column : nullptr, out + begin * out_stride + column, steps, count - column, out_stride, ahead);
+    }
+  }
 }
 
 // x: [rows, in]; packed: [panels, steps, PANEL, step]; bias: [out_size] or null; out: [rows, out_size]. Contiguous.
@@ -119,53 +161,56 @@ extern "C" void linear_packed(int dtype, const void* x, const void* packed, cons
     long padded = steps * Step<T>::N;
 #pragma omp parallel num_threads(threads) if (in * out_size > SERIAL)
     {
-      std::vector<Row> scratch(MOST_ROWS * padded);
+      std::vector<Row> scratch(is_row<T>(in, padded) ? 0 : rows * padded);
+      std::vector<const Row*> given(rows);
+      for (long j = 0; j < rows; j++) given[j] = as_row((const T*)x + j * in, in, padded, scratch.data() + j * padded);
 #pragma omp for schedule(static)
       for (int part = 0; part < threads; part++) {
         long begin = 2 * panels * part / threads, end = 2 * panels * (part + 1) / threads;  // in half panels
-        for (long start = 0; start < rows; start += MOST_ROWS) {
-          long m = std::min<long>(MOST_ROWS, rows - start);
-          const Row* given[MOST_ROWS];
-          for (long j = 0; j < m; j++) given[j] = as_row((const T*)x + (start + j) * in, in, padded, scratch.data() + j * padded);
-          auto columns = columns_of<T>(m, std::make_integer_sequence<int, MOST_ROWS>());
-          for (long half = begin; half < end;) {
-            long panel = half / 2, stop = std::min(2 * panel + 2, end), column = panel * PANEL;
-            columns(given, (const T*)packed + panel * padded * PANEL, bias ? (const T*)bias + column : nullptr,
-                    (T*)out + start * out_size + column, steps, (half - 2 * panel) * VECTORS / 2,
-                    (stop - 2 * panel) * VECTORS / 2, out_size - column, out_size);
-            half = stop;
-          }
+        for (long half = begin; half < end;) {
+          long panel = half / 2, stop = std::min(2 * panel + 2, end), column = panel * PANEL;
+          const T* weight = (const T*)packed + panel * padded * PANEL;
+          panel_columns<T>(given.data(), rows, weight, stop < end ? weight + padded * PANEL : nullptr,
+                           bias ? (const T*)bias + column : nullptr, (T*)out + column, steps,
+                           (half - 2 * panel) * VECTORS / 2, (stop - 2 * panel) * VECTORS / 2, out_size - column, out_size);
+          half = stop;
         }
       }
     }
   });
 }
 
-// The same with a plain weight [out_size, in] of rows `stride` elements apart.
+// The same with a plain weight [out_size, in] of rows `stride` elements apart: few rows as dot products, more with panels
+// that each thread makes as it goes.
 extern "C" void linear_plain(int dtype, const void* x, const void* weight, const void* bias, void* out, long rows, long in,
                              long out_size, long stride, int threads) {
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Row = typename Step<T>::Row;
-    long padded = (in + Step<T>::N - 1) / Step<T>::N * Step<T>::N;
+    long steps = (in + Step<T>::N - 1) / Step<T>::N, padded = steps * Step<T>::N;
+    bool in_panels = rows > MOST_DOT_ROWS;
+    int height = in_panels ? PANEL : WEIGHT_ROWS;
+    if (rows == 0) return;
 #pragma omp parallel num_threads(threads) if (in * out_size > SERIAL)
     {
-      std::vector<Row> scratch(MOST_DOT_ROWS * padded);
-      for (long start = 0; start < rows; start += MOST_DOT_ROWS) {
-        long m = std::min<long>(MOST_DOT_ROWS, rows - start);
-        const Row* given[MOST_DOT_ROWS];
-        for (long j = 0; j < m; j++) given[j] = as_row((const T*)x + (start + j) * in, in, padded, scratch.data() + j * padded);
-        auto many = dots_of<T, WEIGHT_ROWS>(m, std::make_integer_sequence<int, MOST_DOT_ROWS>());
-        auto one = dots_of<T, 1>(m, std::make_integer_sequence<int, MOST_DOT_ROWS>());
+      std::vector<Row> scratch(is_row<T>(in, padded) ? 0 : rows * padded);
+      std::vector<T> panel(in_panels ? PANEL * padded : 0);
+      std::vector<const Row*> given(rows);
+      for (long j = 0; j < rows; j++) given[j] = as_row((const T*)x + j * in, in, padded, scratch.data() + j * padded);
+      auto many = dots_of<T, WEIGHT_ROWS>(in_panels ? 1 : rows), one = dots_of<T, 1>(in_panels ? 1 : rows);
 #pragma omp for schedule(static) nowait
-        for (long group = 0; group < (out_size + WEIGHT_ROWS - 1) / WEIGHT_ROWS; group++) {
-          long row = group * WEIGHT_ROWS, left = std::min<long>(WEIGHT_ROWS, out_size - row);
-          const T* w = (const T*)weight + row * stride;
-          const T* b = bias ? (const T*)bias + row : nullptr;
-          T* o = (T*)out + start * out_size + row;
-          if (left == WEIGHT_ROWS) many(given, w, stride, b, o, in, out_size);
-          else
-            for (long r = 0; r < left; r++) one(given, w + r * stride, stride, b ? b + r : nullptr, o + r, in, out_size);
+      for (long group = 0; group < (out_size + height - 1) / height; group++) {
+        long row = group * height, left = std::min<long>(height, out_size - row);
+        const T* w = (const T*)weight + row * stride;
+        const T* b = bias ? (const T*)bias + row : nullptr;
+        T* o = (T*)out + row;
+        if (in_panels) {
+          make_panel(w, stride, left, in, steps, panel.data());
+          panel_columns<T>(given.data(), rows, panel.data(), nullptr, b, o, steps, 0, VECTORS, out_size - row, out_size);
+        } else if (left == WEIGHT_ROWS) {
+          many(given.data(), w, stride, b, o, in, out_size);
+        } else {
+          for (long r = 0; r < left; r++) one(given.data(), w + r * stride, stride, b ? b + r : nullptr, o + r, in, out_size);
         }
       }
     }

@@ -28,11 +28,16 @@ template <> struct Step<bfloat16> {  // products of two pairs, exact, added in f
 };
 #endif
 
+// Whether rows of `in` elements can be read where they lie.
+template <class T> constexpr bool is_row(long in, long padded) {
+  return std::is_same_v<T, typename Step<T>::Row> && in == padded;
+}
+
 // Rows as `Step` reads them: where they lie, or, converted and filled up with zeros, in `scratch`.
 template <class T>
 static const typename Step<T>::Row* as_row(const T* x, long in, long padded, typename Step<T>::Row* scratch) {
   if constexpr (std::is_same_v<T, typename Step<T>::Row>) {
-    if (in == padded) return x;
+    if (is_row<T>(in, padded)) return x;
     std::copy(x, x + in, scratch);
     std::fill(scratch + in, scratch + padded, T{});
   } else {

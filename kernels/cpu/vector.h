@@ -133,6 +133,31 @@ static inline vfloat exp(vfloat x) {
   return (vfloat)(scaled & ~tiny);
 }
 
+#if defined(__AVX512F__)
+// Rows become columns, of 16 elements of 4 bytes.
+static inline void transpose(__m512i (&rows)[16]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; k++) {
+      b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + k + 2]);
+      b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + k + 2]);
+    }
+  for (int k = 0; k < 4; k++)  // b[4 i + k]: column 4 l + k of rows 4 i to 4 i + 3, in its l-th quarter
+    for (int half = 0; half < 2; half++) {
+      a[8 * half + k] = _mm512_shuffle_i32x4(b[8 * half + k], b[8 * half + 4 + k], 0x88);      // quarters 0 and 2
+      a[8 * half + 4 + k] = _mm512_shuffle_i32x4(b[8 * half + k], b[8 * half + 4 + k], 0xdd);  // quarters 1 and 3
+    }
+  for (int k = 0; k < 8; k++) {
+    rows[k] = _mm512_shuffle_i32x4(a[k], a[8 + k], 0x88);
+    rows[8 + k] = _mm512_shuffle_i32x4(a[k], a[8 + k], 0xdd);
+  }
+}
+#endif
+
 // Calls f with a null pointer of the element type that `dtype` (0 float, 1 bfloat16, 2 float16) names.
 template <class F> static inline void by_dtype(int dtype, F f) {
   if (dtype == 0) f((float*)nullptr);
