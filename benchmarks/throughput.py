@@ -7,8 +7,9 @@
 
 Decode only: another prompt of the same length with one token out is timed just before and subtracted, with the token.
 Prompts are the same random token ids for all; end tokens are ignored, so that lengths are as stated, which is checked.
-Each runs in a process of its own, and each round runs ours, then each peer; the table gives medians over rounds, and of
-the rounds' ratios. Nothing stays cached between rounds: each draws new prompts. Exit code 1 if a ratio misses its target.
+Each runs in processes of its own, which are stopped while another is timed, and each round runs ours, then each peer;
+the table gives medians over rounds, and of the rounds' ratios. Nothing stays cached between rounds: each draws new
+prompts. Exit code 1 if a ratio misses its target.
 
     transformers   `generate`: one left-padded batch
     batching       transformers' continuous batching
@@ -32,6 +33,7 @@ import random
 import signal
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -131,6 +133,10 @@ def python_of(given: str) -> tuple[str, str]:
     return name, str(folder.absolute() / "bin" / "python")
 
 
+def say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 def start(stack: ExitStack, python: str, script: str, *words: str) -> Child:
     """A runner that is ready. Raises RunnerError."""
     if not Path(python).exists():
@@ -139,7 +145,13 @@ def start(stack: ExitStack, python: str, script: str, *words: str) -> Child:
     if python != sys.executable:  # what is ours is not on its path
         environment = {name: value for name, value in environment.items() if not name.startswith("PYTHON")}
     runner = stack.enter_context(Child(python, SCRIPTS / script, *words, environment=environment))
-    runner.wait_until_ready()
+    started = time.monotonic()
+    try:
+        runner.wait_until_ready()
+    except RunnerError:
+        runner.close()
+        raise
+    say(f"{script}: ready after {time.monotonic() - started:.0f} s")
     return runner
 
 
@@ -150,16 +162,24 @@ def start_all(stack: ExitStack, model: str, dtype: str, ours: list[str], peers: 
         try:
             runners[name] = start(stack, python, PEERS[name].script, *words, *PEERS[name].words)
         except RunnerError as error:
-            print(f"skipped {name} {dtype}: {error}", file=sys.stderr, flush=True)
+            say(f"skipped {name} {dtype}: {error}")
     return runners
 
 
 def measure(name: str, dtype: str, runners: dict[str, Child], num_rounds: int) -> dict[str, Any]:
+    """Leaves the peers that fail out of `runners`, here and from now on. Raises RunnerError where ours fails."""
     rates: dict[str, list[float]] = {runner: [] for runner in runners}
     for round_ in range(num_rounds + 1):
         work = WORKLOADS[name](random.Random(f"{name}{round_}"))
-        for runner, child in runners.items():
-            rate = work.rate(child)
+        for runner, child in list(runners.items()):
+            try:
+                rate = work.rate(child)
+            except RunnerError as error:
+                if runner == "meshlm":
+                    raise
+                say(f"left out {runner} {dtype} from {name} on: {error}")
+                runners.pop(runner).close()
+                continue
             if round_:  # the first round warms up
                 rates[runner].append(rate)
     ratios = {
@@ -170,7 +190,7 @@ def measure(name: str, dtype: str, runners: dict[str, Child], num_rounds: int) -
     return {
         "workload": name,
         "dtype": dtype,
-        "tokens_per_s": {runner: statistics.median(values) for runner, values in rates.items()},
+        "tokens_per_s": {runner: statistics.median(rates[runner]) for runner in runners},
         "ratios": ratios,
         "targets": {peer: target(peer, name, dtype) for peer in ratios},
     }
@@ -212,7 +232,8 @@ def main() -> int:
         print(f"{model}, {', '.join(ours)}; {THREADS} threads; {platform.processor() or platform.machine()}")
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the runners end as with Ctrl-C
-    results, versions = [], {}
+    results: list[dict[str, Any]] = []
+    versions: dict[str, dict[str, str]] = {}
     for dtype in args.dtype:
         with ExitStack() as stack:
             runners = start_all(stack, model, dtype, ours, dict(map(python_of, args.peer)))
@@ -234,7 +255,7 @@ def main() -> int:
     else:
         print(*(f"{name}: {versions[name]}" for name in versions), sep="\n")
     for miss in misses:
-        print(f"MISSED: {miss}", file=sys.stderr)
+        say(f"MISSED: {miss}")
     return 1 if misses else 0
 
 
