@@ -18,8 +18,9 @@ prompts. Exit code 1 if a ratio misses its target.
     openvino       OpenVINO GenAI's continuous batching
     llamacpp       llama.cpp, one request after another
 
-The first two need nothing more than ours; README.md tells how to build an environment for each of the others, which
-is given by its path, or lies in the folder MESHLM_PEERS by the name of the peer. A peer that cannot start is left out.
+The first two need nothing more than ours; README.md tells how to build environments for the others. One is given by its
+path, or lies in the folder MESHLM_PEERS as vllm, openvino or llamacpp. A peer that cannot start is left out, with a
+message; what a peer makes of the model on its first start can take minutes.
 
     python benchmarks/throughput.py --peer transformers
     python benchmarks/throughput.py --peer vllm=~/peers/vllm --peer openvino=~/peers/openvino --dtype bfloat16

