@@ -47,6 +47,7 @@ from meshlm.serving.demo_model import demo_model_path
 
 SCRIPTS = Path(__file__).parent / "peers"
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+WARM_TOKENS = 16  # of each request
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Workload:
     num_new: list[int]
     counts_prompt: bool = False
     prefill: list[list[int]] | None = None  # other prompts of the same lengths: their first tokens do not count
+
+    def warm_up(self, runner: Child) -> None:
+        runner.seconds(self.prompts, [min(n, WARM_TOKENS) for n in self.num_new])
 
     def rate(self, runner: Child) -> float:
         """Tokens a second."""
@@ -170,19 +174,19 @@ def start_all(stack: ExitStack, model: str, dtype: str, ours: list[str], peers: 
 def measure(name: str, dtype: str, runners: dict[str, Child], num_rounds: int) -> dict[str, Any]:
     """Leaves the peers that fail out of `runners`, here and from now on. Raises RunnerError where ours fails."""
     rates: dict[str, list[float]] = {runner: [] for runner in runners}
-    for round_ in range(num_rounds + 1):
+    for round_ in range(num_rounds + 1):  # the first warms up
         work = WORKLOADS[name](random.Random(f"{name}{round_}"))
         for runner, child in list(runners.items()):
             try:
-                rate = work.rate(child)
+                if round_:
+                    rates[runner].append(work.rate(child))
+                else:
+                    work.warm_up(child)
             except RunnerError as error:
                 if runner == "meshlm":
                     raise
                 say(f"left out {runner} {dtype} from {name} on: {error}")
                 runners.pop(runner).close()
-                continue
-            if round_:  # the first round warms up
-                rates[runner].append(rate)
     ratios = {
         peer: statistics.median(a / b for a, b in zip(rates["meshlm"], rates[peer], strict=True))
         for peer in runners

@@ -192,7 +192,7 @@ def test_what_another_runner_has_started_is_stopped_while_one_is_timed(
     pids, states = tmp_path / "pids", tmp_path / "states"
     write("meshlm", load=stubborn(pids))
     look = f"[psutil.Process(int(pid)).status() for pid in open({str(pids)!r}).read().split()]"
-    write("transformers", run=f"print(*{look}, file=open({str(states)!r}, 'a'))")
+    write("transformers", run=f"time.sleep(0.2); print(*{look}, file=open({str(states)!r}, 'a'))")
     main("--peer", "transformers")
     assert states.read_text().split() == [psutil.STATUS_STOPPED] * 4  # of both, in two rounds
     assert_ends(*pids_in(pids))
