@@ -31,8 +31,8 @@ struct FewTask {
 template <int HALF, int... I> static inline vfloat sums_of(vfloat* vectors, std::integer_sequence<int, I...> lanes) {
   for (int n = 0; n < HALF; n++) {
     const vfloat a = vectors[n], b = vectors[n + HALF];
-    vectors[n] = __builtin_shufflevector(a, b, (I & HALF ? W + I - HALF : I)...) +
-                 __builtin_shufflevector(a, b, (I & HALF ? W + I : I + HALF)...);
+    vectors[n] = SHUFFLE(a, b, (I & HALF ? W + I - HALF : I)...) +
+                 SHUFFLE(a, b, (I & HALF ? W + I : I + HALF)...);
   }
   if constexpr (HALF > 1) return sums_of<HALF / 2>(vectors, lanes);
   return vectors[0];
@@ -76,10 +76,42 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
     for (int c = 0; c < C; c++) store(to.out(first + r) + i + c * W, sums[r][c]);
 }
 
+// The same of two-byte elements, two values at a time: pairs of values are made on the way, with weights in T.
+#if defined(__AVX512BF16__)
+template <int R>
+static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const bfloat16* const* values,
+                              long offset, int count, long i, const float* decay) {
+  // Element k of 32 lies in lane LOW[k] of low pairs or high ones: unpacking takes fours of each quarter in turns.
+  static const __m512i first16 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  static const __m512i last16 = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  alignas(64) bfloat16 pairs[R][KEYS + W];
+  for (int r = 0; r < R; r++) {
+    for (int n = 0; n < count; n += W) store(pairs[r] + n, load(weights[r] + n));
+    if (count % 2) pairs[r][count].bits = 0;
+  }
+  vfloat low[R] = {}, high[R] = {};
+  for (int n = 0; n < count; n += 2) {
+    const __m512i a = load_as<__m512i>(values[n] + offset + i);
+    const __m512i b = n + 1 < count ? load_as<__m512i>(values[n + 1] + offset + i) : _mm512_setzero_si512();
+    const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
+    for (int r = 0; r < R; r++) {
+      const __m512i pair = _mm512_set1_epi32(load_as<int32_t>(pairs[r] + n));
+      low[r] = Step<bfloat16>::add(low[r], l, pair), high[r] = Step<bfloat16>::add(high[r], h, pair);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    float* out = to.out(first + r) + i;
+    const __m512i l = (__m512i)low[r], h = (__m512i)high[r];
+    store(out, load(out) * decay[r] + (vfloat)_mm512_permutex2var_epi32(l, first16, h));
+    store(out + W, load(out + W) * decay[r] + (vfloat)_mm512_permutex2var_epi32(l, last16, h));
+  }
+}
+#endif
+
 // Keys and values that are taken together.
 template <class T> struct KeyTile {
   long start;
-  int count;
+  int count = 0;
   const T *keys[KEYS], *values[KEYS];  // of the task's first KV head
 
   // The first of [from, stop), which is not empty.
@@ -97,18 +129,24 @@ template <class T, int R> struct Queries {
   float slope[R];
 };
 
-// R rows of the task's KV head `head` with a tile.
+// R rows of the task's KV head `head` with a tile. next: the one that follows, whose keys come near meanwhile.
 template <class T, int R>
 static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries, long head, const KeyTile<T>& tile,
-                               const Partial& to) {
+                               const KeyTile<T>& next, const Partial& to) {
   constexpr int C = W == 16 && R <= 6 ? 4 : R <= 4 ? 2 : 1;
   const int head_dim = a.head_dim, value_dim = a.value_dim, padded = (tile.count + W - 1) / W * W;
   const long first = head * R, keys_at = head * a.head_dim, values_at = head * (a.value_row / a.kv_heads);
   const float to_exponent = a.to_exponent();
   alignas(64) float weights[R][KEYS];
   float decay[R];
-  for (int n = 0; n < padded; n += W)
+  const int share = (next.count * W + padded - 1) / padded;  // of the next tile, while W keys of this one are taken
+  for (int n = 0; n < padded; n += W) {
+    for (int k = n / W * share, stop = std::min(k + share, next.count); k < stop; k++) {
+      bring(next.keys[k] + keys_at, head_dim * sizeof(T));
+      bring(next.values[k] + values_at, value_dim * sizeof(T));
+    }
     for (int r = 0; r < R; r++) store(weights[r] + n, dots(queries.row[r], tile.keys + n, keys_at, head_dim));
+  }
   for (int r = 0; r < R; r++) {
     const long position = queries.position[r];
     vfloat highest = splat(-INFINITY);
@@ -132,13 +170,32 @@ static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries,
     to.maximum(first + r) = maximum;
   }
   int i = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, bfloat16>)
+    for (; i + 2 * W <= value_dim; i += 2 * W)
+      add_values<R>(to, first, weights, tile.values, values_at, tile.count, long(i), decay);
+#endif
   for (; i + C * W <= value_dim; i += C * W)
     add_values<T, R, C>(to, first, weights, tile.values, values_at, tile.count, i, decay);
   for (; i < value_dim; i += W)
     add_values<T, R, 1>(to, first, weights, tile.values, values_at, tile.count, i, decay);
 }
 
-template <class T, int R> void attend_few(const Arguments& a, const FewTask& task, const Partial& to) {
+// The keys that a task takes.
+struct KeyRange {
+  long first, stop;
+  KeyRange(const Arguments& a, const FewTask& task) {
+    const long num_queries = a.query_starts[task.sequence + 1] - a.query_starts[task.sequence];
+    const long num_keys = a.key_lens[task.sequence];
+    const long lowest = a.window ? std::max(0l, num_keys - num_queries - a.window + 1) : 0;
+    const long each = ((num_keys - lowest + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
+    first = std::min(num_keys, lowest + task.split * each), stop = std::min(num_keys, first + each);
+  }
+};
+
+// following: the task that comes after on this thread, or null.
+template <class T, int R>
+void attend_few(const Arguments& a, const FewTask& task, const FewTask* following, const Partial& to) {
   const long num_queries = a.query_starts[task.sequence + 1] - a.query_starts[task.sequence];
   const long num_keys = a.key_lens[task.sequence], heads = task.kv_heads;
   std::vector<Queries<T, R>> queries(heads);
@@ -152,27 +209,35 @@ template <class T, int R> void attend_few(const Arguments& a, const FewTask& tas
       to.maximum(h * R + r) = LOWEST, to.total(h * R + r) = 0;
     }
   }
-  const long lowest = a.window ? std::max(0l, queries[0].position[0] - a.window + 1) : 0;
-  const long each = ((num_keys - lowest + task.splits - 1) / task.splits + KEYS - 1) / KEYS * KEYS;
-  const long first = std::min(num_keys, lowest + task.split * each), stop = std::min(num_keys, first + each);
+  const KeyRange range(a, task);
   const Cache<T> cache(a, task.sequence, task.kv_head);
-  KeyTile<T> tile;
-  for (long start = first; start < stop; start += KEYS) {
-    tile.find(cache, start, stop);
-    for (long h = 0; h < heads; h++) attend_tile(a, queries[h], h, tile, to);
+  KeyTile<T> tiles[2];
+  if (range.first < range.stop) tiles[0].find(cache, range.first, range.stop);
+  int now = 0;
+  for (long start = range.first; start < range.stop; start += KEYS, now = 1 - now) {
+    KeyTile<T>& next = tiles[1 - now];
+    next.count = 0;
+    if (start + KEYS < range.stop) {
+      next.find(cache, start + KEYS, range.stop);
+    } else if (following) {
+      const KeyRange beyond(a, *following);
+      if (beyond.first < beyond.stop)
+        next.find(Cache<T>(a, following->sequence, following->kv_head), beyond.first, beyond.stop);
+    }
+    for (long h = 0; h < heads; h++) attend_tile(a, queries[h], h, tiles[now], next, to);
   }
 }
 
-template <class T> void split_keys(const Arguments& a, const FewTask& task, const Partial& to) {
+template <class T> void split_keys(const Arguments& a, const FewTask& task, const FewTask* following, const Partial& to) {
   switch (task.rows) {
-    case 1: return attend_few<T, 1>(a, task, to);
-    case 2: return attend_few<T, 2>(a, task, to);
-    case 3: return attend_few<T, 3>(a, task, to);
-    case 4: return attend_few<T, 4>(a, task, to);
-    case 5: return attend_few<T, 5>(a, task, to);
-    case 6: return attend_few<T, 6>(a, task, to);
-    case 7: return attend_few<T, 7>(a, task, to);
-    default: return attend_few<T, 8>(a, task, to);
+    case 1: return attend_few<T, 1>(a, task, following, to);
+    case 2: return attend_few<T, 2>(a, task, following, to);
+    case 3: return attend_few<T, 3>(a, task, following, to);
+    case 4: return attend_few<T, 4>(a, task, following, to);
+    case 5: return attend_few<T, 5>(a, task, following, to);
+    case 6: return attend_few<T, 6>(a, task, following, to);
+    case 7: return attend_few<T, 7>(a, task, following, to);
+    default: return attend_few<T, 8>(a, task, following, to);
   }
 }
 

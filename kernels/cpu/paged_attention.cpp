@@ -8,6 +8,7 @@
 //   many rows (prefill)  vectors lie along the rows: queries are transposed once, keys and values are broadcast,
 //                        and nothing is ever summed across a vector
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <type_traits>
 #include <vector>
@@ -50,6 +51,7 @@ template <class T> void attend(const Arguments& a) {
   }
   std::reverse(many.begin(), many.end());  // a prompt's last rows see the most keys
   const std::unique_ptr<float[]> partial(new float[parts * size]);
+  std::atomic<size_t> taken{0};
   const bool alone = few.size() + many.size() == 1;
 #pragma omp parallel num_threads(a.threads) if (!alone)
   {
@@ -58,13 +60,15 @@ template <class T> void attend(const Arguments& a) {
     const std::unique_ptr<float[]> whole(few.empty() ? nullptr : new float[size]);
 #pragma omp for schedule(dynamic, 1) nowait
     for (size_t i = 0; i < many.size(); i++) attend_rows<T>(a, many[i], *tile);
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < few.size(); i++) {
+    // Each takes one task ahead, so that its first keys come near in time.
+    for (size_t i = taken++, next; i < few.size(); i = next) {
+      next = taken++;
       const bool divides = few[i].splits > 1;
       float* to = divides ? &partial[(few[i].slot + few[i].split) * size] : whole.get();
-      split_keys<T>(a, few[i], {to, a.value_dim});
+      split_keys<T>(a, few[i], next < few.size() ? &few[next] : nullptr, {to, a.value_dim});
       if (!divides) combine<T>(a, few[i], to, size);
     }
+#pragma omp barrier
 #pragma omp for schedule(static)
     for (size_t i = 0; i < divided.size(); i++) combine<T>(a, divided[i], &partial[divided[i].slot * size], size);
   }

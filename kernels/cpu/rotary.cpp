@@ -1,9 +1,12 @@
 // rotary_store_kv and store_kv: `kernels/eager.py`.
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
 #include "calls.h"
 #include "vector.h"
+
+constexpr long AHEAD = 3;  // tokens
 
 // NaN and infinities as zeros: what is not finite differs from itself once zero times it is added.
 static inline vfloat finite(vfloat v) { return (v - v) == (v - v) ? v : vfloat{}; }
@@ -44,20 +47,27 @@ extern "C" void rotary_store_kv(int dtype, const void* query, const void* key, c
                                 int threads) {
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    const long key_row = kv_heads * head_dim, value_row = kv_heads * value_dim;
 #pragma omp parallel for num_threads(threads) if (num_tokens * (heads + 2 * kv_heads) * head_dim > SERIAL)
     for (long t = 0; t < num_tokens; t++) {
+      // A batch's slots lie all over the cache, and a store that waits keeps others waiting.
+      const long ahead = std::min(t + AHEAD, num_tokens - 1);
+      if (slots[ahead] >= 0) {
+        bring<true>((const T*)key_cache + slots[ahead] * key_row, key_row * sizeof(T));
+        if (value) bring<true>((const T*)value_cache + slots[ahead] * value_row, value_row * sizeof(T));
+      }
       const T *c = (const T*)cos + positions[t] * width, *s = (const T*)sin + positions[t] * width;
       const T *q = (const T*)query + t * query_token, *k = (const T*)key + t * key_token;
       T* o = (T*)out + t * heads * head_dim;
       for (long h = 0; h < heads; h++)
         rotate<T, false>(q + h * query_head, o + h * head_dim, c, s, width, head_dim, interleaved);
       if (slots[t] < 0) continue;
-      T* kc = (T*)key_cache + slots[t] * kv_heads * head_dim;
+      T* kc = (T*)key_cache + slots[t] * key_row;
       for (long h = 0; h < kv_heads; h++)
         rotate<T, true>(k + h * key_head, kc + h * head_dim, c, s, width, head_dim, interleaved);
       if (!value) continue;
-      store_heads((const T*)value + t * value_token, (T*)value_cache + slots[t] * kv_heads * value_dim, kv_heads,
-                  value_dim, value_head);
+      store_heads((const T*)value + t * value_token, (T*)value_cache + slots[t] * value_row, kv_heads, value_dim,
+                  value_head);
     }
   });
 }
