@@ -325,7 +325,8 @@ class Worker:
         tp = Communicator.along(self.mesh, "tp")
         if self.device.type != "cpu" or self.config.cuda_graphs is not None:
             return None
-        if self._why_no_graphs(runner.stage) or not tp.on_tape:
+        are_able = runner.stage.supports_graphs and all(b.supports_tapes for b in runner.stage.backends.values())
+        if not are_able or not tp.on_tape:
             return None
         largest = min(self.config.max_num_seqs, LARGEST)
         return DecodeTapes(runner.stage, largest, self._longest, self.block_size, runner.drawn, tp)

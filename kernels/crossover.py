@@ -32,8 +32,8 @@ Product = Callable[[Tensor, Any], Tensor]
 def streamed_rows(kind: str, like: Tensor, prepare: Callable[[Tensor], Any], ours: Product, theirs: Product) -> int:
     """The most rows for which `ours` is to be called; 0 if never.
 
-    kind: of weight, for the file's name; like: a weight [out, in]; one of nearly its size along `in` is tried; prepare: makes
-    of a plain weight what both products take.
+    kind: of weight, for the file's name; like: a weight [out, in]; one of nearly its size along `in` is tried; prepare:
+    makes of a plain weight what both products take.
     """
     dtype, size_in = like.dtype, min(_SIZES_IN, key=lambda size: abs(math.log2(size / like.shape[1])))
     return _read_or_measure(kind, dtype, size_in, lambda: _measure(dtype, size_in, prepare, ours, theirs))

@@ -106,6 +106,9 @@ class AttentionBackend(ABC):
     """Whether `prepare` and `forward` can be recorded and replayed: of a step of one query each, they take what differs
     from step to step from the tensors of `Sequences.batch` alone, and wait for nothing."""
 
+    supports_tapes: ClassVar[bool] = False
+    """The same of a tape (`kernels/cpu/tape.py`): all that `forward` does is done by torch's ops or by those in C++."""
+
     def __init__(self, spec: AttentionSpec) -> None:
         self.spec = spec
         slopes = spec.alibi_slopes

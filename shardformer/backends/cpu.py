@@ -13,7 +13,7 @@ class CpuBackend(AttentionBackend):
     """One kernel for prompts, chunks and decodes."""
 
     name = "cpu"
-    supports_graphs = True
+    supports_graphs = supports_tapes = True
 
     def __init__(self, spec: AttentionSpec) -> None:
         super().__init__(spec)
