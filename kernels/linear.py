@@ -18,6 +18,8 @@ from .crossover import streamed_rows
 
 Linear = Callable[[Tensor, Tensor | None], Tensor]
 """x [num_tokens, in], or with more dimensions before, bias [out] or None -> [num_tokens, out]."""
+LookUp = Callable[[Tensor, int], Tensor]
+"""token_ids [num_tokens], the first id of a vocabulary shard -> [num_tokens, in]: `eager.embedding` with its weight."""
 
 
 class Streaming(Protocol):
@@ -32,10 +34,17 @@ class Streaming(Protocol):
 
     def linear_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
+    def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor: ...
+
 
 def bind_plain(weight: Tensor) -> Linear:
     """The eager definition; shares `weight` [out, in]."""
     return lambda x, bias: F.linear(x, weight, bias)
+
+
+def bind_plain_tied(weight: Tensor) -> tuple[Linear, None]:
+    """`bind_tied` of those."""
+    return bind_plain(weight), None
 
 
 def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
@@ -43,6 +52,23 @@ def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
 
     streaming: takes over few rows, if it knows how oneDNN has laid out this weight.
     """
+    return _packed(weight, streaming)[0]
+
+
+def bind_tied(weight: Tensor, streaming: Streaming | None = None) -> tuple[Linear, LookUp | None]:
+    """The product with a weight [out, in] in which rows are looked up, too.
+
+    With a look-up the caller can let the plain weight go; None: it cannot, and looks up there.
+    """
+    linear, address = _packed(weight, streaming)
+    if address is None or streaming is None:
+        return bind_shared(weight, streaming), None
+    look_up, (rows, size_in) = streaming.embedding_packed, weight.shape
+    return linear, lambda token_ids, start: look_up(token_ids, address, size_in, rows, start)
+
+
+def _packed(weight: Tensor, streaming: Streaming | None) -> tuple[Linear, int | None]:
+    """`bind_packed`, and where the weight lies, if it is streamed; it stays as long as the product."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     product = torch.ops.mkldnn._linear_pointwise.default
 
@@ -51,7 +77,7 @@ def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
         return out
 
     if streaming is None or not _is_in_panels(weight, packed, streaming.panel):
-        return linear
+        return linear, None
     stream, size_out = streaming.linear_packed, len(weight)
     few = _few_packed(weight, streaming) * weight.shape[1]
     address = int(torch.ops.mkldnn.data_ptr(packed))
@@ -61,7 +87,7 @@ def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
             return stream(x, address, bias, size_out)
         return linear(x, bias)
 
-    return linear_or_streamed
+    return linear_or_streamed, address
 
 
 def bind_shared(weight: Tensor, streaming: Streaming | None = None) -> Linear:

@@ -19,7 +19,9 @@ class Ops:
 
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
-    bind_shared_linear: Callable[[Tensor], linear.Linear]  # the same for a weight that others read too
+    bind_tied_linear: Callable[
+        [Tensor], tuple[linear.Linear, linear.LookUp | None]
+    ]  # of a weight that is an embedding's
     rms_norm: Callable[..., Tensor]  # ...: the last argument has a default
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]]
@@ -42,7 +44,7 @@ class Ops:
 EAGER = Ops(
     name="eager",
     bind_linear=linear.bind_plain,
-    bind_shared_linear=linear.bind_plain,
+    bind_tied_linear=linear.bind_plain_tied,
     rms_norm=eager.rms_norm,
     add_rms_norm=eager.add_rms_norm,
     add_layer_norm=eager.add_layer_norm,
@@ -81,7 +83,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         ops,
         name=f"{ops.name}, packed linear",
         bind_linear=partial(linear.bind_packed, streaming=compiled),
-        bind_shared_linear=partial(linear.bind_shared, streaming=compiled),
+        bind_tied_linear=partial(linear.bind_tied, streaming=compiled),
     )
 
 

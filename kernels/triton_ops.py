@@ -20,7 +20,7 @@ from .sample import counter_noise, sample_shard
 TRITON = Ops(
     name="triton",
     bind_linear=linear.bind_plain,
-    bind_shared_linear=linear.bind_plain,
+    bind_tied_linear=linear.bind_plain_tied,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,
     add_layer_norm=add_layer_norm,

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linear import LookUp
 from ..policies import Dim, EmbeddingSpec, HeadSpec, Module
 from .linear import ColumnParallelLinear, Context, ParallelLinear, PostNorm
 from .weights import LoadedModule
@@ -17,10 +18,25 @@ class VocabParallelEmbedding(LoadedModule):
         self.tp = slices.tp
         self.start = slices.range(Dim.VOCABULARY, module.sizes[0])[0]
         self.embedding = context.ops.embedding
+        self.weight: nn.Parameter | None
         self.weight, pieces = slices.weight([module], "")
         self.pieces = {"weight": pieces}
+        self._look_up: LookUp | None = None  # where the weight is another's, in another form
+
+    def look_up_by(self, look_up: LookUp) -> None:
+        """Lets the weight go: who is tied to it holds it now."""
+        self._look_up = look_up
+        if self.weight is not None and not self.weight.is_meta:  # else it is still to be "loaded", and then bound
+            self.bind()
+
+    def bind(self) -> None:
+        if self._look_up is not None:
+            self.weight = None
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        if self._look_up is not None:
+            return self.tp.all_reduce(self._look_up(token_ids, self.start))
+        assert self.weight is not None
         return self.tp.all_reduce(self.embedding(token_ids, self.weight, self.start))
 
 
@@ -69,15 +85,26 @@ class Embedding(nn.Module):
 class VocabParallelHead(ParallelLinear):
     """[num_rows, hidden] -> float32 logits of this rank's vocabulary shard [num_rows, local_vocab].
 
-    tied: the embedding whose weight it shares, when both are on this stage. The weight then stays plain, since
-    look-ups need it so, and is held once.
+    tied: the embedding whose weight it shares, when both are on this stage. The weight is held once, in the form of the
+    product where look-ups can read that, else plain.
     """
 
     def __init__(self, module: Module, context: Context, tied: VocabParallelEmbedding | None) -> None:
         super().__init__([module], "", context)
+        self._bind_tied, self._tied = context.ops.bind_tied_linear, [tied]  # a list: no module of this one
         if tied is not None:
             self.weight = tied.weight
-            self._bind_linear = context.ops.bind_shared_linear
+
+    def bind(self) -> None:
+        (tied,) = self._tied
+        if tied is None:
+            super().bind()
+            return
+        assert self.weight is not None
+        self.product, look_up = self._bind_tied(self.weight.data)
+        self.weight = None
+        if look_up is not None:
+            tied.look_up_by(look_up)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias).float()

@@ -187,7 +187,33 @@ extern "C" void linear_plain(int dtype, const void* x, const void* weight, const
   });
 }
 
+// Rows of a packed weight of `in` columns: token_ids [count], less `start`; out: [count, in]; zeros for a row that is not
+// among `rows`.
+extern "C" void embedding_packed(int dtype, const int64_t* token_ids, const void* packed, void* out, long count, long in,
+                                 long rows, long start, int threads) {
+  by_dtype(dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    constexpr long N = Step<T>::N;
+    long padded = (in + DEPTH * N - 1) / (DEPTH * N) * DEPTH * N;
+#pragma omp parallel for num_threads(threads) if (count * in > SERIAL)
+    for (long t = 0; t < count; t++) {
+      long row = token_ids[t] - start;
+      T* to = (T*)out + t * in;
+      if (row < 0 || row >= rows) {
+        std::fill(to, to + in, T{});
+        continue;
+      }
+      const T* from = (const T*)packed + row / PANEL * padded * PANEL + row % PANEL * N;
+      long whole = in / N * N;
+      for (long i = 0; i < whole; i += N, from += PANEL * N)
+        for (long n = 0; n < N; n++) to[i + n] = from[n];
+      for (long i = whole; i < in; i++) to[i] = from[i - whole];
+    }
+  });
+}
+
 extern "C" int linear_panel() { return PANEL; }
 extern "C" int linear_depth() { return DEPTH; }
 CALLABLE(linear_packed)
 CALLABLE(linear_plain)
+CALLABLE(embedding_packed)

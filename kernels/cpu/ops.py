@@ -31,7 +31,7 @@ class CpuOps:
     def __init__(self, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:
             raise Unavailable(f"no C++ ops for {dtype}")
-        self._dtype = DTYPES[dtype]
+        self.torch_dtype, self._dtype = dtype, DTYPES[dtype]
         self._threads = torch.get_num_threads()
         library = load_library()
         self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "l" * 5 + "ffi")
@@ -44,6 +44,7 @@ class CpuOps:
         self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
         self._linear_packed = _function(library, "linear_packed", "ipppp" + "llli")
         self._linear_plain = _function(library, "linear_plain", "ipppp" + "lllli")
+        self._embedding_packed = _function(library, "embedding_packed", "ippp" + "lllli")
         self._panel: int = library.grouped_panel()
         self._step: int = library.grouped_step(self._dtype)
         self.panel: tuple[int, int, int] = (library.linear_panel(), library.linear_depth(), self._step)
@@ -310,6 +311,23 @@ class CpuOps:
             size_in,
             size_out,
             weight.stride(0),
+            self._threads,
+        )
+        return out
+
+    def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor:
+        """`eager.embedding` of a weight [rows, size_in] in panels (`cpu/linear.cpp`) at the address `packed`."""
+        assert token_ids.is_contiguous() and token_ids.dtype == torch.int64
+        out = torch.empty(len(token_ids), size_in, dtype=self.torch_dtype)
+        self._embedding_packed(
+            self._dtype,
+            token_ids.data_ptr(),
+            packed,
+            out.data_ptr(),
+            len(token_ids),
+            size_in,
+            rows,
+            start,
             self._threads,
         )
         return out

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from meshlm.kernels import linear, select_ops
+from meshlm.kernels import eager, linear, select_ops
 from meshlm.kernels.cpu import CpuOps, Unavailable
 
 CPU = torch.device("cpu")
@@ -58,6 +58,23 @@ def test_any_number_of_rows_is_streamed(dtype: torch.dtype, monkeypatch: pytest.
         x = torch.randn(1, 3, 96).to(dtype)
         torch.testing.assert_close(product(x, None), F.linear(x, weight), rtol=2e-2, atol=2e-2)
         assert product(x[:, :0], None).shape == (1, 0, 200)
+
+
+@pytest.mark.parametrize("shape", [(200, 96), (64, 48), (130, 7), (1, 33)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_tied_weight_is_looked_up_where_it_is_multiplied(dtype: torch.dtype, shape: tuple[int, int]) -> None:
+    if not streamed(dtype) or linear.why_plain(CPU, dtype) is not None:
+        pytest.skip("needs a compiler and oneDNN")
+    weight = torch.randn(shape).to(dtype)
+    product, look_up = linear.bind_tied(weight, CpuOps(dtype))
+    x = torch.randn(3, shape[1]).to(dtype)
+    torch.testing.assert_close(product(x, None), F.linear(x, weight), rtol=3e-2, atol=3e-2)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512" and shape[0] >= 64:  # else the layout may be another
+        assert look_up is not None
+    if look_up is not None:
+        token_ids = torch.tensor([5, 4, 5 + shape[0], 4 + shape[0], *torch.randint(5, 5 + shape[0], (70,)).tolist()])
+        assert torch.equal(look_up(token_ids, 5), eager.embedding(token_ids, weight, 5))
+        assert look_up(token_ids[:0], 5).shape == (0, shape[1])
 
 
 def test_another_layout_is_not_streamed() -> None:

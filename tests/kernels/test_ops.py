@@ -18,7 +18,7 @@ def test_every_op_has_a_kernel() -> None:
     pytest.importorskip("triton")
     from meshlm.kernels.triton_ops import TRITON
 
-    torchs_own = {"name", "bind_linear", "bind_shared_linear", "likeliest"}
+    torchs_own = {"name", "bind_linear", "bind_tied_linear", "likeliest"}
     for field in fields(TRITON):
         bound, eager = getattr(TRITON, field.name), getattr(ops.EAGER, field.name)
         if field.name not in torchs_own:
