@@ -23,6 +23,7 @@ from meshlm.kernels import select_ops
 from meshlm.mesh import Communicator
 from meshlm.policies import Dim, TensorSpec
 from meshlm.shardformer import CheckpointError, open_checkpoint, weights
+from meshlm.shardformer.embedding import VocabParallelHead
 from meshlm.shardformer.linear import ParallelLinear, Slices
 from meshlm.shardformer.shard import Range, Shards, split_layers
 from meshlm.shardformer.sources import ModuleSource, MXFP4Source, SafetensorsSource, mxfp4
@@ -192,7 +193,8 @@ class FakeRank:
 def test_every_element_is_read_by_whoever_holds_it_and_filled_once(
     tp_size: int, pp_size: int, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
+    for module in (ParallelLinear, VocabParallelHead):  # their `bind` lets plain weights go
+        monkeypatch.setattr(module, "bind", lambda self: None)
     # The recorder adds 1 to what it fills.
     monkeypatch.setattr(weights, "_unfilled", lambda blank, device: torch.zeros_like(blank, device=device))
     model = make_llama(tie_word_embeddings=tied, attention_bias=True, mlp_bias=True)
@@ -238,7 +240,8 @@ def _copies(tensor: TensorSpec, shards: Shards) -> Tensor:
 def test_a_whole_stage_holds_the_checkpoint(
     tied: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ParallelLinear, "bind", lambda self: None)  # which lets plain weights go
+    for module in (ParallelLinear, VocabParallelHead):  # their `bind` lets plain weights go
+        monkeypatch.setattr(module, "bind", lambda self: None)
     model = make_llama(tie_word_embeddings=tied, attention_bias=True)
     model.save_pretrained(tmp_path)
     mesh = ProcessGroupMesh(dp=1, pp=1, tp=1)
