@@ -107,7 +107,7 @@ class InferenceConfig(BaseSettings):
     cuda_graphs: bool | None = Field(
         default=None,
         description="steps of one token for each sequence run from CUDA graphs, captured at the start; None: on a GPU, "
-        "where the attention backend allows it",
+        "where the attention backend allows it; on a CPU such steps are recorded as they come, unless this is False",
     )
     enable_prefix_caching: bool = Field(default=True, description="reuse the KV cache of equal prompt beginnings")
     speculative: SpeculativeConfig | None = Field(

@@ -1,7 +1,7 @@
 """vLLM on a CPU, as installed or, with the word `tuned`, as its documents advise.
 
 Tuned: tcmalloc and Intel's OpenMP preloaded where the environment's lib folder has them, one process, one thread bound
-to each core. Either compiles the model on its first start, and keeps that in the environment.
+to each core. Either compiles the model at each start.
 """
 
 import os
