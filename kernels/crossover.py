@@ -1,6 +1,6 @@
 """Up to how many rows our own product (`cpu/linear.cpp`) is faster than oneDNN's here: measured once, then read.
 
-What is found is kept in ``tuning/linear-….json`` in the cache (`config/cache.py`), one file for each processor, dtype,
+What is found is kept in ``linear/….json`` in the cache (`config/cache.py`), one file for each processor, dtype,
 number of threads and versions. Remove the file to measure again.
 """
 
@@ -78,13 +78,13 @@ def _read_or_measure(kind: str, dtype: torch.dtype, size_in: int, measure: Calla
     from ..config.cache import cache_folder  # not sooner: see the test of `import kernels`
     from ..config.native import locked
 
-    name, folder, threads = str(dtype).removeprefix("torch."), cache_folder() / "tuning", torch.get_num_threads()
+    name, folder, threads = str(dtype).removeprefix("torch."), cache_folder() / "linear", torch.get_num_threads()
     key = folder, kind, name, size_in, threads
     if key in _found:
         return _found[key]
     about = {"processor": _processor(), "torch": torch.__version__, "ours": _version_of_ours()}
     digest = hashlib.sha256(json.dumps([about, threads]).encode()).hexdigest()[:12]
-    file = folder / f"linear-{kind}-{name}-{size_in}-{threads}-threads-{digest}.json"
+    file = folder / f"{kind}-{name}-{size_in}-{threads}-threads-{digest}.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder):  # of several ranks one measures

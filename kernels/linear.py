@@ -42,7 +42,7 @@ def bind_plain(weight: Tensor) -> Linear:
     return lambda x, bias: F.linear(x, weight, bias)
 
 
-def bind_plain_tied(weight: Tensor) -> tuple[Linear, None]:
+def bind_plain_tied(weight: Tensor, stays: bool) -> tuple[Linear, None]:
     """`bind_tied` of those."""
     return bind_plain(weight), None
 
@@ -55,13 +55,13 @@ def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
     return _packed(weight, streaming)[0]
 
 
-def bind_tied(weight: Tensor, streaming: Streaming | None = None) -> tuple[Linear, LookUp | None]:
+def bind_tied(weight: Tensor, stays: bool, streaming: Streaming | None = None) -> tuple[Linear, LookUp | None]:
     """The product with a weight [out, in] in which rows are looked up, too.
 
-    With a look-up the caller can let the plain weight go; None: it cannot, and looks up there.
+    stays: whether others need the plain weight in any case. With a look-up the caller can let it go; None: it cannot.
     """
-    linear, address = _packed(weight, streaming)
-    if address is None or streaming is None:
+    linear, address = (None, None) if stays else _packed(weight, streaming)
+    if linear is None or address is None or streaming is None:
         return bind_shared(weight, streaming), None
     look_up, (rows, size_in) = streaming.embedding_packed, weight.shape
     return linear, lambda token_ids, start: look_up(token_ids, address, size_in, rows, start)

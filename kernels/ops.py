@@ -19,9 +19,8 @@ class Ops:
 
     name: str
     bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
-    bind_tied_linear: Callable[
-        [Tensor], tuple[linear.Linear, linear.LookUp | None]
-    ]  # of a weight that is an embedding's
+    # of an embedding's weight, and whether that stays
+    bind_tied_linear: Callable[[Tensor, bool], tuple[linear.Linear, linear.LookUp | None]]
     rms_norm: Callable[..., Tensor]  # ...: the last argument has a default
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     add_layer_norm: Callable[[Tensor, Tensor | None, Tensor | None, Tensor | None, float], tuple[Tensor, Tensor]]

@@ -101,7 +101,8 @@ class VocabParallelHead(ParallelLinear):
             super().bind()
             return
         assert self.weight is not None
-        self.product, look_up = self._bind_tied(self.weight.data)
+        is_ours = isinstance(tied, VocabParallelEmbedding)  # else it reads the plain weight itself
+        self.product, look_up = self._bind_tied(self.weight.data, not is_ours)
         self.weight = None
         if look_up is not None:
             tied.look_up_by(look_up)

@@ -35,9 +35,9 @@ def test_the_faster_is_found_kept_and_read(nothing_known: Path, monkeypatch: pyt
 
     assert crossover.streamed_rows("one", LIKE, prepare, F.linear, slow) == crossover.ROWS[-1]
     assert crossover.streamed_rows("two", LIKE, prepare, slow, F.linear) == 0
-    count, files = len(prepared), sorted(path.name for path in (nothing_known / "tuning").iterdir())
+    count, files = len(prepared), sorted(path.name for path in (nothing_known / "linear").iterdir())
     assert count and prepared[0][1] == 512
-    assert [name.split("-threads-")[0][:-2] for name in files] == ["linear-one-float32-512", "linear-two-float32-512"]
+    assert [name.split("-threads-")[0][:-2] for name in files] == ["one-float32-512", "two-float32-512"]
     monkeypatch.setattr(crossover, "_found", {})  # as another process
     assert crossover.streamed_rows("one", LIKE, prepare, slow, F.linear) == crossover.ROWS[-1]
     assert len(prepared) == count
@@ -48,14 +48,14 @@ def test_the_faster_is_found_kept_and_read(nothing_known: Path, monkeypatch: pyt
 )
 def test_a_broken_file_is_measured_again(nothing_known: Path, monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     crossover.streamed_rows("one", LIKE, lambda weight: weight, F.linear, slow)
-    (file,) = (nothing_known / "tuning").iterdir()
+    (file,) = (nothing_known / "linear").iterdir()
     file.write_text(content)
     monkeypatch.setattr(crossover, "_found", {})
     assert crossover.streamed_rows("one", LIKE, lambda weight: weight, slow, F.linear) == 0
 
 
 def test_without_a_place_to_keep_it_is_measured_all_the_same(nothing_known: Path) -> None:
-    (nothing_known / "tuning").write_text("a file where the folder is to be")
+    (nothing_known / "linear").write_text("a file where the folder is to be")
     assert crossover.streamed_rows("one", LIKE, lambda weight: weight, slow, F.linear) == 0
 
 

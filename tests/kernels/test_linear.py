@@ -66,9 +66,10 @@ def test_a_tied_weight_is_looked_up_where_it_is_multiplied(dtype: torch.dtype, s
     if not streamed(dtype) or linear.why_plain(CPU, dtype) is not None:
         pytest.skip("needs a compiler and oneDNN")
     weight = torch.randn(shape).to(dtype)
-    product, look_up = linear.bind_tied(weight, CpuOps(dtype))
+    product, look_up = linear.bind_tied(weight, False, CpuOps(dtype))
     x = torch.randn(3, shape[1]).to(dtype)
     torch.testing.assert_close(product(x, None), F.linear(x, weight), rtol=3e-2, atol=3e-2)
+    assert linear.bind_tied(weight, True, CpuOps(dtype))[1] is None
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and shape[0] >= 64:  # else the layout may be another
         assert look_up is not None
     if look_up is not None:
