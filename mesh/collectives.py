@@ -226,47 +226,25 @@ class SharedCommunicator(Communicator):
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         if not tensor.is_cpu or not tensor.is_contiguous() or not self._shared.reduces(tensor.dtype):
             return super().all_reduce(tensor, op)
-        if self._shared.tape is not None:
-            self._shared.tape(partial(self._all_reduce, tensor, op))
-        return self._all_reduce(tensor, op)
-
-    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp) -> torch.Tensor:
-        try:
-            self._shared.all_reduce(tensor, op)
-        except SharedMemoryError as error:
-            raise self._error(f"all_reduce({op})", tensor, error) from error
+        self._collective(f"all_reduce({op})", tensor, self._shared.all_reduce, tensor, op)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_cpu:
             return super().all_gather(tensor)
         tensor, gathered = tensor.contiguous(), tensor.new_empty((self.size, *tensor.shape))
-        if self._shared.tape is not None:
-            self._shared.tape(partial(self._all_gather, tensor, gathered))
-        return self._all_gather(tensor, gathered)
-
-    def _all_gather(self, tensor: torch.Tensor, gathered: torch.Tensor) -> torch.Tensor:
-        try:
-            self._shared.all_gather(tensor, gathered)
-        except SharedMemoryError as error:
-            raise self._error("all_gather", tensor, error) from error
+        self._collective("all_gather", tensor, self._shared.all_gather, tensor, gathered)
         return gathered
 
     def broadcast(self, tensor: torch.Tensor, src: int) -> torch.Tensor:
         if not tensor.is_cpu or not tensor.is_contiguous():
             return super().broadcast(tensor, src)
-        try:
-            self._shared.broadcast(tensor, src)
-        except SharedMemoryError as error:
-            raise self._error(f"broadcast from position {src}", tensor, error) from error
+        self._collective(f"broadcast from position {src}", tensor, self._shared.broadcast, tensor, src)
         return tensor
 
     def isend(self, tensor: torch.Tensor, dst: int) -> Pending:
         self._check_peer(dst)
-        try:
-            self._shared.send(tensor.contiguous(), dst)
-        except SharedMemoryError as error:
-            raise self._error(f"send to position {dst}", tensor, error) from error
+        self._do(f"send to position {dst}", tensor, self._shared.send, tensor.contiguous(), dst)
         return Done(tensor)
 
     def irecv(self, tensor: torch.Tensor, src: int) -> Pending:
@@ -279,18 +257,25 @@ class SharedCommunicator(Communicator):
     def _receive_until(self, receive: "SharedReceive") -> None:
         """Those that were begun before come first."""
         while not receive.is_done:
-            first = self._receives[receive.src].popleft()
-            try:
-                self._shared.receive(first.tensor, receive.src)
-            except SharedMemoryError as error:
-                raise self._error(f"receive from position {receive.src}", first.tensor, error) from error
+            first, src = self._receives[receive.src].popleft(), receive.src
+            self._do(f"receive from position {src}", first.tensor, self._shared.receive, first.tensor, src)
             first.is_done = True
 
     def barrier(self) -> None:
+        self._collective("barrier", None, self._shared.barrier)
+
+    def _collective(
+        self, operation: str, tensor: torch.Tensor | None, function: Callable[..., None], *arguments: Any
+    ) -> None:
+        if self._shared.tape is not None:
+            self._shared.tape(partial(self._do, operation, tensor, function, *arguments))
+        self._do(operation, tensor, function, *arguments)
+
+    def _do(self, operation: str, tensor: torch.Tensor | None, function: Callable[..., None], *arguments: Any) -> None:
         try:
-            self._shared.barrier()
+            function(*arguments)
         except SharedMemoryError as error:
-            raise self._error("barrier", None, error) from error
+            raise self._error(operation, tensor, error) from error
 
 
 class Done(Pending):

@@ -117,17 +117,22 @@ class _Watch(TorchDispatchMode):
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         returned = [each.alias_info for each in func._schema.returns]
-        if func._schema.is_mutable and func.namespace != "c10d":
+        if func.namespace == "c10d":  # it goes on when the call is over, and `out` is a handle
+            self._spoil(f"{func} is a collective that the tape was not given")
+        elif func._schema.is_mutable:
             self._tape.do(partial(func, *args, **kwargs))
         elif any(alias is not None for alias in returned):
             pass  # a view
-        elif not isinstance(out, Tensor) or func.namespace == "c10d":  # a collective that the tape was not given
-            self._tape.spoiled = self._tape.spoiled or f"{func} gives something else than a tensor"
+        elif not isinstance(out, Tensor):
+            self._spoil(f"{func} gives something else than a tensor")
         elif func.overloadpacket not in _FACTORIES:
             self._tape.do(lambda: out.copy_(func(*args, **kwargs)))
         elif out.is_cpu and out.is_contiguous():
             return self._tape.pool.empty(tuple(out.shape), out.dtype)
         return out
+
+    def _spoil(self, reason: str) -> None:
+        self._tape.spoiled = self._tape.spoiled or reason
 
 
 _FACTORIES = {

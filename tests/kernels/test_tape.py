@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -90,6 +91,17 @@ def test_what_python_reads_spoils_a_tape() -> None:
     with recording(tape):
         x.sum().item()
     assert tape.spoiled is not None and "_local_scalar_dense" in tape.spoiled
+
+
+def test_a_collective_that_the_tape_was_not_given_spoils_it() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        tape, x = Tape(Pool()), torch.ones(3)
+        with recording(tape):
+            dist.all_reduce(x)
+    finally:
+        dist.destroy_process_group()
+    assert tape.spoiled is not None and "collective" in tape.spoiled
 
 
 def test_others_threads_are_not_recorded(ops: CpuOps) -> None:
