@@ -177,7 +177,8 @@ class Drawing:
     def __call__(
         self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor], norm: Norm
     ) -> Drawn:
-        """hidden: [num_tokens, hidden] of the step; arrays: those of `plan`, and "rows", on the device."""
+        """hidden: [num_tokens, hidden] of the step, or of its samples, where they are fewer and all that it wants;
+        arrays: those of `plan`, and "rows", on the device."""
         given = self._given(hidden, head, plan, arrays)
         pooled = [norm(hidden[rows.row : rows.stop]).float().sum(dim=0) for rows in plan.step.pooled]
         samples = plan.step.samples
@@ -185,7 +186,8 @@ class Drawing:
             return Drawn(
                 Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given, pooled=pooled
             )
-        logits = head(hidden.index_select(0, arrays["rows"]))
+        is_picked = len(hidden) < plan.step.num_tokens
+        logits = head(hidden if is_picked else hidden.index_select(0, arrays["rows"]))
         raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
         if plan.beams:
             logits.index_copy_(0, arrays["beams"], self.logprobs.normalised(logits.index_select(0, arrays["beams"])))

@@ -85,7 +85,7 @@ class ModelRunner:
         return running
 
     def _forward(self, step: StepInput, sent: Sent) -> tuple[Tensor, float]:
-        """Hidden states [num_tokens, hidden], and seconds waited."""
+        """Hidden states [num_tokens, hidden], on the last stage perhaps of samples alone, and seconds waited."""
         stage, waited = self.stage, 0.0
         metadata = self._metadata(step, sent)
         if stage.is_first:
@@ -120,6 +120,7 @@ class ModelRunner:
             positions=sent.arrays["positions"],
             slots=sent.arrays["slots"],
             plans={key: backend.prepare(sequences) for key, backend in self.backends.items()},
+            wanted=sent.arrays["rows"] if self.stage.is_last and step.wants_samples_alone else None,
         )
 
     def _receive(self, x: Tensor) -> float:

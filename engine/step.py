@@ -77,6 +77,11 @@ class StepInput:
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def wants_samples_alone(self) -> bool:
+        """Whether the last stage is to give hidden states only where a token is drawn, and that is not everywhere."""
+        return 0 < len(self.samples) < self.num_tokens and not self.given and not self.pooled
+
 
 @dataclass(frozen=True)
 class Masks:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..policies import AttentionKind, Module, MultiHeadSpec, QKNorm, RotarySpec
 from .backends import AttentionMetadata, AttentionSpec, create_backend
+from .base import pick
 from .linear import ColumnParallelLinear, Context, PartialLinear, RowParallelLinear
 from .shard import Shards
 from .weights import LoadedModule
@@ -150,8 +151,11 @@ class PagedAttention(nn.Module):
         """Takes this layer's cache: two of [num_blocks, block_size, local_kv_heads, head_dim]."""
         self.key_cache, self.value_cache = key_cache, value_cache
 
-    def forward(self, x: Tensor, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata) -> Tensor:
-        """x: [num_tokens, hidden]; rotaries: the model's, of which the layer has one or none. Returns x's shape."""
+    def forward(
+        self, x: Tensor, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata, wanted: Tensor | None = None
+    ) -> Tensor:
+        """x: [num_tokens, hidden]; rotaries: the model's, of which the layer has one or none; wanted: tokens for which
+        the result is needed, None: all. Returns [num_wanted, hidden]."""
         qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
         query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.norms is not None:
@@ -160,7 +164,7 @@ class PagedAttention(nn.Module):
         plan = metadata.plans[self.backend.plan_key]
         sinks = None if self.sinks is None else self.sinks.weight
         out = self.backend.forward(query, self.key_cache, self.value_cache, plan, sinks)
-        return self.out(out.view(-1, self.num_heads * self.head_dim))
+        return self.out(pick(out.view(-1, self.num_heads * self.head_dim), wanted))
 
     def _store(
         self, query: Tensor, key: Tensor, value: Tensor, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata

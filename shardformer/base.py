@@ -42,7 +42,8 @@ class Stage(nn.Module):
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.
 
-        Returns hidden states [num_tokens, hidden], for the next stage or for `logits`.
+        Returns hidden states [num_tokens, hidden], for the next stage or for `logits`: on the last stage of those
+        tokens that `metadata.wanted` names, where it does.
         """
         raise NotImplementedError
 
@@ -59,3 +60,8 @@ class Stage(nn.Module):
         cache and process groups until the garbage collector comes by."""
         for module in list(self.modules()):
             module.__dict__.clear()
+
+
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """Of x [num_tokens, ...] the tokens that are wanted; None: all."""
+    return x if wanted is None else x.index_select(0, wanted)

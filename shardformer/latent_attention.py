@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..policies import LatentSpec, Module
 from .attention import RotaryTable, attention_spec
 from .backends import AttentionMetadata, create_backend
+from .base import pick
 from .linear import ColumnParallelLinear, Context, PartialLinear, RowParallelLinear
 from .weights import LoadedModule
 
@@ -93,8 +94,11 @@ class LatentAttention(nn.Module):
         """Takes this layer's cache: [num_blocks, block_size, 1, rotary_dim + latent], and the latents in it."""
         self.key_cache, self.value_cache = key_cache, value_cache
 
-    def forward(self, x: Tensor, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata) -> Tensor:
-        """x: [num_tokens, hidden]; rotaries: the model's, of which the layer has one. Returns x's shape."""
+    def forward(
+        self, x: Tensor, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata, wanted: Tensor | None = None
+    ) -> Tensor:
+        """x: [num_tokens, hidden]; rotaries: the model's, of which the layer has one; wanted: tokens for which the
+        result is needed, None: all. Returns [num_wanted, hidden]."""
         query, latent, rotary_key = self.input(x).split(self.parts, dim=-1)
         query = self.query(query).unflatten(-1, (self.num_heads, -1))
         query, rotary_query = query.split(self.query_parts, dim=-1)
@@ -106,4 +110,4 @@ class LatentAttention(nn.Module):
             query, key, None, cos, sin, metadata.positions, key_cache, value_cache, slots, self.interleaved
         )
         latents = self.backend.forward(query, key_cache, value_cache, metadata.plans[self.backend.plan_key])
-        return self.out(self.expansion(latents).flatten(1))
+        return self.out(self.expansion(pick(latents, wanted)).flatten(1))

@@ -1,6 +1,7 @@
 """One pipeline stage's forward: [embedding] + some decoder layers + [final norm + LM head]."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from ..kernels.eager import activation_kind
 from ..policies import DecoderSpec, LatentSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionMetadata
-from .base import Stage
+from .base import Stage, pick
 from .embedding import Embedding, Head
 from .latent_attention import LatentAttention
 from .linear import (
@@ -47,11 +48,15 @@ ATTENTIONS: dict[type, Callable[..., nn.Module]] = {MultiHeadSpec: PagedAttentio
 MLPS: dict[type, Callable[..., nn.Module]] = {MLPSpec: MLP, MoESpec: MixtureOfExperts}
 """What is built for what a policy declares: each takes (declaration, prefix, context, partial)."""
 
+Attend = Callable[..., Tensor]
+"""A layer's attention in a step, which takes x and `wanted`."""
+
 
 class DecoderLayer(nn.Module):
     """Attention and MLP around a residual stream, in the order of the family.
 
-    Takes and gives (x, residual): the stream is their sum, which the next norm makes in passing.
+    Takes and gives (x, residual): the stream is their sum, which the next norm makes in passing. Of the model's last
+    layer not all tokens are `wanted`: after a prompt that is one, and the layer ends with it alone.
     """
 
     def __init__(self, spec: LayerSpec, prefix: str, context: Context) -> None:
@@ -74,31 +79,37 @@ class DecoderLayer(nn.Module):
         }[spec.residual]
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        rotaries: Sequence[RotaryTable],
+        metadata: AttentionMetadata,
+        wanted: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        return self._run(x, residual, rotaries, metadata)
+        return self._run(x, residual, partial(self.attention, rotaries=rotaries, metadata=metadata), wanted)
 
     def _sequential(
-        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+        self, x: Tensor, residual: Tensor | None, attend: Attend, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         x, residual = self.input_norm(x, residual)
-        x = self.attention_end(self.attention(x, rotaries, metadata))
+        x = self.attention_end(attend(x, wanted=wanted))
         assert self.mlp_norm is not None
-        x, residual = self.mlp_norm(x, residual)
+        x, residual = self.mlp_norm(x, pick(residual, wanted))
         return self.mlp_end(self.mlp(x)), residual
 
     def _parallel(
-        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+        self, x: Tensor, residual: Tensor | None, attend: Attend, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         x, residual = self.input_norm(x, residual)
-        other = x if self.mlp_norm is None else self.mlp_norm(residual)
-        return self.tp.all_reduce(self.attention(x, rotaries, metadata) + self.mlp(other)), residual
+        residual = pick(residual, wanted)
+        other = pick(x, wanted) if self.mlp_norm is None else self.mlp_norm(residual)
+        return self.tp.all_reduce(attend(x, wanted=wanted) + self.mlp(other)), residual
 
     def _post_norm(
-        self, x: Tensor, residual: Tensor | None, rotaries: Sequence[RotaryTable], metadata: AttentionMetadata
+        self, x: Tensor, residual: Tensor | None, attend: Attend, wanted: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         assert residual is None and self.mlp_norm is not None
-        x, _ = self.input_norm(self.attention(x, rotaries, metadata), x)
+        x, _ = self.input_norm(attend(x, wanted=wanted), pick(x, wanted))
         x, _ = self.mlp_norm(self.mlp(x), x)
         return x, None
 
@@ -151,8 +162,9 @@ class PipelineStage(Stage):
             x = self.embedding(x, metadata.positions)
         residual: Tensor | None = None
         rotaries: Any = self.rotaries
-        for layer in self.layers:
-            x, residual = layer(x, residual, rotaries, metadata)
+        last = len(self.layers) - 1 if self.is_last else None
+        for number, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, rotaries, metadata, metadata.wanted if number == last else None)
         return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class AttentionMetadata:
     positions: Tensor  # [num_tokens] int64: each token's place in its sequence
     slots: Tensor  # [num_tokens] int64: where its key and value go, block * block_size + offset
     plans: Mapping[str, Any]  # a backend's `plan_key` -> what its `prepare` made of the step
+    wanted: Tensor | None = None  # int64 [num_wanted]: tokens whose hidden states the last stage is to give; None: all
 
 
 @dataclass(frozen=True)

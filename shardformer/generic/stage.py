@@ -17,7 +17,7 @@ from ...mesh.collectives import Communicator
 from ...policies import Dim, GenericSpec, Module, NormSpec, TensorSpec
 from ...policies.generic import STYLES
 from ..backends import AttentionMetadata, AttentionSpec
-from ..base import Stage
+from ..base import Stage, pick
 from ..embedding import VocabParallelHead
 from ..linear import Context, Slices
 from ..shard import Range
@@ -116,7 +116,7 @@ class GenericStage(Stage):
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """What it gives on the last stage is normalised."""
-        return self.run(x, metadata.positions, partial(StageStep, metadata))
+        return pick(self.run(x, metadata.positions, partial(StageStep, metadata)), metadata.wanted)
 
     def run(
         self, x: Tensor, positions: Tensor, make_step: Callable[[Tensor | None], Step], embedding: float = 0.0

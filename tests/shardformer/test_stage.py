@@ -238,3 +238,19 @@ def test_one_request_s_nan_does_not_reach_another() -> None:
         after = [output.token_ids for output in engine.generate(prompts, params, progress=False)]
         beside = [output.token_ids for output in engine.generate(prompts + poisoned, params, progress=False)][:2]
     assert before == after == beside
+
+
+def test_the_last_layer_ends_with_the_tokens_that_are_wanted() -> None:
+    params = {"temperature": 0, "max_tokens": 1, "ignore_eos": True}
+    plain, told = SamplingParams(**params), SamplingParams(**params, prompt_logprobs=0)
+    with InferenceEngine(make_model(), CONFIG.replace(max_num_batched_tokens=16)) as engine:
+        layers = engine._world.executor.worker.runner.stage.layers  # type: ignore[attr-defined]
+        first, last = list[int](), list[int]()
+        for layer, rows in ((layers[0], first), (layers[-1], last)):
+            layer.mlp.register_forward_hook(lambda _, args, __, rows=rows: rows.append(len(args[0])))
+        tokens = [output.token_ids for output in engine.generate([PROMPTS[0], PROMPTS[1]], plain, progress=False)]
+        assert (first, last) == ([6], [2])
+        engine.generate([PROMPTS[2]], plain, progress=False)  # its first chunks draw nothing: then all go to the end
+        assert (first, last) == ([6, 16, 16, 8], [2, 16, 16, 1])
+        outputs = engine.generate([PROMPTS[0], PROMPTS[1]], told, progress=False)
+        assert first[-1] == last[-1] == 6 and [output.token_ids for output in outputs] == tokens
