@@ -6,22 +6,20 @@
 A block id means the same place in every layer and on every rank of a replica.
 """
 
-import mmap
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from functools import partial
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
 from ..shardformer.backends import AttentionSpec
 from ..shardformer.base import Stage
+from .pages import HUGE_PAGE, PagesAhead, zeros
 
-_HUGE_PAGE = 2 << 20  # bytes
+_TOKENS_AHEAD, _BYTES_AHEAD = 16384, 1 << 30  # touched at the start: so much memory is taken in any case
 
 
 class KVCache:
@@ -29,27 +27,36 @@ class KVCache:
 
     def __init__(self, stage: Stage, num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        zeros = partial(_zeros, dtype=stage.dtype, device=stage.device)
+        self._ahead: PagesAhead | None = None
+        new = partial(_zeros, dtype=stage.dtype, device=stage.device)
+        self._caches = list[torch.Tensor]()
         for attention in stage.attentions:
-            attention.bind_cache(*attention.backend.spec.caches(num_blocks, block_size, zeros))
+            caches = attention.backend.spec.caches(num_blocks, block_size, new)
+            attention.bind_cache(*caches)
+            self._caches += caches[:1] if attention.backend.spec.values_in_keys else caches
+
+    def touch_ahead(self, idle_s: Callable[[], float]) -> None:
+        """On a CPU, has the system give the blocks that are used first. idle_s: as for `PagesAhead`."""
+        num_bytes = sum(cache.nbytes for cache in self._caches)
+        tokens = min(self.num_blocks * self.block_size, _TOKENS_AHEAD)
+        part = min(tokens / (self.num_blocks * self.block_size), _BYTES_AHEAD / num_bytes)
+        regions = [(cache.data_ptr(), int(part * cache.nbytes)) for cache in self._caches if cache.device.type == "cpu"]
+        if sum(size for _, size in regions) > HUGE_PAGE:
+            self._ahead = PagesAhead(regions, idle_s)
+
+    def let_go(self) -> None:
+        if self._ahead is not None:
+            self._ahead.end()
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, not empty: a padded block table reads block 0, whose masked values must be finite.
 
-    On the CPU pages that the system gives as zeros when they are first touched, which torch.zeros would fill at once:
-    a cache takes memory as it is used. They are huge ones where there are: a prompt that is the first to use its blocks
-    would spend a tenth of its time on page faults, and a decode reads them faster.
+    On the CPU pages that are zeros when they are first touched, which torch.zeros would fill at once.
     """
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = prod(shape) * dtype.itemsize
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.from_numpy(np.zeros(size, dtype=np.uint8)).view(dtype).view(shape)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
+    return torch.frombuffer(zeros(prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 
 
 def copy_blocks(stage: Stage, sources: torch.Tensor, targets: torch.Tensor) -> None:

@@ -12,7 +12,7 @@ from ..shardformer.backends import AttentionMetadata, Sequences
 from ..shardformer.base import Stage
 from .cuda_graphs import DecodeGraphs
 from .drawing import Drawing, DrawingPlan, Drawn, output_of
-from .kv_cache import copy_blocks
+from .kv_cache import KVCache, copy_blocks
 from .staging import Sent, Staging
 from .step import StepInput, StepOutput
 from .step_arrays import known_tokens, sequences_of, step_shapes, write_step
@@ -22,10 +22,15 @@ from .step_arrays import known_tokens, sequences_of, step_shapes, write_step
 class BusyTime:
     """How long this rank computed, and waited, in steps so far."""
 
-    steps: int = 0
+    begun: int = 0  # steps
+    steps: int = 0  # that have ended
     busy_s: float = 0.0
     first_start_s: float = 0.0  # time.monotonic() when its first step began
     last_end_s: float = 0.0
+
+    def idle_s(self) -> float:
+        """Since when no step runs; 0 if one does."""
+        return 0.0 if self.begun > self.steps else time.monotonic() - self.last_end_s
 
 
 class ModelRunner:
@@ -43,6 +48,7 @@ class ModelRunner:
         self.backends = stage.backends
         self.busy = BusyTime()
         self.drawn = torch.zeros(max_num_samples, dtype=torch.int64, device=stage.device)  # by the last step's samples
+        self.cache: KVCache | None = None
         self.graphs: DecodeGraphs | None = None
         self._staging = Staging(stage.device)
         self._last: StepInput | None = None
@@ -52,6 +58,7 @@ class ModelRunner:
     def launch(self, step: StepInput) -> "RunningStep":
         """Runs one step; on a GPU, returns as soon as all of it is queued there."""
         started = time.monotonic()
+        self.busy.begun += 1
         stage = self.stage
         plan = None if self.drawing is None else self.drawing.plan(step)
         size = None if self.graphs is None else self.graphs.size_for(step)
@@ -160,6 +167,8 @@ class ModelRunner:
     def let_go(self) -> None:
         """Forgets what refers back to this runner; no step follows."""
         self.graphs = None
+        if self.cache is not None:
+            self.cache.let_go()
         if self.drawing is not None:
             self.drawing.unsettled = None
 

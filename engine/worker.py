@@ -228,9 +228,10 @@ class Worker:
 
     def allocate(self, num_blocks: int) -> None:
         """Allocates the KV cache; from here on `launch` works."""
-        KVCache(self.stage, num_blocks, self.block_size)
-        if self.runner is not None:
-            self.runner.graphs = self._new_tapes(self.runner)
+        cache, runner = KVCache(self.stage, num_blocks, self.block_size), self.runner
+        if runner is not None:
+            runner.cache, runner.graphs = cache, self._new_tapes(runner)
+            cache.touch_ahead(runner.busy.idle_s)
 
     # ---- a draft model ------------------------------------------------------------------------------------------
 
@@ -278,7 +279,7 @@ class Worker:
         if draft is None:
             return None
         try:
-            KVCache(draft.stage, num_blocks, self.block_size)
+            draft.cache = KVCache(draft.stage, num_blocks, self.block_size)
         except (RuntimeError, MemoryError) as error:
             _free(draft)
             return f"no memory for the draft model's KV cache of {num_blocks} blocks: {' '.join(str(error).split())}"
