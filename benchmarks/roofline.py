@@ -8,7 +8,7 @@ weight, and the bound one (`kernels/linear.py`). Against that:
     decode, batch 32   the linear layers at their best form, of a step                          75 %
     prefill of 1024    the linear layers at their best form, of all                             80 %
 
-Linear layers are all but the LM head, of which a prefill needs one row. Each figure is the median over rounds, in each
+The LM head is one of the linear layers; of a prefill it takes one row. Each figure is the median over rounds, in each
 of which all are measured, one after the other. Exit code 1 if a target is missed.
 
     python benchmarks/roofline.py
@@ -63,14 +63,15 @@ def product_rate(dtype: torch.dtype) -> Callable[[], float]:
 
 
 class Linears:
-    """The linear layers of a model of this config, with random weights, in one form each."""
+    """The linear layers of a model of this config, the LM head last, with random weights, in one form each."""
 
     def __init__(self, config: Any, dtype: torch.dtype) -> None:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         query, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         shapes = [(query + 2 * kv, hidden), (hidden, query), (2 * inner, hidden), (hidden, inner)]
-        self.weights = [torch.randn(shape).to(dtype) for _ in range(config.num_hidden_layers) for shape in shapes]
+        shapes = [*shapes * config.num_hidden_layers, (config.vocab_size, hidden)]
+        self.weights = [torch.randn(shape).to(dtype) for shape in shapes]
         packed = [torch.ops.mkldnn._reorder_linear_weight(weight, None) for weight in self.weights]
         product, bind = torch.ops.mkldnn._linear_pointwise.default, select_ops(CPU, dtype).bind_linear
         bound = [bind(weight) for weight in self.weights]
@@ -84,6 +85,8 @@ class Linears:
     def seconds(self, form: str, rows: int) -> float:
         product = self.forms[form]
         inputs = [self._inputs[weight.shape[1]][:rows] for weight in self.weights]
+        if rows == PROMPT:
+            inputs[-1] = inputs[-1][:1]
 
         def run() -> None:
             for index, x in enumerate(inputs):
@@ -142,7 +145,7 @@ def measure(model: str, dtype: str, rounds: int) -> dict[str, Any]:
             note(f"step {BATCH}", 1e3 * engine.step_s(BATCH, rng))
             note(f"step {PROMPT}", 1e3 * engine.prefill_s(rng))
     result: dict[str, Any] = {name: statistics.median(values) for name, values in found.items()}
-    num_weights = sum(weight.numel() for weight in linears.weights) + config.vocab_size * config.hidden_size
+    num_weights = sum(weight.numel() for weight in linears.weights)
     bound_ms = num_weights * torch_dtype.itemsize / result["read GB/s"] / 1e6
     best = {rows: min(result[f"{form} {rows}"] for form in linears.forms) for rows in (1, BATCH, PROMPT)}
     result["shares"] = {
