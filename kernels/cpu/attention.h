@@ -69,9 +69,19 @@ static inline vfloat score(const Arguments& a, vfloat product, vint query, vint 
   return hidden ? splat(-INFINITY) : product;
 }
 
-// 2^x for x <= 0 by a polynomial of least relative error over x's distance from an integer: 7e-5 of the result where it
-// is rounded to bfloat16, 1e-7 else. What is below 2^-126 counts as that.
+// 2^x for x <= 0 by a polynomial of least relative error over a unit of x: 7e-5 of the result where it is rounded to
+// bfloat16, 1e-7 else. 0 below -150; without AVX512 what is below 2^-126 counts as that.
 template <bool COARSE = false> static inline vfloat power_of_2(vfloat x) {
+#if defined(__AVX512DQ__)
+  if constexpr (COARSE) {
+    const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x)
+    vfloat p = splat(7.802452e-2f);
+    p = p * f + 2.2606717e-1f;
+    p = p * f + 6.9583353e-1f;
+    p = p * f + 9.9992522e-1f;
+    return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
+  }
+#endif
   x = max(x, splat(-126.0f));
   const vfloat shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the nearest integer
   const vfloat f = x - (shifted - 12582912.0f);

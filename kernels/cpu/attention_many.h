@@ -31,10 +31,11 @@ template <class X> static inline X in_register(X x) {
   return x;
 }
 
-// c[j][row] = c[j][row] * scale[row] (0 without) + sum over steps of a[j][step] * b[step][row] for J rows a.
+// c[j][row] = c[j][row] * scale[row] (0 without) + sum over steps of a[j][step] * b[step][row] for J rows a. highest: of
+// each row of c, if asked for.
 template <class T, int V, int J>
 static inline void multiply(float* c, const typename Step<T>::Row* const* a, long a_step,
-                            const typename Step<T>::Row* b, int steps, const vfloat* scale) {
+                            const typename Step<T>::Row* b, int steps, const vfloat* scale, vfloat* highest = nullptr) {
   typedef Step<T> S;
   vfloat sums[J][V];
   for (int j = 0; j < J; j++)
@@ -51,6 +52,9 @@ static inline void multiply(float* c, const typename Step<T>::Row* const* a, lon
   }
   for (int j = 0; j < J; j++)
     for (int v = 0; v < V; v++) store(c + j * ROWS + v * W, sums[j][v]);
+  if (highest)
+    for (int v = 0; v < V; v++)
+      for (int j = 0; j < J; j++) highest[v] = max(highest[v], sums[j][v]);
 }
 
 // The weights of a step's keys, as the product takes them.
@@ -105,17 +109,17 @@ template <class T> void pack_values(const T* const* values, int count, int value
       }
 }
 
-// The running softmax over `count` scores of each row; decay: what earlier weights shrink by; maximum: of exponents.
+// The running softmax over `count` scores of each row, of which the highest are given; decay: what earlier weights shrink
+// by; maximum: of exponents.
 template <class T, int V>
-static inline void weigh(Tile<T>& tile, int count, float to_exponent, vfloat* maximum, vfloat* total, vfloat* decay) {
+static inline void weigh(Tile<T>& tile, int count, float to_exponent, vfloat* highest, vfloat* maximum, vfloat* total,
+                         vfloat* decay) {
   typedef Step<T> S;
   const int padded = (count + S::N - 1) / S::N * S::N;
   for (int n = count; n < padded; n++)
     for (int v = 0; v < V; v++) store(tile.scores + n * ROWS + v * W, splat(-INFINITY));
-  vfloat highest[V], sums[V];
-  for (int v = 0; v < V; v++) highest[v] = load(tile.scores + v * W), sums[v] = vfloat{};
-  for (int n = 1; n < count; n++)
-    for (int v = 0; v < V; v++) highest[v] = max(highest[v], load(tile.scores + n * ROWS + v * W));
+  vfloat sums[V];
+  for (int v = 0; v < V; v++) sums[v] = vfloat{};
   for (int v = 0; v < V; v++) {
     highest[v] = max(maximum[v], highest[v] * to_exponent);
     decay[v] = power_of_2(maximum[v] - highest[v]);
@@ -163,17 +167,22 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
     cache.find(start, count, keys, values);
     for (int n = 0; n < TILE_KEYS; n++)
       key_rows[n] = n < count ? as_row(keys[n], head_dim, head_dim, tile.keys + n * head_dim) : key_rows[count - 1];
-    for (int n = 0; n < count; n += J)
-      multiply<T, V, J>(tile.scores + n * ROWS, key_rows + n, S::N, tile.query, head_dim / S::N, nullptr);
     const bool hides = start + count - 1 > first_query || (a.window && start <= last_query - a.window);
-    if (hides || a.changes_scores())
-      for (int n = 0; n < count; n++)
-        for (int v = 0; v < V; v++) {
-          float* s = tile.scores + n * ROWS + v * W;
-          const vint key = vint{} + int32_t(start + n);
-          store(s, score(a, load(s), load_as<vint>(position + v * W), key, load(slope + v * W)));
-        }
-    weigh<T, V>(tile, count, to_exponent, maximum, total, decay);
+    const bool changes = hides || a.changes_scores();
+    vfloat highest[V];
+    for (int v = 0; v < V; v++) highest[v] = splat(-INFINITY);
+    for (int n = 0; n < count; n += J)
+      multiply<T, V, J>(tile.scores + n * ROWS, key_rows + n, S::N, tile.query, head_dim / S::N, nullptr,
+                        changes ? nullptr : highest);
+    for (int n = 0; changes && n < count; n++)
+      for (int v = 0; v < V; v++) {
+        float* s = tile.scores + n * ROWS + v * W;
+        const vint key = vint{} + int32_t(start + n);
+        const vfloat changed = score(a, load(s), load_as<vint>(position + v * W), key, load(slope + v * W));
+        store(s, changed);
+        highest[v] = max(highest[v], changed);
+      }
+    weigh<T, V>(tile, count, to_exponent, highest, maximum, total, decay);
     pack_values(values, count, value_dim, tile.values);
     for (int i = 0; i < value_dim; i += J) {
       for (int j = 0; j < J; j++) value_rows[j] = tile.values + (i + j) * S::N;
