@@ -18,7 +18,7 @@ from ..policies import Dim, ModelSpec, TensorSpec
 
 Range = tuple[int, int]
 
-_LAYER_OPS = 2_500_000  # elements of weight, reading which takes as long as a layer's ops beside its products
+_LAYER_OPS = 1_000_000  # elements of weight, reading which takes as long as a layer's ops beside its products
 
 
 def even_split(size: int, parts: int, unit: int = 1) -> list[Range]:
@@ -68,8 +68,9 @@ def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
 
     Cost is counted in weight elements that a decode step reads: all of a layer's, all of the LM head's on the last
     stage, and of the embedding on the first only one row, since a look-up reads no more; and for a layer's attention
-    and small ops `_LAYER_OPS`, as on a CPU: there SmolLM2-135M's LM head, of 8 layers' size, costs as much as 5 in
-    decodes of one sequence, and as 3 to 4 in those of 16. Raises ValueError if there are more parts than layers.
+    and small ops `_LAYER_OPS`, as on a CPU: there SmolLM2-135M's LM head, of 8 layers' size, costs with what follows it
+    as much as 7 in decodes of 16 short sequences, and less beside longer ones. Raises ValueError if there are more parts
+    than layers.
     """
     if parts > spec.num_layers:
         raise ValueError(
