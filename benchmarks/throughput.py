@@ -168,6 +168,8 @@ def start_all(stack: ExitStack, model: str, dtype: str, ours: list[str], peers: 
             runners[name] = start(stack, python, PEERS[name].script, *words, *PEERS[name].words)
         except RunnerError as error:
             say(f"skipped {name} {dtype}: {error}")
+    for runner in runners.values():
+        runner.stop()
     return runners
 
 

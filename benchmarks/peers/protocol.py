@@ -7,10 +7,10 @@ writes lines of JSON, the runner to what was its stdout:
     benchmark  {"prompts": [[id, …], …], "num_new": [n, …]}
     runner     {"seconds": s}: all requests at once, until the last has all its tokens; or {"error": "one line"}
 
-A runner leads a process group. It ends, with all that it started, at the end of its stdin; between its turns the group
-is stopped, so that nothing of it spins while another is timed. A group that is stopped when the benchmark is killed
-gets SIGHUP from the kernel, since it is of the benchmark's session: so no runner outlives the benchmark, however that
-ends. Runners import this file: it needs nothing but the standard library.
+A runner leads a process group. It ends, with all that it started, at the end of its stdin; once all are ready, and
+between its turns, the group is stopped, so that nothing of it spins while another is timed. A group that is stopped
+when the benchmark is killed gets SIGHUP from the kernel, since it is of the benchmark's session: so no runner outlives
+the benchmark, however that ends. Runners import this file: it needs nothing but the standard library.
 """
 
 import contextlib
@@ -123,6 +123,9 @@ class Child:
 
     def wait_until_ready(self) -> None:
         self.versions = self._read(READY_S)["ready"]
+
+    def stop(self) -> None:
+        """Until it is asked for something."""
         self._signal(signal.SIGSTOP)
 
     def seconds(self, prompts: list[list[int]], num_new: list[int]) -> float:
@@ -131,7 +134,7 @@ class Child:
         with contextlib.suppress(BrokenPipeError):  # then there is no answer either
             print(json.dumps({"prompts": prompts, "num_new": num_new}), file=self.process.stdin, flush=True)
         seconds = float(self._read(ANSWER_S)["seconds"])
-        self._signal(signal.SIGSTOP)
+        self.stop()
         return seconds
 
     def _read(self, within_s: float) -> dict[str, Any]:

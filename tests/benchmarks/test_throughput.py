@@ -223,6 +223,7 @@ def test_no_runner_outlives_a_benchmark_that_is_killed(busy: bool, write: Write,
         from peers.protocol import Child
         child = Child(sys.executable, Path({str(script)!r}), "x", "float32", "1", environment=os.environ)
         child.wait_until_ready()
+        child.stop()
         print("ready", flush=True)
         child.seconds([], []) if {busy} else time.sleep(1000)
     """
