@@ -69,8 +69,8 @@ def split_layers(spec: ModelSpec, parts: int) -> list[Range]:
     Cost is counted in weight elements that a decode step reads: all of a layer's, all of the LM head's on the last
     stage, and of the embedding on the first only one row, since a look-up reads no more; and for a layer's attention
     and small ops `_LAYER_OPS`, as on a CPU: there SmolLM2-135M's LM head, of 8 layers' size, costs with what follows it
-    as much as 7 in decodes of 16 short sequences, and less beside longer ones. Raises ValueError if there are more parts
-    than layers.
+    as much as 7 in decodes of 16 short sequences, and less beside longer ones. Raises ValueError if there are more
+    parts than layers.
     """
     if parts > spec.num_layers:
         raise ValueError(
