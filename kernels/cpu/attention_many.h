@@ -103,8 +103,8 @@ template <class T> void pack_values(const T* const* values, int count, int value
       if constexpr (N == 1) {
         store(to + i, load(values[n] + i));
       } else {
-        vuint pair = __builtin_convertvector(load_as<vushort>(values[n] + i), vuint);
-        if (n + 1 < count) pair |= __builtin_convertvector(load_as<vushort>(values[n + 1] + i), vuint) << 16;
+        vuint pair = widened(values[n] + i);
+        if (n + 1 < count) pair |= widened(values[n + 1] + i) << 16;
         std::memcpy(to + i * N, &pair, sizeof pair);
       }
 }

@@ -29,9 +29,15 @@ template <class V> static inline V load_as(const void* p) { V v; std::memcpy(&v,
 static inline vfloat splat(float x) { return x - vfloat{}; }
 
 static inline vfloat load(const float* p) { return load_as<vfloat>(p); }
-static inline vfloat load(const bfloat16* p) {
-  return (vfloat)(__builtin_convertvector(load_as<vushort>(p), vuint) << 16);
+// W numbers of 16 bits.
+static inline vuint widened(const void* p) {
+#if defined(__AVX512F__)  // of the other form GCC makes halves
+  return (vuint)_mm512_cvtepu16_epi32(load_as<__m256i>(p));
+#else
+  return __builtin_convertvector(load_as<vushort>(p), vuint);
+#endif
 }
+static inline vfloat load(const bfloat16* p) { return (vfloat)(widened(p) << 16); }
 static inline vfloat load(const float16* p) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_cvtph_ps(load_as<__m256i>(p));
@@ -80,6 +86,11 @@ template <class T> static inline float rounded(float x) { T t; store_one(&t, x);
 template <class T> static inline vfloat rounded(vfloat x) { T t[W]; store(t, x); return load(t); }
 template <> inline float rounded<float>(float x) { return x; }
 template <> inline vfloat rounded<float>(vfloat x) { return x; }
+#if defined(__AVX512BF16__)
+template <> inline vfloat rounded<bfloat16>(vfloat x) {
+  return (vfloat)_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)), 16);
+}
+#endif
 
 // The same by what is asked for, so that a row's vectors and its last elements are one piece of code (`each`).
 template <class T> static inline vfloat load(const T* p, vfloat) { return load(p); }
@@ -145,14 +156,22 @@ template <class F> static inline float sum_of(long n, F f) {
   return sum(sums) + tail;
 }
 
-// e^x to about 2 units in the last place (Cephes' expf: x = n ln 2 + r, a polynomial in r); 0 below -87, finite above 88.
+// e^x to about 2 units in the last place (Cephes' expf: x = n ln 2 + r, a polynomial in r); 0 far below -87, finite above
+// 88.
 static inline vfloat exp(vfloat x) {
-  vfloat low = splat(-87.3f), high = splat(88.3f);
+  vfloat high = splat(88.3f);
+#if defined(__AVX512F__)
+  x = max(x, splat(-120.0f));
+  x = (vfloat)_mm512_min_ps((__m512)x, (__m512)high);
+  vfloat n = (vfloat)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+#else
+  vfloat low = splat(-87.3f);
   vint tiny = x < low;
   x = max(x, low);
   x = x > high ? high : x;
   vfloat shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the nearest integer
   vfloat n = shifted - 12582912.0f;
+#endif
   vfloat r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vfloat p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -161,8 +180,12 @@ static inline vfloat exp(vfloat x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);  // p * 2^n
+#else
   vint scaled = (vint)p + (((vint)shifted - 0x4B400000) << 23);
   return (vfloat)(scaled & ~tiny);
+#endif
 }
 
 // Calls f with a null pointer of the element type that `dtype` (0 float, 1 bfloat16, 2 float16) names.
