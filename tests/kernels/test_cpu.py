@@ -29,7 +29,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return found
 
 
-@pytest.fixture(params=[1, 2], ids="{} threads".format)
+@pytest.fixture(params=[1, 2], ids="{}-threads".format)
 def ops(request: pytest.FixtureRequest, dtype: torch.dtype) -> Iterator[CpuOps]:
     """The ops on one and on two threads."""
     before = torch.get_num_threads()
