@@ -19,7 +19,7 @@ from ..shardformer.backends import AttentionSpec
 from ..shardformer.base import Stage
 from .pages import HUGE_PAGE, PagesAhead, zeros
 
-_TOKENS_AHEAD, _BYTES_AHEAD = 32768, 1 << 30  # touched at the start: so much memory is taken in any case
+_TOKENS_AHEAD, _BYTES_AHEAD = 49152, 2 << 30  # touched at the start: so much memory is taken in any case
 
 
 class KVCache:

@@ -147,7 +147,7 @@ def test_variants(table: dict[str, Any]) -> None:
     table["eager"] = type("Slower", (Slow,), {"name": "eager", "pause_s": 0.01})
     tuned = found()
     assert tuned.name == "adjustable" and tuned.options == {"pause_s": 0.0005}
-    assert tuned.times["adjustable"]["decode"][0] < 2 < tuned.times["adjustable"]["prefill"][0]
+    assert tuned.times["adjustable"]["decode"][0] < tuned.times["adjustable"]["prefill"][0]
     (backend,) = tune([SPEC], WORKLOAD)
     assert isinstance(backend, Adjustable) and backend.pause_s == 0.0005, "also when it was read from the file"
 
