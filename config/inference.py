@@ -27,7 +27,7 @@ else:
     Bytes = ByteSize  # reads "2GiB" too
 
 _ENV_PREFIX = "MESHLM_"
-_OTHER_VARIABLES = ("meshlm_cache", "meshlm_api_key")  # read elsewhere in the package
+_OTHER_VARIABLES = ("meshlm_cache", "meshlm_api_key", "meshlm_peers")  # read elsewhere, the last by benchmarks
 _KV_SIZES = ("kv_memory_fraction", "kv_memory_bytes", "num_kv_blocks")
 _FILE_SOURCES: dict[str, type[InitSettingsSource]] = {
     ".yaml": YamlConfigSettingsSource,
