@@ -29,20 +29,20 @@ class KVCache:
         self.num_blocks, self.block_size = num_blocks, block_size
         self._ahead: PagesAhead | None = None
         new = partial(_zeros, dtype=stage.dtype, device=stage.device)
-        self._caches = list[torch.Tensor]()
+        self._regions = list[tuple[int, int]]()  # addresses and bytes, on a CPU: no cache is kept alive by this
         for attention in stage.attentions:
             caches = attention.backend.spec.caches(num_blocks, block_size, new)
             attention.bind_cache(*caches)
-            self._caches += caches[:1] if attention.backend.spec.values_in_keys else caches
+            whole = caches[:1] if attention.backend.spec.values_in_keys else caches
+            if stage.device.type == "cpu":
+                self._regions += [(cache.data_ptr(), cache.nbytes) for cache in whole if cache.nbytes >= HUGE_PAGE]
 
     def touch_ahead(self, idle_s: Callable[[], float]) -> None:
         """On a CPU, has the system give the blocks that are used first. idle_s: as for `PagesAhead`."""
-        num_bytes = sum(cache.nbytes for cache in self._caches)
-        tokens = min(self.num_blocks * self.block_size, _TOKENS_AHEAD)
-        part = min(tokens / (self.num_blocks * self.block_size), _BYTES_AHEAD / num_bytes)
-        regions = [(cache.data_ptr(), int(part * cache.nbytes)) for cache in self._caches if cache.device.type == "cpu"]
-        if sum(size for _, size in regions) > HUGE_PAGE:
-            self._ahead = PagesAhead(regions, idle_s)
+        if self._regions:
+            num_bytes = sum(size for _, size in self._regions)
+            part = min(1.0, _TOKENS_AHEAD / (self.num_blocks * self.block_size), _BYTES_AHEAD / num_bytes)
+            self._ahead = PagesAhead([(address, int(part * size)) for address, size in self._regions], idle_s)
 
     def let_go(self) -> None:
         if self._ahead is not None:
@@ -54,7 +54,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
     On the CPU pages that are zeros when they are first touched, which torch.zeros would fill at once.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or not prod(shape):
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.frombuffer(zeros(prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
 

@@ -54,11 +54,18 @@ class ModelRunner:
         self._last: StepInput | None = None
         self._sent: Pending | None = None
 
-    @torch.inference_mode()
     def launch(self, step: StepInput) -> "RunningStep":
         """Runs one step; on a GPU, returns as soon as all of it is queued there."""
-        started = time.monotonic()
         self.busy.begun += 1
+        try:
+            return self._launch(step)
+        except BaseException:  # Ctrl-C, too: the step is done again
+            self.busy.begun -= 1
+            raise
+
+    @torch.inference_mode()
+    def _launch(self, step: StepInput) -> "RunningStep":
+        started = time.monotonic()
         stage = self.stage
         plan = None if self.drawing is None else self.drawing.plan(step)
         size = None if self.graphs is None else self.graphs.size_for(step)
@@ -176,9 +183,9 @@ class ModelRunner:
         now, busy = time.monotonic(), self.busy
         if not busy.steps:
             busy.first_start_s = started + waited
-        busy.steps += 1
         busy.busy_s += now - max(started, busy.last_end_s) - waited
         busy.last_end_s = now
+        busy.steps += 1
 
 
 class RunningStep:

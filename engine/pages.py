@@ -64,4 +64,5 @@ class PagesAhead:
     def end(self) -> None:
         """Before the regions go."""
         self._ended.set()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # in which a garbage collector may close an engine
+            self._thread.join()

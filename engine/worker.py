@@ -228,10 +228,13 @@ class Worker:
 
     def allocate(self, num_blocks: int) -> None:
         """Allocates the KV cache; from here on `launch` works."""
-        cache, runner = KVCache(self.stage, num_blocks, self.block_size), self.runner
-        if runner is not None:
-            runner.cache, runner.graphs = cache, self._new_tapes(runner)
-            cache.touch_ahead(runner.busy.idle_s)
+        runner = self.runner
+        assert runner is not None
+        if runner.cache is not None:
+            runner.cache.let_go()
+        runner.cache = cache = KVCache(self.stage, num_blocks, self.block_size)
+        runner.graphs = self._new_tapes(runner)
+        cache.touch_ahead(runner.busy.idle_s)
 
     # ---- a draft model ------------------------------------------------------------------------------------------
 
