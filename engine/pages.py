@@ -1,8 +1,8 @@
 """Memory of a KV cache on a CPU: pages that the system gives when they are first touched, and some of them before.
 
 A cache takes memory as it is used. But the first touch of a page can take long: on a virtual machine, whose host may
-have to find it first, as long as a tenth of the prompt that is stored there. So the blocks that come into use first are
-touched beforehand, while no step runs.
+have to find it first, a twentieth of the time of the prompt that is stored there. So the blocks that come into use
+first are touched beforehand, while no step runs.
 """
 
 import ctypes

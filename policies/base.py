@@ -3,6 +3,7 @@
 Modules are called what transformers calls them in memory. `policy.py` reads this from a config, family by family.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -227,7 +228,7 @@ class HeadSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelSpec:
+class ModelSpec(ABC):
     """What the engine must know of a model, however its layers are made; plain data, sent to every rank."""
 
     architecture: str
@@ -244,25 +245,26 @@ class ModelSpec:
     why_undivided: str | None = None  # what keeps its layers from being divided over tp
 
     @property
+    @abstractmethod
     def policy(self) -> str:
         """Which kind of policy this is from."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def attention_kinds(self) -> tuple[AttentionKind, ...]:
         """Of each layer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def embedding_tensors(self) -> Iterator[TensorSpec]:
         """What the first stage holds beside its layers."""
-        raise NotImplementedError
 
+    @abstractmethod
     def layer_tensors(self, index: int) -> Iterator[TensorSpec]:
-        raise NotImplementedError
+        """What a decoder layer is made of."""
 
+    @abstractmethod
     def head_tensors(self) -> Iterator[TensorSpec]:
         """What the last stage holds beside its layers; the embedding's weight again where it is tied."""
-        raise NotImplementedError
 
     def tensors(self) -> Iterator[TensorSpec]:
         """Every tensor that a checkpoint of this model must hold, in parts where several modules share it."""

@@ -1,5 +1,6 @@
 """What the engine sees of a pipeline stage, whoever's layers it is made of."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from .backends import AttentionBackend, AttentionMetadata
 from .shard import Range
 
 
-class Stage(nn.Module):
+class Stage(nn.Module, ABC):
     """This rank's part of the model: [embedding] + some decoder layers + [final norm + LM head].
 
     Built on the meta device; `load_weights` fills it.
@@ -27,9 +28,9 @@ class Stage(nn.Module):
         self.is_first, self.is_last = layers[0] == 0, layers[1] == spec.num_layers
 
     @property
+    @abstractmethod
     def attentions(self) -> Iterator[Any]:
         """The modules of this stage's layers that have a backend and take a cache, in order."""
-        raise NotImplementedError
 
     @property
     def backends(self) -> dict[str, AttentionBackend]:
@@ -39,21 +40,21 @@ class Stage(nn.Module):
     def prove(self) -> None:
         """Proves what can only be seen once the weights are there. Raises ValueError."""
 
+    @abstractmethod
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """x: token ids [num_tokens] on the first stage, else hidden states [num_tokens, hidden] of the one before.
 
         Returns hidden states [num_tokens, hidden], for the next stage or for `logits`: on the last stage of those
         tokens that `metadata.wanted` names, where it does.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def last_hidden(self, hidden: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden] -> what transformers calls `last_hidden_state`, of which logits are made."""
-        raise NotImplementedError
 
     def let_go(self) -> None:
         """Takes all modules apart, for the last time: some refer to themselves, and such a circle would keep weights,
