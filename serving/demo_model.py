@@ -7,9 +7,8 @@ Three stages, each of which writes under a temporary name in the cache and renam
                     (removed once the GGUF is out)         (manifest.json inside: the size and SHA-256 of every file)
 
 so whatever carries its final name is whole, and a re-run goes on where the last one stopped. Once the directory is
-there, `demo_model_path` compares file sizes with the manifest and imports nothing heavy.
-
-This file is also run by its path, as the child process that converts: it imports nothing of MeshLM.
+there, `demo_model_path` compares file sizes with the manifest and imports nothing heavy. The last stage is
+``demo_conversion.py``, run in a process of its own.
 """
 
 from __future__ import annotations
@@ -38,6 +37,7 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1  # raise it when the converted directory changes: older ones are then converted again
 COMMAND = "python -m meshlm.serving.demo_model"
 
+_CONVERSION = Path(__file__).with_name("demo_conversion.py")
 _CHUNK = 1 << 20  # bytes read at a time
 _TEMPORARY = ".tmp-"
 _WEIGHTS_BYTES = 540_000_000  # 134.5 M float32 parameters
@@ -324,80 +324,21 @@ def _convert_into(directory: Path, gguf: Path) -> None:
 def _convert(gguf: Path, directory: Path) -> None:
     """Converts in a child process: the caller neither imports transformers nor keeps the 2 GB that this takes.
 
-    -P keeps the current folder off the child's sys.path: run from a checkout, its `kernels/` would pass for the
-    package of that name that transformers looks for.
+    It is run by its path and -P keeps that folder, and the current one, off the child's sys.path: in a checkout
+    `kernels/` would pass for the package of that name that transformers looks for.
     """
-    command = [sys.executable, "-P", __file__, "--convert", str(gguf), str(directory)]
+    command = [sys.executable, "-P", str(_CONVERSION), str(gguf), str(directory)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)  # progress: stderr, passed on
     if result.returncode == 0:
         return
     if "No space left on device" in result.stdout:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    reason = result.stdout.strip().splitlines()[-1:] or ["killed, perhaps for memory: it takes about 2 GB"]
-    raise DemoModelError(f"converting {gguf} failed (exit code {result.returncode}): {reason[0]}")
-
-
-def _convert_here(gguf: Path, directory: Path) -> None:
-    """Writes the GGUF's model and tokenizer to `directory` and proves that what is read back is the same model.
-
-    The dtype is float32. The GGUF's matrices are Q4_1 and its embedding Q8_0 (norms: float32): a dequantised weight
-    is scale * integer + minimum with half-precision scale and minimum, which neither bfloat16 nor float16 can hold
-    (checked: rounding changes the tensors). Float32 holds it exactly, so this directory, the GGUF file and
-    transformers agree to the last bit; who wants a half-precision run casts on loading.
-    """
-    import torch
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-    source: dict[str, Any] = {"gguf_file": gguf.name}
-    with torch.inference_mode():
-        original = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **source).eval()
-        # Read from GGUF a model is marked as quantised, which save_pretrained refuses: hence a clean one.
-        settings = original.config.to_dict()
-        for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-            settings.pop(key, None)
-        config = type(original.config).from_dict(settings)
-        clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        clean.load_state_dict(original.state_dict())
-        clean.generation_config = GenerationConfig(
-            bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-        )
-        clean.save_pretrained(directory)
-        del clean
-
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **source)
-        # The GGUF asks for the pre-tokenizer "smollm": every digit by itself, then byte level. transformers reads
-        # only the second half, and without the first "a  12" becomes other tokens than those of the training.
-        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-        )
-        tokenizer.model_max_length = config.max_position_embeddings
-        for key in ("is_local", "local_files_only"):  # facts of this load, not of the tokenizer
-            tokenizer.init_kwargs.pop(key, None)
-        tokenizer.save_pretrained(directory)
-
-        saved = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-        saved_tokenizer = AutoTokenizer.from_pretrained(directory)
-        chat = [{"role": "user", "content": "What do 12  and 30 make?"}]
-        prompt = saved_tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-        ids = saved_tokenizer(prompt, return_tensors="pt").input_ids
-        _check(ids.tolist() == tokenizer(prompt, return_tensors="pt").input_ids.tolist(), "the tokenizer")
-        _check(saved_tokenizer.decode(ids[0]) == prompt and prompt.endswith("<|im_start|>assistant\n"), "the chat text")
-        end = saved_tokenizer.convert_tokens_to_ids("<|im_end|>")
-        _check(saved.generation_config.eos_token_id == end, "the EOS id of generation_config.json")
-        weights, saved_weights = original.state_dict(), saved.state_dict()
-        _check(weights.keys() == saved_weights.keys(), "the list of tensors")
-        for name, weight in weights.items():
-            _check(weight.dtype == saved_weights[name].dtype and torch.equal(weight, saved_weights[name]), name)
-        # Not torch.equal: with equal weights a matmul may still take another path where memory is aligned otherwise.
-        difference = (original(ids).logits - saved(ids).logits).abs().max().item()
-        _check(difference <= 1e-4, f"the logits (difference {difference})")
-
-
-def _check(holds: bool, what: str) -> None:
-    if not holds:
-        raise DemoModelError(f"{what} changed between the GGUF file and the saved directory")
+    if result.returncode < 0:
+        reason = "killed, perhaps for memory: it takes about 2 GB"
+    else:
+        reason = (result.stdout.strip() or "it said why above").splitlines()[-1]
+    raise DemoModelError(f"converting {gguf} failed (exit code {result.returncode}): {reason}")
 
 
 # --- command line ------------------------------------------------------------------------------------------------
@@ -412,17 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         "--cache-dir", metavar="DIR", help="default: $MESHLM_CACHE, $XDG_CACHE_HOME/meshlm, ~/.cache/meshlm"
     )
     parser.add_argument("--verify", action="store_true", help="hash every file first; what is damaged is made again")
-    parser.add_argument("--convert", nargs=2, metavar=("GGUF", "DIR"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.convert:
-        try:
-            _convert_here(*map(Path, options.convert))
-        except KeyboardInterrupt:  # the terminal's Ctrl-C reaches this child too; the parent speaks
-            return 130
-        except Exception as error:  # the parent turns this line into its own error
-            print(f"{type(error).__name__}: {error}".replace("\n", " "))
-            return 1
-        return 0
     try:
         if options.verify:
             for line in verify_demo_model(options.cache_dir):

@@ -291,7 +291,7 @@ def test_pips_failures_in_one_line(stderr: str, expected: str, tmp_path: Path, m
 
 def test_a_failed_conversion_passes_its_reason_on(tmp_path: Path) -> None:
     (tmp_path / "bad.gguf").write_bytes(b"not a GGUF file")
-    with pytest.raises(DemoModelError, match=r"converting .*bad\.gguf failed \(exit code 1\): ") as caught:
+    with pytest.raises(DemoModelError, match=r"converting .*bad\.gguf failed \(exit code 1\): \w+Error: ") as caught:
         module._convert(tmp_path / "bad.gguf", tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -306,6 +306,15 @@ def test_the_cached_path_imports_nothing_heavy(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-P", "-c", script, str(tmp_path)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+@pytest.mark.slow  # converts the real model
+def test_a_fresh_conversion_gives_what_the_cache_holds(demo_model: Path, demo_gguf: Path, tmp_path: Path) -> None:
+    module._convert(demo_gguf, tmp_path)
+    manifest = json.loads((demo_model / module.MANIFEST).read_text())["files"]
+    assert {path.name for path in tmp_path.iterdir()} == manifest.keys()
+    for name, entry in manifest.items():
+        assert module._sha256(tmp_path / name) == entry["sha256"], name
 
 
 @pytest.mark.slow  # loads transformers and the real model's tokenizer; the first run ever fetches the model
