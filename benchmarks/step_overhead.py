@@ -42,8 +42,9 @@ class Timers:
         self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def watch(self, owner: Any, method: str, label: str) -> None:
-        plain: Callable[..., Any] = getattr(owner, method)
+        setattr(owner, method, self.timed(label, getattr(owner, method)))
 
+    def timed(self, label: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             try:
@@ -51,7 +52,7 @@ class Timers:
             finally:
                 self._seconds[label] += time.perf_counter() - started
 
-        setattr(owner, method, timed)
+        return timed
 
     def take(self) -> dict[str, float]:
         taken = dict(self._seconds)
@@ -70,7 +71,8 @@ class Steps:
         self._timers = timers = Timers()
         timers.watch(runner, "_forward", "forward")
         timers.watch(runner, "_replay", "forward")
-        timers.watch(runner.stage, "logits", "head")
+        head_of = runner._head
+        runner._head = lambda step, size: timers.timed("head", head_of(step, size))
         timers.watch(runner, "_draw", "head and drawing")
         timers.watch(runner, "launch", "launch")
         timers.watch(core, "_collect", "collect")

@@ -172,6 +172,6 @@ class BeamSearch:
             if detokenizer is not None:
                 for token_id in sequence.output_token_ids:
                     detokenizer.append(token_id, look_for_stop=False)
-        if detokenizer is not None and detokenizer.stopped_by is None:
+        if detokenizer is not None:
             detokenizer.finish()
         return Hypothesis(sequence, hypothesis.logprob, hypothesis.score, detokenizer)

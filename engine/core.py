@@ -18,7 +18,7 @@ from .block_manager import BlockManager
 from .constraint import Constraint
 from .detokenizer import Detokenizer
 from .executor import Executor
-from .output import CompletionOutput, RequestOutput, RequestTimings
+from .output import CompletionOutput, RequestOutput, RequestTimings, snapshot
 from .prompts import PreparedRequest
 from .scheduler import ScheduledStep, Scheduler
 from .sequence import SampleSpec, Sequence
@@ -41,12 +41,13 @@ class Completion:
         """A snapshot, with what is new since the last one. tells: with log-probabilities."""
         sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
         delta, self.num_emitted = text[self.num_emitted :], len(text)
-        return CompletionOutput(
+        return snapshot(
+            CompletionOutput,
             index=index,
             text=text,
             token_ids=tuple(sequence.output_token_ids),
             finish_reason=sequence.finish_reason,
-            stop_reason=self.stop_reason,
+            stop_reason=self.stop_reason if sequence.finish_reason == "stop" else None,
             delta=delta,
             logprobs=tuple(sequence.scores) if tells else None,
             cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
@@ -59,9 +60,8 @@ class Completion:
 
     @property
     def stop_reason(self) -> str | int | None:
+        """With what a sequence ended that was stopped."""
         sequence = self.sequence
-        if sequence.finish_reason != "stop":
-            return None
         if self.detokenizer is not None and self.detokenizer.stopped_by is not None:
             return self.detokenizer.stopped_by
         last = sequence.token_ids[-1]
@@ -90,11 +90,12 @@ class Request:
 
     @property
     def ended(self) -> bool:
-        return self.search is None and all(c.sequence.finish_reason is not None for c in self.completions)
+        return self.search is None and None not in [c.sequence.finish_reason for c in self.completions]
 
     @property
     def timings(self) -> RequestTimings:
-        return RequestTimings(
+        return snapshot(
+            RequestTimings,
             queue_s=None if self.scheduled_s is None else self.scheduled_s - self.arrival_s,
             ttft_s=self.token_s[0] if self.token_s else None,
             total_s=time.monotonic() - self.arrival_s,
@@ -103,9 +104,12 @@ class Request:
 
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
-        first, params = self.first, self.params
-        prompt_logprobs = None if params.prompt_logprobs is None else (None, *first.prompt_scores)
-        return RequestOutput(
+        first, params, num_drafted, num_accepted = self.first, self.params, 0, 0
+        for completion in self.completions:
+            num_drafted += completion.sequence.num_drafted
+            num_accepted += completion.sequence.num_accepted
+        return snapshot(
+            RequestOutput,
             request_id=self.request_id,
             index=self.index,
             prompt=self.prompt,
@@ -114,20 +118,20 @@ class Request:
             outputs=self._outputs(),
             finished=self.ended,
             timings=self.timings,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=None if params.prompt_logprobs is None else (None, *first.prompt_scores),
             pooled=tuple(first.pooled_parts),
-            num_drafted=sum(completion.sequence.num_drafted for completion in self.completions),
-            num_accepted=sum(completion.sequence.num_accepted for completion in self.completions),
+            num_drafted=num_drafted,
+            num_accepted=num_accepted,
         )
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
-        params, chosen, ended = self.params, self.completions, self.ended
-        if self.search is not None or (len(chosen) > params.n and not ended):
+        params, chosen = self.params, self.completions
+        if self.search is not None or (len(chosen) > params.n and not self.ended):
             return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))  # the best are known in the end
         if len(chosen) > params.n:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
-        return tuple(completion.output(i, tells) for i, completion in enumerate(chosen))
+        return tuple([completion.output(i, tells) for i, completion in enumerate(chosen)])
 
 
 @dataclass(frozen=True)
@@ -390,9 +394,12 @@ class EngineCore:
         step = replica.on_collected(now)
         assert step.input.step_id == output.step_id
         moved = replica.scheduler.update(step, output, lambda sequence: self._heed(replica, sequence, now))
-        requests = dict.fromkeys(self._by_sequence[sequence][0] for sequence in moved)
+        requests: dict[Request, None] = {}
         for sequence in moved:
-            self._on_moved(sequence)
+            request, completion = self._by_sequence[sequence]
+            requests[request] = None
+            if sequence.finish_reason is not None and completion.detokenizer is not None:
+                completion.detokenizer.finish()
         for request in requests:
             if request.search is not None:
                 self._search_on(replica, request, request.search, now)
@@ -414,12 +421,6 @@ class EngineCore:
             if detokenizer.append(token_id, look_for_stop=may_stop):
                 reason = reason or "stop"
         return reason
-
-    def _on_moved(self, sequence: Sequence) -> None:
-        _, completion = self._by_sequence[sequence]
-        detokenizer = completion.detokenizer
-        if sequence.finish_reason is not None and detokenizer is not None and detokenizer.stopped_by is None:
-            detokenizer.finish()
 
     def _search_on(self, replica: Replica, request: Request, search: BeamSearch, now: float) -> None:
         """Lets the beams of a request go on, or end, once it is known with what all of them may."""

@@ -2,55 +2,122 @@
 
 Calling the ops of a small model takes Python longer than some of them take: a step of one sequence spends a fifth of
 its time so. The first step of a batch size is recorded as it runs (`kernels/cpu/tape.py`), and those that follow are
-one call of C++, interrupted where ranks communicate. Nothing is padded, and nothing is prepared at the start.
+one call of C++, interrupted where ranks communicate, and one more for the logits. Nothing is padded, and nothing is
+prepared at the start.
+
+Reading the weights of a model leaves nothing else in the caches, and what runs between two steps runs cold: its time
+goes by how many different things it calls. So a step's numbers are written straight to where its recording reads them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.cpu import Pool, Tape, recording
+from ..kernels.cpu import Pool, Tape, lent, recording
 from ..mesh.collectives import Communicator
 from ..shardformer.base import Stage
-from .cuda_graphs import DecodeGraphs
+from .drawing import Head
+from .recordings import DecodeRecordings
 from .staging import Sent
-from .step import StepInput
+from .step import StepInput, drawn_before
+from .step_arrays import token_shapes
 
 LARGEST = 64  # sequences: with more, a step is long beside what its calls take
 
 
-class DecodeTapes(DecodeGraphs):
-    """A stage's tapes, by batch size. Arguments: as `DecodeGraphs`; tp: over which its layers communicate."""
+@dataclass(frozen=True)
+class Recorded:
+    """A stage's forward with so many sequences."""
 
-    def __init__(
-        self, stage: Stage, largest: int, longest: int, block_size: int, drawn: Tensor, tp: Communicator
-    ) -> None:
-        super().__init__(stage, largest, longest, block_size, drawn, self._record)
+    tape: Tape
+    hidden: Tensor  # what it writes
+
+
+class DecodeTapes(DecodeRecordings):
+    """A stage's tapes, by batch size. Arguments: as `DecodeRecordings`; tp: over which its layers communicate."""
+
+    reads_staged = False
+
+    def __init__(self, stage: Stage, largest: int, longest: int, block_size: int, tp: Communicator) -> None:
+        super().__init__(stage, largest, longest, block_size)
         self._largest, self._tp, self._pool = largest, tp, Pool()
+        self._recorded: dict[int, Recorded] = {}
+        self._heads: dict[int, Head] = {}
+        self._inputs: dict[int, dict[str, Any]] = {}
+        self._flat_tables: Any = memoryview(self._tables.view(-1).numpy())  # type: ignore[arg-type]
         self.spoiled: str | None = None  # why this stage's steps cannot be replayed
+
+    def __len__(self) -> int:
+        return len(self._recorded)
 
     def size_for(self, step: StepInput) -> int | None:
         size = len(step.query_lens)
         return None if self.spoiled or step.num_tokens > size or size > self._largest else size
 
-    def load(self, size: int, sent: Sent) -> None:
-        self._buffers(size)
-        super().load(size, sent)
+    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor) -> None:
+        if size not in self._inputs:
+            arrays = token_shapes(size, size).items()
+            self._inputs[size] = {name: torch.zeros(shape, dtype=dtype).numpy() for name, (dtype, shape) in arrays}
+        inputs, tables, contexts, width = self._inputs[size], step.block_tables, step.context_lens, self._block_size
+        inputs["token_ids"][:] = step.token_ids if min(step.token_ids) >= 0 else _known(step.token_ids, drawn)
+        inputs["positions"][:] = contexts
+        inputs["key_lens"][:] = [context + 1 for context in contexts]
+        places = zip(tables, contexts, strict=True)
+        inputs["slots"][:] = [table[context // width] * width + context % width for table, context in places]
+        flat, stride = self._flat_tables, self._tables.shape[1]
+        for row, table in enumerate(tables):
+            flat[row * stride : row * stride + len(table)] = table
 
     def replay(self, size: int) -> Tensor:
-        if size in self._replays:
-            return super().replay(size)
-        self._replays[size] = self._record(self._forward(size))
-        return self._hidden_out[:size]
+        recorded = self._recorded.get(size)
+        if recorded is None:
+            recorded = self._recorded[size] = self._record(size)
+        else:
+            recorded.tape.replay()
+        return recorded.hidden
 
-    def _record(self, function: Callable[[], None]) -> Callable[[], None]:
+    def _record(self, size: int) -> Recorded:
+        """Runs the forward as well."""
+        arrays = {name: torch.from_numpy(array) for name, array in self._inputs[size].items()}
+        tape, hidden = self._on_tape(self._forward(size, arrays))
+        self.spoiled = tape.spoiled
+        return Recorded(tape, hidden)
+
+    def head(self, size: int) -> Head:
+        return self._heads.get(size) or partial(self._record_head, size)
+
+    def _record_head(self, size: int, hidden: Tensor) -> Tensor:
+        """Runs it as well. Of logits, which are large, no tape keeps its own: they lie where the next recording may."""
+        tape, logits = self._on_tape(lambda: self._stage.logits(hidden))
+        self._heads[size] = _Head(tape, lent(logits)) if tape.is_one_call else self._stage.logits
+        return logits
+
+    def _on_tape(self, function: Callable[[], Tensor]) -> tuple[Tape, Tensor]:
+        """What it calls, and what it gives."""
         tape = Tape(self._pool)
         self._tp.record_on(tape.do)
         try:
             with recording(tape), torch.inference_mode():
-                function()
+                return tape, function()
         finally:
             self._tp.record_on(None)
-        self.spoiled = tape.spoiled
-        return tape.replay
+
+
+@dataclass(frozen=True)
+class _Head:
+    tape: Tape
+    logits: Tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.tape.replay()
+        return self.logits
+
+
+def _known(token_ids: Sequence[int], drawn: Tensor) -> list[int]:
+    """With those that the step before drew (`drawn_before`)."""
+    known = drawn.tolist()
+    return [known[drawn_before(token_id)] if token_id < 0 else token_id for token_id in token_ids]

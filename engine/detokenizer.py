@@ -54,11 +54,14 @@ class Detokenizer:
                 end = place + (len(self.stopped_by) if self._include_stop else 0)
                 self.text = self._decoded = self._decoded[:end]
                 return True
-        self.text = self._decoded[: len(self._decoded) - self._held_back()]
+        self.text = self._decoded[: len(self._decoded) - self._held_back()] if self._stop else self._decoded
         return False
 
     def finish(self) -> None:
-        """No more tokens come: what was held back for a stop string is text after all; half a character is not."""
+        """No more tokens come: what was held back for a stop string is text after all, half a character is not; nothing
+        where one came."""
+        if self.stopped_by is not None:
+            return
         rest = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)
         rest = rest.rstrip(_INCOMPLETE)
         if rest.startswith(self._decoded):
@@ -77,7 +80,7 @@ class Detokenizer:
 
     def _held_back(self) -> int:
         """Length of the longest end of the text with which a stop string begins."""
-        longest = max((len(stop) for stop in self._stop), default=0) - 1
+        longest = max(len(stop) for stop in self._stop) - 1
         for length in range(min(longest, len(self._decoded)), 0, -1):
             end = self._decoded[-length:]
             if any(stop.startswith(end) for stop in self._stop):

@@ -62,6 +62,8 @@ class DrawingPlan:
     @property
     def shapes(self) -> Shapes:
         shapes = {**self.draws.shapes, **self.histories.shapes, **self.rules.shapes}
+        if self.step.samples and not self.step.draws_after_all:
+            shapes["rows"] = (torch.int64, (len(self.step.samples),))  # of the tokens after which one is drawn
         for number, told in enumerate(self.told):
             shapes[f"told_{number}"] = (torch.int64, (len(told.samples),))
         if self.beams:
@@ -81,6 +83,8 @@ class DrawingPlan:
         self.draws.write(host)
         self.histories.write(host)
         self.rules.write(host)
+        if "rows" in host:
+            host["rows"][:] = [sample.row for sample in self.step.samples]
         for number, told in enumerate(self.told):
             host[f"told_{number}"][:] = told.samples
         if self.beams:
@@ -145,13 +149,15 @@ class Drawing:
 
     def plan(self, step: StepInput) -> DrawingPlan:
         """Called step by step, in their order."""
-        histories = self.histories.plan(step.histories)
-        rules = self.rules.plan([(sample.slot, sample.position) for sample in step.samples])
-        beams = [number for number, sample in enumerate(step.samples) if sample.num_candidates]
+        samples = step.samples
+        histories, draws = self.histories.plan(step.histories), self.sampler.plan(samples)
+        if not any(sample.slot >= 0 or sample.logprobs is not None or sample.num_candidates for sample in samples):
+            return DrawingPlan(step, draws, histories, self.rules.plan(()), (), [], [])  # as most steps are
+        rules = self.rules.plan([(sample.slot, sample.position) for sample in samples])
+        beams = [number for number, sample in enumerate(samples) if sample.num_candidates]
         masked = set(() if step.masks is None else step.masks.samples)
-        limited = [number for number, sample in enumerate(step.samples) if self._is_limited(sample, number in masked)]
-        draws, told = self.sampler.plan(step.samples), self._told(step.samples)
-        return DrawingPlan(step, draws, histories, rules, told, beams, limited)
+        limited = [number for number, sample in enumerate(samples) if self._is_limited(sample, number in masked)]
+        return DrawingPlan(step, draws, histories, rules, self._told(samples), beams, limited)
 
     def _is_limited(self, sample: SampleRequest, is_masked: bool) -> bool:
         if sample.slot < 0 or sample.forced >= 0 or sample.num_candidates:
@@ -178,7 +184,7 @@ class Drawing:
         self, hidden: Tensor, head: Head, plan: DrawingPlan, arrays: Mapping[str, Tensor], norm: Norm
     ) -> Drawn:
         """hidden: [num_tokens, hidden] of the step, or of its samples, where they are fewer and all that it wants;
-        arrays: those of `plan`, and "rows", on the device."""
+        arrays: those of `plan`, on the device."""
         given = self._given(hidden, head, plan, arrays)
         pooled = [norm(hidden[rows.row : rows.stop]).float().sum(dim=0) for rows in plan.step.pooled]
         samples = plan.step.samples
@@ -186,7 +192,7 @@ class Drawing:
             return Drawn(
                 Draw(torch.empty(0, dtype=torch.int64, device=hidden.device)), plan, given=given, pooled=pooled
             )
-        is_picked = len(hidden) < plan.step.num_tokens
+        is_picked = plan.step.draws_after_all or len(hidden) < plan.step.num_tokens
         logits = head(hidden if is_picked else hidden.index_select(0, arrays["rows"]))
         raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
         if plan.beams:

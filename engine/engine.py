@@ -10,6 +10,7 @@ import torch
 
 from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
 from ..config.speculative import as_speculative_config
+from ..mesh.interrupts import interrupt_between_steps
 from ..mesh.torchrun import torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
@@ -19,7 +20,6 @@ from .description import describe_bound, describe_mesh, describe_speculation
 from .draft_model import open_draft
 from .driving import Driver
 from .executor import warn_if_tp_spans_hosts
-from .interrupts import interrupt_between_steps
 from .output import EmbeddingOutput, RequestOutput, ScoreOutput
 from .plan import (
     check_backend_name,

@@ -112,6 +112,9 @@ class LogitsPlan:
             host[name][:] = value
 
 
+_NOTHING = LogitsPlan(values={}, spans=(), has_penalties=False, has_counts=False, processed=())
+
+
 class LogitsRules:
     """The specs of the histories' slots, on one shard of the vocabulary. vocabulary: each rank's (start, stop)."""
 
@@ -126,6 +129,8 @@ class LogitsRules:
         """What rows ask for, once the histories have planned the step's updates. rows: (slot, tokens before) of each
         row of logits; slot -1: without a spec."""
         ruled = [self._ruled(row, slot, length) for row, (slot, length) in enumerate(rows) if slot >= 0]
+        if not ruled:
+            return _NOTHING
         looking_back = [row for row in ruled if _looks_back(row)]
         return LogitsPlan(
             values={

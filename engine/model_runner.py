@@ -10,12 +10,12 @@ from torch import Tensor
 from ..mesh.collectives import Communicator, Pending
 from ..shardformer.backends import AttentionMetadata, Sequences
 from ..shardformer.base import Stage
-from .cuda_graphs import DecodeGraphs
-from .drawing import Drawing, DrawingPlan, Drawn, output_of
+from .drawing import Drawing, DrawingPlan, Drawn, Head, output_of
 from .kv_cache import KVCache, copy_blocks
+from .recordings import DecodeRecordings
 from .staging import Sent, Staging
 from .step import StepInput, StepOutput
-from .step_arrays import known_tokens, sequences_of, step_shapes, write_step
+from .step_arrays import copy_shapes, known_tokens, sequences_of, step_shapes, write_step
 
 
 @dataclass
@@ -47,9 +47,10 @@ class ModelRunner:
         self.stages = [stage]  # whose caches have the same block ids
         self.backends = stage.backends
         self.busy = BusyTime()
-        self.drawn = torch.zeros(max_num_samples, dtype=torch.int64, device=stage.device)  # by the last step's samples
+        self.max_num_samples = max_num_samples  # of a step
+        self.drawn = torch.zeros(1, dtype=torch.int64, device=stage.device)  # by the last step's samples
         self.cache: KVCache | None = None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: DecodeRecordings | None = None
         self._staging = Staging(stage.device)
         self._last: StepInput | None = None
         self._sent: Pending | None = None
@@ -69,9 +70,19 @@ class ModelRunner:
         stage = self.stage
         plan = None if self.drawing is None else self.drawing.plan(step)
         size = None if self.graphs is None else self.graphs.size_for(step)
+        is_staged = size is None or (self.graphs is not None and self.graphs.reads_staged)
         padding = 0 if size is None else size - step.num_tokens
-        staged = self._staging.open({**step_shapes(step, padding), **({} if plan is None else plan.shapes)})
-        write_step(step, self.block_size, staged.host)
+        staged = self._staging.open(
+            {
+                **(step_shapes(step, padding) if is_staged else {}),
+                **copy_shapes(step),
+                **({} if plan is None else plan.shapes),
+            }
+        )
+        if is_staged:
+            write_step(step, self.block_size, staged.host)
+        if step.copies:
+            staged.host["copies"][:] = tuple(zip(*step.copies, strict=True))
         if plan is not None:
             plan.write(staged.host)
         if self.drawing is not None:
@@ -89,7 +100,7 @@ class ModelRunner:
         drawn = None
         if stage.is_last:
             assert plan is not None
-            drawn = self._draw(hidden, plan, sent)
+            drawn = self._draw(hidden, self._head(step, size), plan, sent)
         else:
             waited += self._send(hidden)
         running = RunningStep(drawn, stage.device, self._redraw, lambda: self._count(started, waited))
@@ -114,7 +125,7 @@ class ModelRunner:
     def _replay(self, step: StepInput, size: int, sent: Sent) -> tuple[Tensor, float]:
         """The same from a recording."""
         assert self.graphs is not None
-        self.graphs.load(size, sent)
+        self.graphs.load(size, step, sent, self.drawn)
         waited = 0.0 if self.stage.is_first else self._receive(self.graphs.hidden_in[: step.num_tokens])
         hidden = self.graphs.replay(size)[: step.num_tokens]
         return hidden if self.stage.is_last else hidden.clone(), waited  # it is sent while the next step is replayed
@@ -153,10 +164,15 @@ class ModelRunner:
         self._sent = self.pp.isend(hidden, self.pp.rank + 1)
         return waited
 
-    def _draw(self, hidden: Tensor, plan: DrawingPlan, sent: Sent) -> Drawn:
+    def _head(self, step: StepInput, size: int | None) -> Head:
+        if size is None or self.graphs is None or not step.draws_after_all:
+            return self.stage.logits
+        return self.graphs.head(size)
+
+    def _draw(self, hidden: Tensor, head: Head, plan: DrawingPlan, sent: Sent) -> Drawn:
         assert self.drawing is not None
         self.drawing.begin(plan, sent.arrays, self.drawn)
-        drawn = self.drawing(hidden, self.stage.logits, plan, sent.arrays, self.stage.last_hidden)
+        drawn = self.drawing(hidden, head, plan, sent.arrays, self.stage.last_hidden)
         self._keep(drawn)
         return drawn
 
@@ -168,8 +184,8 @@ class ModelRunner:
         return drawn
 
     def _keep(self, drawn: Drawn) -> None:
-        token_ids = drawn.draw.token_ids
-        self.drawn[: len(token_ids)].copy_(token_ids)
+        if drawn.plan.step.samples:
+            self.drawn = drawn.draw.token_ids
 
     def let_go(self) -> None:
         """Forgets what refers back to this runner; no step follows."""

@@ -12,9 +12,9 @@ from itertools import count
 from typing import Any
 
 from ..config import SamplingParams
+from ..mesh.interrupts import interrupt_between_steps
 from .core import EngineCore, Request
 from .detokenizer import Detokenizer
-from .interrupts import interrupt_between_steps
 from .output import RequestOutput
 from .prompts import PreparedRequest
 from .structured import Grammar, GrammarCompiler

@@ -36,6 +36,7 @@ class Draws:
     """What a step draws, as arrays that are still on the host; made by `Sampler.plan`."""
 
     samples: Sequence[SampleRequest]
+    is_greedy: bool  # all are
     filtered: list[int]  # rows with top-k, top-p or min-p
     forces: bool  # whether some rows' tokens are given
     num_candidates: int  # of each rank, for a filtered row
@@ -43,10 +44,10 @@ class Draws:
     @property
     def shapes(self) -> Shapes:
         num_rows, num_filtered = len(self.samples), len(self.filtered)
-        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            "temperatures": (torch.float32, (num_rows,)),  # 0: greedy, and filtered, which come later
-            "keys": (torch.int32, (num_rows, 2)),
-        }
+        shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if not self.is_greedy:
+            shapes["temperatures"] = (torch.float32, (num_rows,))  # 0: greedy, and filtered, which come later
+            shapes["keys"] = (torch.int32, (num_rows, 2))
         if self.forces:
             shapes["forced"] = (torch.int64, (num_rows,))
         if self.filtered:
@@ -57,10 +58,9 @@ class Draws:
 
     def write(self, host: Mapping[str, Any]) -> None:
         """Fills what `shapes` has made room for."""
-        if not self.samples:
-            return
-        host["temperatures"][:] = [max(s.temperature, _COLDEST) if s.temperature else 0.0 for s in self.samples]
-        host["keys"][:] = [s.key for s in self.samples]
+        if not self.is_greedy:
+            host["temperatures"][:] = [max(s.temperature, _COLDEST) if s.temperature else 0.0 for s in self.samples]
+            host["keys"][:] = [s.key for s in self.samples]
         if self.forces:
             host["forced"][:] = [s.forced for s in self.samples]
         if self.filtered:
@@ -117,15 +117,17 @@ class Sampler:
         self.tp, self.device = tp, device
         self.start, self.stop = vocabulary[tp.rank]
         self.largest_shard = max(stop - start for start, stop in vocabulary)
+        self._zeros = torch.zeros(0, device=device), torch.zeros(0, 2, dtype=torch.int32, device=device)
         self.noise, self.sample_shard, self.likeliest = ops.counter_noise, ops.sample_shard, ops.likeliest
 
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
+        is_greedy = not any(s.temperature for s in samples)
         filtered = [
             r for r, s in enumerate(samples) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
         ]
         count = max(_CANDIDATES, *(samples[r].top_k + 1 for r in filtered)) if filtered else 0
-        return Draws(samples, filtered, any(s.forced >= 0 for s in samples), min(count, self.largest_shard))
+        return Draws(samples, is_greedy, filtered, any(s.forced >= 0 for s in samples), min(count, self.largest_shard))
 
     def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten. arrays: those of `draws`,
@@ -138,7 +140,7 @@ class Sampler:
 
     def _draw(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         if not draws.filtered:
-            return Draw(self._best(logits, arrays))
+            return Draw(self._best(logits, draws, arrays))
         own = logits if len(draws.filtered) == len(logits) else logits.index_select(0, arrays["filtered"])
         filtered = Filtered(
             rows=arrays["filtered"],
@@ -149,7 +151,7 @@ class Sampler:
         )
         drawn, complete = self._draw_filtered(filtered)
         if len(draws.filtered) < len(draws.samples):
-            drawn = self._best(logits, arrays).index_copy_(0, filtered.rows, drawn)
+            drawn = self._best(logits, draws, arrays).index_copy_(0, filtered.rows, drawn)
         if draws.num_candidates == self.largest_shard:  # all there are
             return Draw(drawn)
         return Draw(drawn, complete, filtered)
@@ -170,14 +172,25 @@ class Sampler:
             token_ids.index_copy_(0, filtered.rows, drawn)
         return token_ids
 
-    def _best(self, logits: Tensor, arrays: Mapping[str, Tensor]) -> Tensor:
+    def _best(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Tensor:
         """The token id of the best score over all shards [num_rows]; ties to the lowest."""
-        value, token_id = self.sample_shard(logits, arrays["temperatures"], arrays["keys"], self.start)
+        if draws.is_greedy:
+            temperatures, keys = self._of_greedy(len(logits))
+        else:
+            temperatures, keys = arrays["temperatures"], arrays["keys"]
+        value, token_id = self.sample_shard(logits, temperatures, keys, self.start)
         if self.tp.size == 1:
             return token_id
         gathered = self.tp.all_gather(torch.stack((value.double(), token_id.double())))  # float64 holds both exactly
         winner = gathered[:, 0].argmax(dim=0, keepdim=True)  # [tp, 2, num_rows], shards in the order of their ids
         return gathered[:, 1].gather(0, winner).squeeze(0).long()
+
+    def _of_greedy(self, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Temperatures and keys."""
+        temperatures, keys = self._zeros
+        if len(temperatures) < num_rows:
+            self._zeros = temperatures, keys = temperatures.new_zeros(num_rows), keys.new_zeros(num_rows, 2)
+        return temperatures[:num_rows], keys[:num_rows]
 
     def _draw_filtered(self, filtered: Filtered) -> tuple[Tensor, Tensor]:
         """Token ids [num_filtered], and whether all that may be drawn were among the candidates."""

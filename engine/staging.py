@@ -121,6 +121,9 @@ class Sent:
     arrays: dict[str, Tensor]
 
 
+_NOTHING = Staged(torch.empty(0, dtype=torch.uint8), {}, lambda: torch.empty(0, dtype=torch.uint8))
+
+
 class Staging:
     """Brings arrays from the host to a device, step after step."""
 
@@ -133,6 +136,8 @@ class Staging:
 
     def open(self, shapes: Shapes) -> Staged:
         """Arrays to be filled and sent before the next are opened."""
+        if not shapes:
+            return _NOTHING
         size = num_bytes(shapes)
         if self._ring is None:
             memory = torch.from_numpy(np.empty(size, dtype=np.uint8))

@@ -2,6 +2,7 @@
 
 from array import array
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from .logits_spec import LogitsSpec
@@ -76,6 +77,12 @@ class StepInput:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @cached_property
+    def draws_after_all(self) -> bool:
+        """Whether a token is drawn after each of its tokens, in their order."""
+        samples = self.samples
+        return len(samples) == self.num_tokens and all(sample.row == row for row, sample in enumerate(samples))
 
     @property
     def wants_samples_alone(self) -> bool:

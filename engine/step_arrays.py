@@ -24,15 +24,18 @@ def token_shapes(num_tokens: int, num_seqs: int) -> Shapes:
 
 
 def step_shapes(step: StepInput, padding: int = 0) -> Shapes:
-    """All arrays of a step. padding: sequences of one token and no keys behind its own."""
+    """The arrays of a step's forward. padding: sequences of one token and no keys behind its own."""
     num_seqs = len(step.query_lens) + padding
     return {
         **token_shapes(step.num_tokens + padding, num_seqs),
         "query_starts": (torch.int32, (num_seqs + 1,)),
         "block_tables": (torch.int32, (num_seqs, max(map(len, step.block_tables)))),
-        "rows": (torch.int64, (len(step.samples),)),  # of the tokens after which one is drawn
-        **({"copies": (torch.int64, (2, len(step.copies)))} if step.copies else {}),
     }
+
+
+def copy_shapes(step: StepInput) -> Shapes:
+    """Of the blocks that are copied before it."""
+    return {"copies": (torch.int64, (2, len(step.copies)))} if step.copies else {}
 
 
 def write_step(step: StepInput, block_size: int, host: Mapping[str, Any]) -> None:
@@ -63,10 +66,6 @@ def write_step(step: StepInput, block_size: int, host: Mapping[str, Any]) -> Non
     ):
         host[name][:num_tokens] = values
         host[name][num_tokens:] = padding
-    if step.samples:
-        host["rows"][:] = [sample.row for sample in step.samples]
-    if step.copies:
-        host["copies"][:] = np.array(step.copies).T
 
 
 def known_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:

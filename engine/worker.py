@@ -249,7 +249,7 @@ class Worker:
         try:
             stage = InferenceShardformer(config, self.mesh, self.device).optimize(checkpoint)
             KVCache(stage, 1, self.block_size)
-            draft = ModelRunner(stage, self.block_size, runner.pp, runner.drawing, len(runner.drawn))
+            draft = ModelRunner(stage, self.block_size, runner.pp, runner.drawing, runner.max_num_samples)
             sizes = () if self._why_no_graphs(stage) else self.graph_sizes()
             graph_bytes = self._estimate_graph_bytes(draft, sizes)
         except Exception as error:
@@ -322,7 +322,7 @@ class Worker:
 
     def _new_graphs(self, runner: ModelRunner, largest: int, longest: int) -> DecodeGraphs:
         capture = CudaCapture(self.device) if self.device.type == "cuda" else rerun
-        return DecodeGraphs(runner.stage, largest, longest, self.block_size, runner.drawn, capture)
+        return DecodeGraphs(runner.stage, largest, longest, self.block_size, runner.max_num_samples, capture)
 
     def _new_tapes(self, runner: ModelRunner) -> DecodeTapes | None:
         """What graphs are on a CPU, unless they are asked for or refused by name."""
@@ -333,7 +333,7 @@ class Worker:
         if not are_able or not tp.on_tape:
             return None
         largest = min(self.config.max_num_seqs, LARGEST)
-        return DecodeTapes(runner.stage, largest, self._longest, self.block_size, runner.drawn, tp)
+        return DecodeTapes(runner.stage, largest, self._longest, self.block_size, tp)
 
     def _estimate_graph_bytes(self, runner: ModelRunner, sizes: Sequence[int]) -> int:
         """What graphs of these sizes will take; measured on the largest two, since all share one pool and each has a
@@ -369,7 +369,7 @@ class Worker:
     def capture(self, model: int, size: int) -> str | None:
         """Captures the decode step of a batch size; the larger come first. Gives the reason if that fails."""
         graphs = self._runner(model).graphs
-        assert graphs is not None
+        assert isinstance(graphs, DecodeGraphs)
         try:
             graphs.record(size)
         except Exception as error:

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from ..config import InferenceConfig
 from ..mesh.collectives import Communicator
-from ..mesh.launch import RankFailure, RankPlace, uninterrupted
+from ..mesh.interrupts import uninterrupted
+from ..mesh.launch import RankFailure, RankPlace
 from ..shardformer import Checkpoint
 from ..shardformer.sources import ModuleSource, SafetensorsSource
 from .executor import Executor, Follower, LocalExecutor, MeshExecutor, join_torchrun, start_own_ranks

@@ -30,14 +30,23 @@ class Streaming(Protocol):
 
     panel: tuple[int, int, int]
 
-    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int) -> Tensor: ...
+    def linear_packed(
+        self, x: Tensor, packed: int, bias: Tensor | None, size_out: int, widens: bool = False
+    ) -> Tensor: ...
 
     def linear_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
 
     def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor: ...
 
 
-def bind_plain(weight: Tensor) -> Linear:
+class BindLinear(Protocol):
+    """A weight [out, in] -> the product with it. widens: what comes out may be float32 already, rounded before that to
+    the weight's dtype."""
+
+    def __call__(self, weight: Tensor, *, widens: bool = False) -> Linear: ...
+
+
+def bind_plain(weight: Tensor, *, widens: bool = False) -> Linear:
     """The eager definition; shares `weight` [out, in]."""
     return lambda x, bias: F.linear(x, weight, bias)
 
@@ -47,27 +56,27 @@ def bind_plain_tied(weight: Tensor, stays: bool) -> tuple[Linear, None]:
     return bind_plain(weight), None
 
 
-def bind_packed(weight: Tensor, streaming: Streaming | None = None) -> Linear:
+def bind_packed(weight: Tensor, *, widens: bool = False, streaming: Streaming | None = None) -> Linear:
     """oneDNN's blocked layout of `weight` [out, in]: a copy, so that the caller can let the plain one go.
 
     streaming: takes over few rows, if it knows how oneDNN has laid out this weight.
     """
-    return _packed(weight, streaming)[0]
+    return _packed(weight, streaming, widens)[0]
 
 
 def bind_tied(weight: Tensor, stays: bool, streaming: Streaming | None = None) -> tuple[Linear, LookUp | None]:
-    """The product with a weight [out, in] in which rows are looked up, too.
+    """The product with a weight [out, in] in which rows are looked up, too; it may come widened (`BindLinear`).
 
     stays: whether others need the plain weight in any case. With a look-up the caller can let it go; None: it cannot.
     """
-    linear, address = (None, None) if stays else _packed(weight, streaming)
+    linear, address = (None, None) if stays else _packed(weight, streaming, widens=True)
     if linear is None or address is None or streaming is None:
         return bind_shared(weight, streaming), None
     look_up, (rows, size_in) = streaming.embedding_packed, weight.shape
     return linear, lambda token_ids, start: look_up(token_ids, address, size_in, rows, start)
 
 
-def _packed(weight: Tensor, streaming: Streaming | None) -> tuple[Linear, int | None]:
+def _packed(weight: Tensor, streaming: Streaming | None, widens: bool) -> tuple[Linear, int | None]:
     """`bind_packed`, and where the weight lies, if it is streamed; it stays as long as the product."""
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     product = torch.ops.mkldnn._linear_pointwise.default
@@ -84,7 +93,7 @@ def _packed(weight: Tensor, streaming: Streaming | None) -> tuple[Linear, int | 
 
     def linear_or_streamed(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.numel() <= few and x.is_contiguous():
-            return stream(x, address, bias, size_out)
+            return stream(x, address, bias, size_out, widens)
         return linear(x, bias)
 
     return linear_or_streamed, address

@@ -18,7 +18,7 @@ class Ops:
     """One implementation of each op; a module keeps the ones that it uses. Signatures: `eager.py`, `eager_moe.py`."""
 
     name: str
-    bind_linear: Callable[[Tensor], linear.Linear]  # weight [out, in] -> the product with it; `kernels/linear.py`
+    bind_linear: linear.BindLinear
     # of an embedding's weight, and whether that stays
     bind_tied_linear: Callable[[Tensor, bool], tuple[linear.Linear, linear.LookUp | None]]
     rms_norm: Callable[..., Tensor]  # ...: the last argument has a default

@@ -4,14 +4,9 @@ ways in which ranks come about.
 
 import os
 import pickle
-import signal
-import threading
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -72,38 +67,6 @@ def divide_threads(local_world_size: int) -> None:
 
 def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def uninterrupted() -> Iterator[Callable[[], AbstractContextManager[None]]]:
-    """Holds a Ctrl-C back until the block has ended; in the main thread, the only one that it reaches.
-
-    Gives a context for a part of the block that is to be interrupted all the same.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield nullcontext
-        return
-    held: list[tuple[int, FrameType | None]] = []
-    hold = lambda *interrupt: held.append(interrupt)  # noqa: E731
-
-    @contextmanager
-    def interruptible() -> Iterator[None]:
-        signal.signal(signal.SIGINT, handler)
-        try:
-            if held:
-                handler(*held.pop())
-            yield
-        finally:
-            signal.signal(signal.SIGINT, hold)
-
-    signal.signal(signal.SIGINT, hold)
-    try:
-        yield interruptible
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            handler(*held[0])
 
 
 def init_process_group(place: RankPlace, device: torch.device, timeout_s: float, store: dist.Store | None) -> None:

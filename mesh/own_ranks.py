@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
-from .launch import Failure, RankFailure, RankPlace, available_cores, divide_threads, uninterrupted
+from .interrupts import uninterrupted
+from .launch import Failure, RankFailure, RankPlace, available_cores, divide_threads
 from .subreaper import can_reap_grandchildren, subreaper
 
 _LOOPBACK = "127.0.0.1"

@@ -1,5 +1,7 @@
 """From token ids to hidden states, and from hidden states to logits: both split over the vocabulary."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -91,6 +93,7 @@ class VocabParallelHead(ParallelLinear):
 
     def __init__(self, module: Module, context: Context, tied: VocabParallelEmbedding | None) -> None:
         super().__init__([module], "", context)
+        self._bind_linear = partial(context.ops.bind_linear, widens=True)
         self._bind_tied, self._tied = context.ops.bind_tied_linear, [tied]  # a list: no module of this one
         if tied is not None:
             self.weight = tied.weight

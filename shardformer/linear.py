@@ -4,7 +4,7 @@ The parallel style follows from the dims that the policy names: a weight split a
 along its input row-parallel (Shoeybi et al. 2019, Megatron-LM).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,7 +83,7 @@ class ParallelLinear(LoadedModule):
         if has_bias:
             self.bias, bias = context.slices.bias(modules, prefix)
             self.pieces |= {"bias": bias} if bias else {}
-        self._bind_linear = context.ops.bind_linear
+        self._bind_linear: Callable[[Tensor], Linear] = context.ops.bind_linear
         self.product: Linear
 
     def bind(self) -> None:

@@ -2,6 +2,6 @@
 
 from .build import Unavailable
 from .ops import CpuOps
-from .tape import Pool, Tape, recording
+from .tape import Pool, Tape, lent, recording
 
-__all__ = ["CpuOps", "Pool", "Tape", "Unavailable", "recording"]
+__all__ = ["CpuOps", "Pool", "Tape", "Unavailable", "lent", "recording"]

@@ -128,9 +128,16 @@ static void panel_columns(const typename Step<T>::Row* const* x, long rows, cons
   }
 }
 
-// x: [rows, in]; packed: [panels, steps, PANEL, step]; bias: [out_size] or null; out: [rows, out_size]. Contiguous.
+template <class T> static void widen(const T* from, float* to, long first, long last) {
+  long i = first;
+  for (; i + W <= last; i += W) store(to + i, load(from + i));
+  for (; i < last; i++) to[i] = load_one(from + i);
+}
+
+// x: [rows, in]; packed: [panels, steps, PANEL, step]; bias: [out_size] or null; out: [rows, out_size], of floats where it
+// `widens` what has been rounded. Contiguous.
 extern "C" void linear_packed(int dtype, const void* x, const void* packed, const void* bias, void* out, long rows,
-                              long in, long out_size, int threads) {
+                              long in, long out_size, int widens, int threads) {
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Row = typename Step<T>::Row;
@@ -141,15 +148,21 @@ extern "C" void linear_packed(int dtype, const void* x, const void* packed, cons
       std::vector<Row> scratch(is_row<T>(in, padded) ? 0 : rows * padded);
       std::vector<const Row*> given(rows);
       for (long j = 0; j < rows; j++) given[j] = as_row((const T*)x + j * in, in, padded, scratch.data() + j * padded);
+      std::vector<T> narrow(widens ? rows * PANEL : 0);  // a panel's columns
 #pragma omp for schedule(static)
       for (int part = 0; part < threads; part++) {
         long begin = 2 * panels * part / threads, end = 2 * panels * (part + 1) / threads;  // in half panels
         for (long half = begin; half < end;) {
           long panel = half / 2, stop = std::min(2 * panel + 2, end), column = panel * PANEL;
           const T* weight = (const T*)packed + panel * padded * PANEL;
+          long first = (half - 2 * panel) * VECTORS / 2, last = (stop - 2 * panel) * VECTORS / 2;
           panel_columns<T>(given.data(), rows, weight, stop < end ? weight + padded * PANEL : nullptr,
-                           bias ? (const T*)bias + column : nullptr, (T*)out + column, steps,
-                           (half - 2 * panel) * VECTORS / 2, (stop - 2 * panel) * VECTORS / 2, out_size - column, out_size);
+                           bias ? (const T*)bias + column : nullptr, widens ? narrow.data() : (T*)out + column, steps, first,
+                           last, out_size - column, widens ? PANEL : out_size);
+          if (widens)
+            for (long j = 0; j < rows; j++)
+              widen(narrow.data() + j * PANEL, (float*)out + j * out_size + column, first * W,
+                    std::min(last * W, out_size - column));
           half = stop;
         }
       }

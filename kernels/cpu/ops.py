@@ -42,7 +42,7 @@ class CpuOps:
         self._route = _function(library, "route", "ippppllliifllii")
         self._plan_experts = _function(library, "plan_experts", "pppplll")
         self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
-        self._linear_packed = _function(library, "linear_packed", "ipppp" + "llli")
+        self._linear_packed = _function(library, "linear_packed", "ipppp" + "lllii")
         self._linear_plain = _function(library, "linear_plain", "ipppp" + "lllli")
         self._embedding_packed = _function(library, "embedding_packed", "ippp" + "lllli")
         self._panel: int = library.grouped_panel()
@@ -286,13 +286,24 @@ class CpuOps:
 
         return grouped_linear
 
-    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int) -> Tensor:
-        """x [..., in] with a weight in panels (`cpu/linear.cpp`) at the address `packed`; for few rows."""
+    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int, widens: bool = False) -> Tensor:
+        """x [..., in] with a weight in panels (`cpu/linear.cpp`) at the address `packed`; for few rows. widens: what
+        has been rounded to x's dtype comes as float32."""
         assert x.is_contiguous() and (bias is None or bias.is_contiguous())
         size_in = x.shape[-1]
-        rows, out = x.numel() // size_in, torch.empty(*x.shape[:-1], size_out, dtype=x.dtype)
+        widens = widens and x.dtype != torch.float32
+        out = torch.empty(*x.shape[:-1], size_out, dtype=torch.float32 if widens else x.dtype)
         self._linear_packed(
-            self._dtype, x.data_ptr(), packed, _address(bias), out.data_ptr(), rows, size_in, size_out, self._threads
+            self._dtype,
+            x.data_ptr(),
+            packed,
+            _address(bias),
+            out.data_ptr(),
+            x.numel() // size_in,
+            size_in,
+            size_out,
+            widens,
+            self._threads,
         )
         return out
 

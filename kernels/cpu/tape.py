@@ -2,7 +2,7 @@
 
     recorded                             replayed
     C++ op, C++ op, ...                  one call of a C++ function that makes them all (`calls.cpp`)
-    an op of torch's                     called again, its result copied to where the first one lies
+    an op of torch's                     called again, its result written to where the first one lies
     what was given to `Tape.do`          called again (collectives)
     a view, new memory                   nothing: it is still there
 
@@ -51,6 +51,12 @@ class Pool:
         return torch.frombuffer(lent, dtype=dtype, count=prod(shape)).view(shape)
 
 
+def lent(tensor: Tensor) -> Tensor:
+    """The same memory of a pool, which gives it away again all the same."""
+    memory = (c_char * tensor.nbytes).from_address(tensor.data_ptr())
+    return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+
+
 class Tape:
     """A recording. `spoiled`: why it must not be replayed, or None."""
 
@@ -90,6 +96,11 @@ class Tape:
         self._parts.append(_Calls(run, table, count, memory))
         self._calls = []
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether all that is recorded are C++ ops."""
+        return self.spoiled is None and all(isinstance(part, _Calls) for part in self._parts)
+
     def replay(self) -> None:
         for part in self._parts:
             part()
@@ -126,13 +137,25 @@ class _Watch(TorchDispatchMode):
         elif not isinstance(out, Tensor):
             self._spoil(f"{func} gives something else than a tensor")
         elif func.overloadpacket not in _FACTORIES:
-            self._tape.do(lambda: out.copy_(func(*args, **kwargs)))
+            self._tape.do(_again(func, args, kwargs, out))
         elif out.is_cpu and out.is_contiguous():
             return self._tape.pool.empty(tuple(out.shape), out.dtype)
         return out
 
     def _spoil(self, reason: str) -> None:
         self._tape.spoiled = self._tape.spoiled or reason
+
+
+def _again(func: Any, args: Any, kwargs: Any, out: Tensor) -> Callable[[], object]:
+    """What calls an op for a result that lies where `out` does."""
+    into = getattr(func.overloadpacket, "out", None)
+    if into is not None and _arguments(into) == _arguments(func):
+        return partial(into, *args, **kwargs, out=out)
+    return lambda: out.copy_(func(*args, **kwargs))
+
+
+def _arguments(func: Any) -> list[tuple[str, str, bool]]:
+    return [(each.name, str(each.type), each.kwarg_only) for each in func._schema.arguments if not each.is_out]
 
 
 _FACTORIES = {

@@ -94,7 +94,7 @@ def test_others_than_decodes_and_large_batches_are_not_recorded(
     with InferenceEngine(model, CONFIG) as engine:
         run(engine)
         tapes = tapes_of(engine)
-        assert tapes is not None and set(tapes._replays) == {1, 2}
+        assert tapes is not None and set(tapes._recorded) == {1, 2}
 
 
 @pytest.mark.slow

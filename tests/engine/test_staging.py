@@ -8,10 +8,13 @@ import pytest
 import torch
 
 from meshlm.engine import staging
+from meshlm.engine.drawing import Drawing
 from meshlm.engine.staging import HostRing, Staging, num_bytes, views
 from meshlm.engine.step import SampleRequest, StepInput, drawn_before
 from meshlm.engine.step_arrays import known_tokens, sequences_of, step_shapes, token_shapes, write_step
+from meshlm.kernels import select_ops
 from meshlm.kernels.batch import PagedBatch
+from meshlm.mesh.collectives import Communicator
 
 CPU = torch.device("cpu")
 SHAPES: staging.Shapes = {
@@ -125,7 +128,6 @@ def test_a_step_is_laid_out(name: str, padding: int) -> None:
     assert arrays["key_lens"].tolist() == [*key_lens, *[0] * padding]
     starts = arrays["query_starts"].tolist()
     assert np.diff(starts).tolist() == [*step.query_lens, *[1] * padding]
-    assert arrays["rows"].tolist() == [s.row for s in step.samples]
     width = max(map(len, step.block_tables))
     padded = [[*t, *[0] * (width - len(t))] for t in step.block_tables]
     assert arrays["block_tables"].tolist() == padded + [[0] * width] * padding
@@ -136,6 +138,19 @@ def test_a_step_is_laid_out(name: str, padding: int) -> None:
         )
         for field in vars(batch):
             assert torch.equal(torch.as_tensor(getattr(ours, field)), torch.as_tensor(getattr(batch, field))), field
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_rows_are_picked_where_not_all_are_drawn_from(name: str) -> None:
+    step = STEPS[name]
+    alone = Communicator(None, "tp")
+    plan = Drawing(alone, [(0, 200)], select_ops(CPU, torch.float32), CPU, num_slots=3, longest=64).plan(step)
+    staged = Staging(CPU).open(plan.shapes)
+    plan.write(staged.host)
+    rows = staged.send().arrays.get("rows")
+    assert step.draws_after_all == (name == "decodes")
+    picked = [] if step.draws_after_all else [sample.row for sample in step.samples]
+    assert ([] if rows is None else rows.tolist()) == picked
 
 
 def test_what_a_recording_reads_lies_first_and_is_fixed_by_the_size() -> None:

@@ -31,7 +31,7 @@ from meshlm.engine.executor import MeshExecutor
 from meshlm.engine.rank import Published
 from meshlm.engine.step import StepInput
 from meshlm.engine.world import World
-from meshlm.mesh import launch, own_ranks
+from meshlm.mesh import interrupts, own_ranks
 from meshlm.mesh.launch import RankFailure
 from meshlm.shardformer import open_checkpoint
 from meshlm.shardformer.shard import Shards, split_layers, stage_bytes
@@ -828,7 +828,7 @@ report["left"] = [name for name in threads if "gloo" in name]  # would be in the
 @pytest.mark.parametrize("fails", [False, True], ids=["succeeds", "fails"])
 def test_an_interrupt_at_any_line_leaves_no_follower_waiting(streams: bool, fails: bool) -> None:
     """A Ctrl-C at each line of the calls' way through `World`: what has begun is told to its end, once."""
-    files = {launch.__file__, world.__file__}
+    files = {interrupts.__file__, world.__file__}
     interrupted_at = 0
 
     class Told(MeshExecutor):
