@@ -118,7 +118,7 @@ class Sampler:
         self.start, self.stop = vocabulary[tp.rank]
         self.largest_shard = max(stop - start for start, stop in vocabulary)
         self._zeros = torch.zeros(0, device=device), torch.zeros(0, 2, dtype=torch.int32, device=device)
-        self.noise, self.sample_shard, self.likeliest = ops.counter_noise, ops.sample_shard, ops.likeliest
+        self.sample_shard, self.likeliest, self.draw_filtered = ops.sample_shard, ops.likeliest, ops.draw_filtered
 
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
@@ -149,7 +149,7 @@ class Sampler:
             filters=arrays["filters"],
             num_candidates=draws.num_candidates,
         )
-        drawn, complete = self._draw_filtered(filtered)
+        drawn, complete = self._draw_among(filtered)
         if len(draws.filtered) < len(draws.samples):
             drawn = self._best(logits, draws, arrays).index_copy_(0, filtered.rows, drawn)
         if draws.num_candidates == self.largest_shard:  # all there are
@@ -164,11 +164,11 @@ class Sampler:
         for first in range(0, len(short), _REDRAWN_AT_ONCE):
             index = torch.tensor(short[first : first + _REDRAWN_AT_ONCE], device=self.device)
             filtered = draw.filtered.select(index)
-            drawn, enough = self._draw_filtered(filtered)
+            drawn, enough = self._draw_among(filtered)
             while not enough.all():
                 count = min(4 * filtered.num_candidates, self.largest_shard)
                 filtered = replace(filtered, num_candidates=count)
-                drawn, enough = self._draw_filtered(filtered)
+                drawn, enough = self._draw_among(filtered)
             token_ids.index_copy_(0, filtered.rows, drawn)
         return token_ids
 
@@ -192,24 +192,23 @@ class Sampler:
             self._zeros = temperatures, keys = temperatures.new_zeros(num_rows), keys.new_zeros(num_rows, 2)
         return temperatures[:num_rows], keys[:num_rows]
 
-    def _draw_filtered(self, filtered: Filtered) -> tuple[Tensor, Tensor]:
+    def _draw_among(self, filtered: Filtered) -> tuple[Tensor, Tensor]:
         """Token ids [num_filtered], and whether all that may be drawn were among the candidates."""
         values, token_ids, mass, floor = self._candidates(filtered.scaled, filtered.num_candidates)
-        keep, complete = _filter(values, mass, floor, *filtered.filters)
-        scores = values.float() + self.noise(filtered.keys, token_ids.int())
-        winner = scores.masked_fill_(~keep, _NEVER).argmax(dim=-1, keepdim=True)
-        return token_ids.gather(1, winner).squeeze(1), complete
+        return self.draw_filtered(values, token_ids, mass, floor, filtered.filters, filtered.keys)
 
     def _candidates(self, scaled: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The likeliest tokens of all shards, `count` or fewer from each, descending.
+        """The likeliest tokens of all shards, `count` or fewer from each, descending; see `eager_sample.draw_filtered`.
 
-        Returns float64 values and int64 token ids [num_rows, n], the log of the sum of exp over the whole vocabulary
-        [num_rows, 1], and the value below which tokens may be missing [num_rows, 1].
+        Returns values and token ids [num_rows, n], the log of the sum of exp over the whole vocabulary [num_rows, 1],
+        and the value below which tokens may be missing [num_rows, 1].
         """
         size = min(count, scaled.shape[1])
         values, index, masses = self.likeliest(scaled, size)
         mass = masses.double()
         floor = values[:, -1:].double() if size < scaled.shape[1] else torch.full_like(mass, _NEVER)
+        if self.tp.size == 1:
+            return values, index, mass, floor
         filler = torch.full((len(scaled), count - size), _NEVER, dtype=torch.float64, device=self.device)
         packed = torch.cat(
             (values.double(), filler, index.double() + self.start, torch.zeros_like(filler), mass, floor), dim=-1
@@ -217,33 +216,7 @@ class Sampler:
         gathered = self.tp.all_gather(packed)  # [tp, num_rows, 2 * count + 2]
         shards, floors = gathered[:, :, -2:-1], gathered[:, :, -1:]
         by_row = gathered.transpose(0, 1)
-        all_values = by_row[:, :, :count].reshape(len(scaled), -1)
+        all_values = by_row[:, :, :count].reshape(len(scaled), -1).float()
         all_ids = by_row[:, :, count : 2 * count].reshape(len(scaled), -1)
         all_values, order = all_values.sort(dim=-1, descending=True, stable=True)
         return all_values, all_ids.gather(1, order).long(), shards.logsumexp(dim=0), floors.amax(dim=0)
-
-
-def _filter(
-    values: Tensor, mass: Tensor, floor: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Which candidates remain [num_rows, n], and whether every token that should is among the candidates [num_rows].
-
-    values: descending; mass: log-sum-exp over the whole vocabulary; floor: tokens below it may be missing; top_k: inf
-    where it is off. All but values [num_rows, 1].
-    """
-    place = torch.arange(values.shape[1], device=values.device, dtype=torch.float64)
-    kth = values.gather(1, (top_k.clamp(max=values.shape[1]) - 1).long())
-    keep = (place < top_k) | (values >= kth)  # equals of the k-th stay, as in transformers
-    nothing_missing = floor == _NEVER
-    all_of_top_k = top_k.isinf() | nothing_missing | (kth > floor)
-    kept_mass = torch.where(top_k.isinf(), mass, values.masked_fill(~keep, _NEVER).logsumexp(dim=-1, keepdim=True))
-
-    probability = (values - kept_mass).exp().masked_fill(~keep, 0)
-    before = probability.cumsum(dim=-1) - probability  # of the likelier ones
-    keep &= (before < top_p) | (place == 0) | (top_p >= 1)
-    keep &= values >= values[:, :1] + min_p.log()
-    keep &= values > _NEVER
-
-    lowest = values.masked_fill(~keep, float("inf")).amin(dim=-1, keepdim=True)
-    complete = nothing_missing | (lowest > floor)  # or nothing that would be kept
-    return keep, (complete & all_of_top_k).squeeze(1)

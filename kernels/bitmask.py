@@ -1,6 +1,6 @@
 """Bans the tokens of a vocabulary shard whose bit is not set in their row's mask.
 
-Definition: `eager.apply_bitmask`.
+Definition: `eager_sample.apply_bitmask`.
 """
 
 import torch
@@ -32,7 +32,7 @@ def _bitmask_kernel(
 
 
 def apply_bitmask(logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
-    """`eager.apply_bitmask`."""
+    """`eager_sample.apply_bitmask`."""
     num_masks, words = mask.shape
     local_vocab = logits.shape[1]
     assert logits.dtype == torch.float32 and logits.is_contiguous() and start + local_vocab <= 32 * words

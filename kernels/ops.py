@@ -8,14 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import eager, eager_moe, linear
+from . import eager, eager_moe, eager_sample, linear
 from .cpu import CpuOps, Unavailable
 from .eager_moe import ExpertPlan, GroupedLinear, Routing
 
 
 @dataclass(frozen=True)
 class Ops:
-    """One implementation of each op; a module keeps the ones that it uses. Signatures: `eager.py`, `eager_moe.py`."""
+    """One implementation of each op; a module keeps the ones that it uses. Signatures: `eager*.py`."""
 
     name: str
     bind_linear: linear.BindLinear
@@ -37,6 +37,7 @@ class Ops:
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     likeliest: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+    draw_filtered: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
     apply_bitmask: Callable[[Tensor, Tensor | None, Tensor, int], None]
 
 
@@ -57,10 +58,11 @@ EAGER = Ops(
     plan_experts=eager_moe.plan_experts,
     bind_grouped_linear=eager_moe.bind_grouped_linear,
     combine=eager_moe.combine,
-    counter_noise=eager.counter_noise,
-    sample_shard=eager.sample_shard,
-    likeliest=eager.likeliest,
-    apply_bitmask=eager.apply_bitmask,
+    counter_noise=eager_sample.counter_noise,
+    sample_shard=eager_sample.sample_shard,
+    likeliest=eager_sample.likeliest,
+    draw_filtered=eager_sample.draw_filtered,
+    apply_bitmask=eager_sample.apply_bitmask,
 )
 
 
@@ -106,6 +108,7 @@ def _compiled(compiled: CpuOps) -> Ops:
         counter_noise=compiled.counter_noise,
         sample_shard=compiled.sample_shard,
         likeliest=compiled.likeliest,
+        draw_filtered=compiled.draw_filtered,
         apply_bitmask=compiled.apply_bitmask,
     )
 

@@ -1,8 +1,9 @@
 """Draws by Gumbel-max over a vocabulary shard: the argmax of ``logits / temperature + noise``.
 
 The noise is a hash of (key, token id): the mixer "lowbias32" (Wellons, hash-prospector) twice, then
-``-log(-log(1 - u))``. Its bits are those of `eager.counter_noise`; two logarithms make the rest equal to rounding.
-Definitions: `eager.counter_noise`, `eager.sample_shard`.
+``-log(-log(1 - u))``. Its bits are those of `eager_sample.counter_noise`; two logarithms make the rest equal to
+rounding.
+Definitions: `eager_sample.counter_noise`, `eager_sample.sample_shard`.
 """
 
 import torch
@@ -110,7 +111,7 @@ def _row_kernel(
 
 
 def counter_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """`eager.counter_noise`. keys: int32 [num_rows, 2]; token_ids: int32 [n] or [num_rows, n]; both contiguous."""
+    """`eager_sample.counter_noise`. keys: int32 [num_rows, 2]; token_ids: int32 [n] or [num_rows, n]; contiguous."""
     assert keys.dtype == token_ids.dtype == torch.int32 and keys.is_contiguous() and token_ids.is_contiguous()
     num_rows, n = len(keys), token_ids.shape[-1]
     assert token_ids.dim() == 1 or len(token_ids) == num_rows
@@ -122,7 +123,7 @@ def counter_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
 
 
 def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
-    """`eager.sample_shard`, in two passes: the best of each tile of a row, then of the tiles."""
+    """`eager_sample.sample_shard`, in two passes: the best of each tile of a row, then of the tiles."""
     num_rows, local_vocab = logits.shape
     assert logits.dtype == temperatures.dtype == torch.float32 and logits.stride(1) == 1 and local_vocab
     assert temperatures.shape == (num_rows,) and temperatures.is_contiguous()

@@ -3,10 +3,12 @@
 This imports triton, which not every machine has and no CPU needs: `ops.select_ops` imports it late.
 """
 
-from . import linear
+from torch import Tensor
+
+from . import eager_sample, linear
 from .activation import activation, gated_activation
 from .bitmask import apply_bitmask
-from .eager import likeliest
+from .eager_sample import likeliest
 from .embedding import embedding
 from .experts import combine, plan_experts
 from .grouped_linear import bind_grouped_linear
@@ -16,6 +18,14 @@ from .rms_norm import add_rms_norm, rms_norm
 from .rotary import rotary_store_kv, store_kv
 from .route import route
 from .sample import counter_noise, sample_shard
+
+
+def draw_filtered(
+    values: Tensor, token_ids: Tensor, mass: Tensor, floor: Tensor, filters: Tensor, keys: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`eager_sample.draw_filtered`, with the kernel's noise."""
+    return eager_sample.draw_filtered(values, token_ids, mass, floor, filters, keys, counter_noise)
+
 
 TRITON = Ops(
     name="triton",
@@ -37,5 +47,6 @@ TRITON = Ops(
     counter_noise=counter_noise,
     sample_shard=sample_shard,
     likeliest=likeliest,
+    draw_filtered=draw_filtered,
     apply_bitmask=apply_bitmask,
 )

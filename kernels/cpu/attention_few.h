@@ -56,15 +56,16 @@ template <class T> static inline vfloat dots(const T* query, const T* const* key
 }
 
 // Adds `count` values times weights to what decays: C vectors, from element i on, of R rows from `first` on. The values
-// lie `offset` elements after `values`.
+// lie `offset` elements after `values`; as many after `ahead` come near.
 template <class T, int R, int C>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const T* const* values,
-                              long offset, int count, int i, const float* decay) {
+                              const T* const* ahead, long offset, int count, int i, const float* decay) {
   vfloat sums[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = load(to.out(first + r) + i + c * W) * decay[r];
   for (int n = 0; n < count; n++) {
     const T* from = values[n] + offset + i;
+    bring(ahead[n] + offset + i, C * W * sizeof(T));
     vfloat value[C];
     for (int c = 0; c < C; c++) value[c] = load(from + c * W);
     for (int r = 0; r < R; r++) {
@@ -80,7 +81,7 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
 #if defined(__AVX512BF16__)
 template <int R>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const bfloat16* const* values,
-                              long offset, int count, long i, const float* decay) {
+                              const bfloat16* const* ahead, long offset, int count, long i, const float* decay) {
   // Element k of 32 lies in lane LOW[k] of low pairs or high ones: unpacking takes fours of each quarter in turns.
   static const __m512i first16 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   static const __m512i last16 = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -93,6 +94,7 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
   for (int n = 0; n < count; n += 2) {
     const __m512i a = load_as<__m512i>(values[n] + offset + i);
     const __m512i b = n + 1 < count ? load_as<__m512i>(values[n + 1] + offset + i) : _mm512_setzero_si512();
+    for (int each = n; each < n + 2; each++) bring(ahead[each] + offset + i, 2 * W * sizeof(bfloat16));
     const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
     for (int r = 0; r < R; r++) {
       const __m512i pair = _mm512_set1_epi32(load_as<int32_t>(pairs[r] + n));
@@ -119,6 +121,7 @@ template <class T> struct KeyTile {
     start = from, count = std::min<long>(KEYS, stop - from);
     cache.find(start, count, keys, values);
     for (int n = count; n % W; n++) keys[n] = keys[count - 1];  // so that W are taken at once
+    for (int n = count; n < KEYS; n++) values[n] = values[count - 1];  // so that all can be brought near
   }
 };
 
@@ -129,7 +132,8 @@ template <class T, int R> struct Queries {
   float slope[R];
 };
 
-// R rows of the task's KV head `head` with a tile. next: the one that follows, whose keys come near meanwhile.
+// R rows of the task's KV head `head` with a tile. next: the one that follows, which comes near meanwhile: few lines at
+// a time, keys with keys and values with values, so that memory is never waited for and never idle.
 template <class T, int R>
 static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries, long head, const KeyTile<T>& tile,
                                const KeyTile<T>& next, const Partial& to) {
@@ -139,14 +143,15 @@ static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries,
   const float to_exponent = a.to_exponent();
   alignas(64) float weights[R][KEYS];
   float decay[R];
-  const int share = (next.count * W + padded - 1) / padded;  // of the next tile, while W keys of this one are taken
-  for (int n = 0; n < padded; n += W) {
-    for (int k = n / W * share, stop = std::min(k + share, next.count); k < stop; k++) {
-      bring(next.keys[k] + keys_at, head_dim * sizeof(T));
-      bring(next.values[k] + values_at, value_dim * sizeof(T));
+  const int parts = padded / W * R;
+  int brought = 0;
+  for (int n = 0, part = 1; n < padded; n += W)
+    for (int r = 0; r < R; r++, part++) {
+      for (; brought < next.count * part / parts; brought++) bring(next.keys[brought] + keys_at, head_dim * sizeof(T));
+      store(weights[r] + n, dots(queries.row[r], tile.keys + n, keys_at, head_dim));
     }
-    for (int r = 0; r < R; r++) store(weights[r] + n, dots(queries.row[r], tile.keys + n, keys_at, head_dim));
-  }
+  const T* const* ahead = next.count ? next.values : tile.values;
+  for (int n = tile.count; n < next.count; n++) bring(ahead[n] + values_at, value_dim * sizeof(T));
   for (int r = 0; r < R; r++) {
     const long position = queries.position[r];
     vfloat highest = splat(-INFINITY);
@@ -173,12 +178,12 @@ static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries,
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16>)
     for (; i + 2 * W <= value_dim; i += 2 * W)
-      add_values<R>(to, first, weights, tile.values, values_at, tile.count, long(i), decay);
+      add_values<R>(to, first, weights, tile.values, ahead, values_at, tile.count, long(i), decay);
 #endif
   for (; i + C * W <= value_dim; i += C * W)
-    add_values<T, R, C>(to, first, weights, tile.values, values_at, tile.count, i, decay);
+    add_values<T, R, C>(to, first, weights, tile.values, ahead, values_at, tile.count, i, decay);
   for (; i < value_dim; i += W)
-    add_values<T, R, 1>(to, first, weights, tile.values, values_at, tile.count, i, decay);
+    add_values<T, R, 1>(to, first, weights, tile.values, ahead, values_at, tile.count, i, decay);
 }
 
 // The keys that a task takes.

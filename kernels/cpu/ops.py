@@ -52,6 +52,7 @@ class CpuOps:
         self._counter_noise = _function(library, "counter_noise", "ppp" + "llli")
         self._sample_shard = _function(library, "sample_shard", "ppppp" + "lllli")
         self._likeliest = _function(library, "likeliest", "ppppllli")
+        self._draw_filtered = _function(library, "draw_filtered", "p" * 8 + "lli")
         self._apply_bitmask = _function(library, "apply_bitmask", "ppp" + "lllli")
         self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
@@ -403,6 +404,29 @@ class CpuOps:
             self._threads,
         )
         return values, places, masses
+
+    def draw_filtered(
+        self, values: Tensor, token_ids: Tensor, mass: Tensor, floor: Tensor, filters: Tensor, keys: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        assert all(each.is_contiguous() for each in (values, token_ids, mass, floor, filters, keys))
+        assert values.dtype == torch.float32 and mass.dtype == floor.dtype == filters.dtype == torch.float64
+        assert token_ids.dtype == torch.int64 and keys.dtype == torch.int32
+        rows, n = values.shape
+        drawn, complete = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        self._draw_filtered(
+            values.data_ptr(),
+            token_ids.data_ptr(),
+            mass.data_ptr(),
+            floor.data_ptr(),
+            filters.data_ptr(),
+            keys.data_ptr(),
+            drawn.data_ptr(),
+            complete.data_ptr(),
+            rows,
+            n,
+            self._threads,
+        )
+        return drawn, complete
 
     def apply_bitmask(self, logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
         assert logits.is_contiguous() and mask.is_contiguous() and logits.dtype == torch.float32

@@ -1,4 +1,4 @@
-// counter_noise, sample_shard, likeliest and apply_bitmask: `kernels/eager.py`.
+// The sampler's ops: `kernels/eager_sample.py`.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -210,6 +210,55 @@ extern "C" void likeliest(const void* logits, void* values, void* places, void* 
                                        (int64_t*)places + r * count);
 }
 
+// Of one row: the place of the token that is drawn, and whether every token that is kept is among the n.
+static std::pair<long, bool> draw_of(const float* values, const int64_t* token_ids, double mass, double floor, double top_k,
+                                     double top_p, double min_p, const uint32_t* key, long n) {
+  bool nothing_missing = std::isinf(floor) && floor < 0, is_all = std::isinf(top_k);
+  double kth = values[is_all || top_k > n ? n - 1 : long(top_k) - 1];
+  long count = 0;  // of the first ones, which top-k keeps: equals of the k-th stay
+  while (count < n && (count < top_k || values[count] >= kth)) count++;
+  if (!is_all) {
+    double sum = 0;
+    for (long i = 0; i < count; i++) sum += std::exp(double(values[i]) - values[0]);
+    mass = values[0] + std::log(sum);
+  }
+  double total = 0, least = values[0] + std::log(min_p);
+  long kept = 0;
+  for (; kept < count; kept++) {
+    double value = values[kept];
+    if (!(value >= least && value > NEVER)) break;
+    double probability = top_p < 1 ? std::exp(value - mass) : 0;
+    total += probability;
+    if (kept && top_p < 1 && !(total - probability < top_p)) break;
+  }
+  bool complete = nothing_missing || ((!kept || values[kept - 1] > floor) && (is_all || kth > floor));
+  Best best = {NEVER, 0};
+  for (long i = 0; i < kept; i += W) {
+    vuint ids = {};
+    for (long j = 0; j < W && i + j < kept; j++) ids[j] = uint32_t(token_ids[i + j]);
+    vfloat noise = gumbel(uniform(key[0], key[1], ids));
+    for (long j = 0; j < W && i + j < kept; j++)
+      if (float score = values[i + j] + noise[j]; beats(score, best.value)) best = {score, i + j};
+  }
+  return {best.place, complete};
+}
+
+// values: [rows, n], descending; token_ids: [rows, n]; mass, floor: [rows]; filters: [3, rows], top-k (inf: off), top-p and
+// min-p; keys: [rows, 2]; drawn, complete: [rows].
+extern "C" void draw_filtered(const void* values, const void* token_ids, const void* mass, const void* floor,
+                              const void* filters, const void* keys, void* drawn, void* complete, long rows, long n,
+                              int threads) {
+#pragma omp parallel for num_threads(threads) if (rows > 4)
+  for (long r = 0; r < rows; r++) {
+    const int64_t* ids = (const int64_t*)token_ids + r * n;
+    const double* filter = (const double*)filters + r;
+    auto [place, is_complete] = draw_of((const float*)values + r * n, ids, ((const double*)mass)[r], ((const double*)floor)[r],
+                                        filter[0], filter[rows], filter[2 * rows], (const uint32_t*)keys + 2 * r, n);
+    ((int64_t*)drawn)[r] = ids[place];
+    ((bool*)complete)[r] = is_complete;
+  }
+}
+
 // logits: [.., n], of tokens from `start` on; rows: which of them each mask is for, null: the first, the second, ...;
 // mask: [num_masks, words], bit i % 32 of word i // 32 for token i.
 extern "C" void apply_bitmask(void* logits, const void* rows, const void* mask, long num_masks, long words, long n,
@@ -234,4 +283,5 @@ extern "C" void apply_bitmask(void* logits, const void* rows, const void* mask, 
 CALLABLE(counter_noise)
 CALLABLE(sample_shard)
 CALLABLE(apply_bitmask)
+CALLABLE(draw_filtered)
 CALLABLE(likeliest)

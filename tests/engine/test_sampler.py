@@ -19,7 +19,7 @@ from meshlm.engine.sampler import Sampler
 from meshlm.engine.staging import Staging
 from meshlm.engine.step import SampleRequest
 from meshlm.engine.step_rows import noise_key
-from meshlm.kernels import select_ops
+from meshlm.kernels import eager_sample, select_ops
 from meshlm.shardformer.shard import Range, even_split
 from shards import on_ranks, splits
 
@@ -35,7 +35,10 @@ def draw(
 ) -> list[int]:
     """Token ids drawn by every rank of a tp group that holds `shards` of the vocabulary."""
     shards = shards or [(0, logits.shape[1])]
-    ops = OPS if noise is None else replace(OPS, counter_noise=noise, sample_shard=partial(sample_shard, noise))
+    ops = OPS
+    if noise is not None:
+        filtered = partial(eager_sample.draw_filtered, noise=noise)
+        ops = replace(OPS, sample_shard=partial(sample_shard, noise), draw_filtered=filtered)
 
     def rank(tp: Any) -> list[int]:
         start, stop = shards[tp.rank]

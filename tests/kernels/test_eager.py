@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.olmo.modeling_olmo import OlmoLayerNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from meshlm.kernels import eager, select_ops
+from meshlm.kernels import eager, eager_sample, select_ops
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -410,23 +410,27 @@ def keys_of(count: int, seed: int = 0) -> Tensor:
 
 def test_noise_is_of_key_and_token_alone() -> None:
     keys, ids = keys_of(5), torch.arange(300, dtype=torch.int32)
-    whole = eager.counter_noise(keys, ids)
+    whole = eager_sample.counter_noise(keys, ids)
     assert whole.shape == (5, 300) and whole.dtype == torch.float32
-    assert torch.equal(whole, eager.counter_noise(keys, ids))
+    assert torch.equal(whole, eager_sample.counter_noise(keys, ids))
     for start, stop in ((0, 100), (100, 101), (101, 300)):
-        assert torch.equal(eager.counter_noise(keys, ids[start:stop]), whole[:, start:stop])
+        assert torch.equal(eager_sample.counter_noise(keys, ids[start:stop]), whole[:, start:stop])
     for row in range(5):
-        assert torch.equal(eager.counter_noise(keys[row : row + 1], ids)[0], whole[row])
+        assert torch.equal(eager_sample.counter_noise(keys[row : row + 1], ids)[0], whole[row])
     picked = torch.randint(0, 300, (5, 17))
-    assert torch.equal(eager.counter_noise(keys, picked.int()), whole.gather(1, picked))
+    assert torch.equal(eager_sample.counter_noise(keys, picked.int()), whole.gather(1, picked))
 
 
 def test_noise_is_gumbel() -> None:
     """Kolmogorov-Smirnov, over tokens of one key and over keys of one token; the bound is that of p = 1e-4."""
-    one_key = eager.counter_noise(keys_of(1), torch.arange(60_000, dtype=torch.int32)).flatten()
-    one_token = eager.counter_noise(keys_of(60_000), torch.tensor([7], dtype=torch.int32)).flatten()
+    one_key = eager_sample.counter_noise(keys_of(1), torch.arange(60_000, dtype=torch.int32)).flatten()
+    one_token = eager_sample.counter_noise(keys_of(60_000), torch.tensor([7], dtype=torch.int32)).flatten()
     counting = torch.stack((torch.arange(60_000), torch.zeros(60_000, dtype=torch.long)), dim=1).int()
-    for noise in (one_key, one_token, eager.counter_noise(counting, torch.tensor([0], dtype=torch.int32)).flatten()):
+    for noise in (
+        one_key,
+        one_token,
+        eager_sample.counter_noise(counting, torch.tensor([0], dtype=torch.int32)).flatten(),
+    ):
         assert torch.isfinite(noise).all()
         ordered = noise.double().sort().values
         expected = torch.exp(-torch.exp(-ordered))  # the distribution function of Gumbel
@@ -439,9 +443,9 @@ def test_noise_is_gumbel() -> None:
 def test_noise_of_neighbours_is_unrelated() -> None:
     ids = torch.arange(20_000, dtype=torch.int32)
     base = torch.tensor([[12345, -9876]], dtype=torch.int32)
-    noise = eager.counter_noise(base, ids)[0].double()
+    noise = eager_sample.counter_noise(base, ids)[0].double()
     steps = [torch.tensor([step], dtype=torch.int32) for step in ([1, 0], [0, 1], [1, 1])]
-    others = [eager.counter_noise(base + step, ids)[0] for step in steps]
+    others = [eager_sample.counter_noise(base + step, ids)[0] for step in steps]
     others.append(noise.roll(1))
     for other in others:
         correlation = torch.corrcoef(torch.stack((noise, other.double())))[0, 1].abs().item()
@@ -451,7 +455,7 @@ def test_noise_of_neighbours_is_unrelated() -> None:
 def test_noise_is_finite_at_both_ends() -> None:
     """Over two million draws, whatever their 24 bits."""
     for seed in range(2):
-        noise = eager.counter_noise(keys_of(2, seed), torch.arange(500_000, dtype=torch.int32))
+        noise = eager_sample.counter_noise(keys_of(2, seed), torch.arange(500_000, dtype=torch.int32))
         assert torch.isfinite(noise).all()
         assert -3 < noise.min() < -2.3 and 11 < noise.max() < 17.5
 
@@ -459,7 +463,7 @@ def test_noise_is_finite_at_both_ends() -> None:
 def test_argmax_of_noisy_logits_draws_from_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, float("-inf"), 1.5, -3.0])
     draws = 200_000
-    noise = eager.counter_noise(keys_of(draws), torch.arange(len(logits), dtype=torch.int32))
+    noise = eager_sample.counter_noise(keys_of(draws), torch.arange(len(logits), dtype=torch.int32))
     seen = torch.bincount((logits + noise).argmax(-1), minlength=len(logits)).double()
     expected = torch.softmax(logits.double(), -1) * draws
     assert seen[4] == 0
@@ -475,8 +479,8 @@ def test_sample_shard(rows: int) -> None:
     logits[:, 7] = logits[:, 30] = 4.0  # equals
     before = logits.clone()
     temperatures = torch.tensor([0.0, 1.0, 0.2, 3.0, 0.0, 1e-6])[:rows]
-    noise = eager.counter_noise(keys, torch.arange(start, start + 50, dtype=torch.int32))
-    value, token_ids = eager.sample_shard(logits, temperatures, keys, start)
+    noise = eager_sample.counter_noise(keys, torch.arange(start, start + 50, dtype=torch.int32))
+    value, token_ids = eager_sample.sample_shard(logits, temperatures, keys, start)
     assert value.dtype == torch.float32 and token_ids.dtype == torch.int64 and torch.equal(logits, before)
     for row, temperature in enumerate(temperatures):
         scores = logits[row] / temperature + noise[row] if temperature else logits[row]
@@ -488,7 +492,7 @@ def test_sample_shard(rows: int) -> None:
 def test_shards_draw_what_the_whole_draws() -> None:
     torch.manual_seed(0)
     logits, keys, temperatures = torch.randn(40, 90), keys_of(40), torch.tensor([0.0, 0.7] * 20)
-    _, token_ids = eager.sample_shard(logits, temperatures, keys, 0)
-    parts = [eager.sample_shard(logits[:, a:b], temperatures, keys, a) for a, b in ((0, 30), (30, 31), (31, 90))]
+    _, token_ids = eager_sample.sample_shard(logits, temperatures, keys, 0)
+    parts = [eager_sample.sample_shard(logits[:, a:b], temperatures, keys, a) for a, b in ((0, 30), (30, 31), (31, 90))]
     winner = torch.stack([value for value, _ in parts]).argmax(dim=0)
     assert torch.equal(torch.stack([ids for _, ids in parts]).gather(0, winner[None])[0], token_ids)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshlm.kernels import eager
+from meshlm.kernels import eager_sample
 
 NAN, INF = float("nan"), float("inf")
 
@@ -31,9 +31,9 @@ def test_counter_noise(
     rows, n = shape
     keys = keys_of(rows, device)
     ids = torch.arange(1000, 1000 + n, dtype=torch.int32, device=device)
-    assert_same(kernel.counter_noise(keys, ids), eager.counter_noise(keys, ids))
+    assert_same(kernel.counter_noise(keys, ids), eager_sample.counter_noise(keys, ids))
     own = torch.randint(-(2**31), 2**31, shape, device=device).int()
-    assert_same(kernel.counter_noise(keys, own), eager.counter_noise(keys, own))
+    assert_same(kernel.counter_noise(keys, own), eager_sample.counter_noise(keys, own))
 
 
 def test_noise_at_both_ends(kernel: Any, device: torch.device, assert_same: Callable[[Tensor, Tensor], None]) -> None:
@@ -50,7 +50,7 @@ def test_noise_at_both_ends(kernel: Any, device: torch.device, assert_same: Call
     words = torch.tensor([[unmixed(unmixed(bits)), 0] for bits in hashes])
     keys = torch.where(words < 2**31, words, words - 2**32).int().to(device)
     noise = kernel.counter_noise(keys, torch.zeros(1, dtype=torch.int32, device=device))
-    assert_same(noise, eager.counter_noise(keys, torch.zeros(1, dtype=torch.int32, device=device)))
+    assert_same(noise, eager_sample.counter_noise(keys, torch.zeros(1, dtype=torch.int32, device=device)))
     assert torch.isfinite(noise).all() and noise[0] > 22 and noise[-1] < -2.8
     assert noise.flatten().tolist() == sorted(noise.flatten().tolist(), reverse=True)
 
@@ -67,7 +67,7 @@ def test_sample_shard(
     temperatures = torch.tensor([0.0, 1.0, 0.3, 1e-6, 0.0, 5.0, 1.0], device=device)[:rows].contiguous()
     keys = keys_of(rows, device)
     values, token_ids = kernel.sample_shard(logits, temperatures, keys, start)
-    expected_values, expected_ids = eager.sample_shard(logits, temperatures, keys, start)
+    expected_values, expected_ids = eager_sample.sample_shard(logits, temperatures, keys, start)
     assert_same(values, expected_values)
     assert_same(token_ids, expected_ids)
     assert torch.equal(logits, before)
@@ -109,7 +109,7 @@ def test_unusual_rows(
         logits[:, at] = logit
     arguments = logits, torch.full((2,), temperature, device=device), keys_of(2, device), 100
     values, token_ids = kernel.sample_shard(*arguments)
-    torch.testing.assert_close((values, token_ids), eager.sample_shard(*arguments), equal_nan=True)
+    torch.testing.assert_close((values, token_ids), eager_sample.sample_shard(*arguments), equal_nan=True)
     if not temperature:
         torch.testing.assert_close(values, torch.full((2,), value, device=device), equal_nan=True)
         assert token_ids.tolist() == [100 + place] * 2
@@ -144,7 +144,7 @@ def test_likeliest(
     logits[:, ::3] = -INF
     for case in (logits, torch.full_like(logits, 2.0), torch.full_like(logits, -INF)):
         values, places, masses = kernel.likeliest(case, count)
-        expected_values, _, expected_masses = eager.likeliest(case, count)
+        expected_values, _, expected_masses = eager_sample.likeliest(case, count)
         assert torch.equal(values, expected_values)
         assert_same(masses, expected_masses)
         there = values > -INF
@@ -152,6 +152,42 @@ def test_likeliest(
         assert all(
             len(set(row[is_there].tolist())) == is_there.sum() for row, is_there in zip(places, there, strict=True)
         )
+
+
+FILTERS = [
+    (INF, 1.0, 0.0),
+    (1, 1.0, 0.0),
+    (7, 1.0, 0.0),
+    (500, 1.0, 0.0),
+    (INF, 0.9, 0.0),
+    (INF, 1e-9, 0.0),
+    (INF, 1.0, 0.3),
+    (20, 0.5, 0.05),
+    (INF, 0.999, 1.0),
+]
+
+
+@pytest.mark.parametrize("n", [1, 5, 16, 128, 300])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 4.0])
+def test_draw_filtered(compiled: Callable[[str, str], Any], n: int, scale: float, device: torch.device) -> None:
+    """Of rows of all kinds: with equals, with tokens that may be missing, with nothing that may be drawn."""
+    kernel = compiled("C++", "sample")
+    torch.manual_seed(n)
+    rows = 8 * len(FILTERS)
+    logits = torch.randn(rows, 1000, device=device).mul(scale).round(decimals=1)
+    logits[1::8], logits[2::8, 3:] = -INF, -INF
+    values, token_ids, masses = eager_sample.likeliest(logits, n)
+    floor = values[:, -1:].double()
+    floor[3::8] = -INF
+    filters = (
+        torch.tensor(FILTERS, dtype=torch.float64, device=device).repeat_interleave(8, 0).T[..., None].contiguous()
+    )
+    arguments = (values, token_ids, masses.double(), floor, filters, keys_of(rows, device))
+    drawn, complete = kernel.draw_filtered(*arguments)
+    expected, expected_complete = eager_sample.draw_filtered(*arguments)
+    assert torch.equal(complete, expected_complete)
+    there = values[:, 0] > -INF
+    assert (drawn != expected)[there].sum() <= 1, "a draw may turn on the last bit of a logarithm"
 
 
 @pytest.mark.cuda
@@ -162,7 +198,7 @@ def test_sample_shard_of_a_real_size(
     logits, keys = torch.randn(256, 128256, device=device), keys_of(256, device)
     temperatures = torch.rand(256, device=device).round(decimals=1)
     values, token_ids = kernel.sample_shard(logits, temperatures, keys, 0)
-    expected_values, expected_ids = eager.sample_shard(logits, temperatures, keys, 0)
+    expected_values, expected_ids = eager_sample.sample_shard(logits, temperatures, keys, 0)
     assert_same(values, expected_values)
     assert (token_ids == expected_ids).sum() >= 255, "a draw may turn on the last bit of a logarithm"
 
