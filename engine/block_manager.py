@@ -83,13 +83,17 @@ class BlockManager:
 
     def can_extend(self, sequence: Sequence, num_tokens: int, spare: int = 0) -> bool:
         """Whether there is room for so many tokens; if that takes blocks, with `spare` blocks left over."""
+        if self._has_room(sequence, num_tokens):
+            return True
         wanted = self.num_blocks_for(num_tokens) - len(sequence.block_table) + self._writes_shared(sequence)
-        return wanted <= 0 or wanted + spare <= len(self._free)
+        return wanted + spare <= len(self._free)
 
     def extend(self, sequence: Sequence, num_tokens: int) -> tuple[int, int] | None:
         """Appends blocks until the table has room for `num_tokens`, of which those that are not scheduled yet will be
         written; (from, to) if for that a block must be copied that others hold too."""
         copy = None
+        if self._has_room(sequence, num_tokens):
+            return copy
         if self._writes_shared(sequence):
             place = sequence.num_scheduled_tokens // self.block_size
             shared = sequence.block_table[place]
@@ -99,6 +103,10 @@ class BlockManager:
         for _ in range(self.num_blocks_for(num_tokens) - len(sequence.block_table)):
             sequence.block_table.append(self._take())
         return copy
+
+    def _has_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether it takes no block, as in most steps."""
+        return num_tokens <= len(sequence.block_table) * self.block_size and not self._writes_shared(sequence)
 
     def _writes_shared(self, sequence: Sequence) -> bool:
         """Whether the block of the next token to be written is held by others too: then it is part full, of a fork."""

@@ -28,7 +28,7 @@ from .structured import Grammar
 _PATIENCE_S = 0.1  # of a step that can only wait for grammars: Ctrl-C, other requests and a close come in between
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Completion:
     """One of a request's outputs on its way: its sequence, its text."""
 
@@ -68,7 +68,7 @@ class Completion:
         return last if last in sequence.stop_token_ids and last not in sequence.eos_token_ids else None
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Request:
     """A request on its way: its completions, its times."""
 

@@ -255,11 +255,13 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, count: int, chosen: "Chosen") -> None:
         stop = sequence.num_scheduled_tokens + count
-        for_drafts = min(chosen.budget - count - chosen.num_behind, chosen.drafts_left)
-        sequence.drafts = self._draft(sequence, for_drafts) if stop == sequence.num_tokens else ()
+        if self.speculator is not None or sequence.forced:
+            for_drafts = min(chosen.budget - count - chosen.num_behind, chosen.drafts_left)
+            sequence.drafts = self._draft(sequence, for_drafts) if stop == sequence.num_tokens else ()
         chosen.share -= count
         chosen.drafts_left -= len(sequence.drafts)
-        sequence.forget_drafted()
+        if self._draft_steps is not None:
+            sequence.forget_drafted()
         count += len(sequence.drafts)
         copy = self.blocks.extend(sequence, sequence.num_scheduled_tokens + count)
         if copy is not None:
@@ -271,8 +273,6 @@ class Scheduler:
 
     def _draft(self, sequence: Sequence, budget: int) -> tuple[int, ...]:
         """Guesses for which there is room: in the budget, in what may come of the output, and in the blocks."""
-        if self.speculator is None and not sequence.forced:
-            return ()
         most = min(budget, sequence.max_tokens - sequence.num_output_tokens - 1)
         if most <= 0 or sequence.siblings or sequence.num_candidates:
             return ()
@@ -318,8 +318,11 @@ class Scheduler:
         rows = StepRows()
         for sequence, count in counts.items():
             first, stop = len(token_ids), sequence.num_scheduled_tokens
-            known = [*sequence.token_ids[stop - count : stop], *sequence.drafts]
-            token_ids.extend(known or [drawn_before(self._drawing[sequence])])
+            if stop - count < sequence.num_tokens:
+                token_ids.extend(sequence.token_ids[stop - count : stop])
+                token_ids.extend(sequence.drafts)
+            else:
+                token_ids.append(drawn_before(self._drawing[sequence]))
             rows.add_given(sequence, first, count)
             if stop - len(sequence.drafts) >= sequence.num_tokens and sequence.max_tokens:
                 rows.add_draws(sequence, first + count - 1 - len(sequence.drafts), self._drawing)
@@ -371,7 +374,8 @@ class Scheduler:
                 moved[sequence] = None
                 self.finish(sequence, "length")
         for sequence, _ in step.draws:
-            self._begin_sibling(sequence)
+            if sequence.parent is not None:
+                self._begin_sibling(sequence, sequence.parent)
         errors, first = dict(output.errors), 0
         for sequence, drafts in step.draws:
             samples = range(first, first + 1 + len(drafts))
@@ -444,11 +448,8 @@ class Scheduler:
         if told is not None:
             sequence.scores.append(told)
 
-    def _begin_sibling(self, sequence: Sequence) -> None:
+    def _begin_sibling(self, sequence: Sequence, parent: Sequence) -> None:
         """Lets a sequence go its own way whose first token has been drawn with another's, before that one ends."""
-        parent = sequence.parent
-        if parent is None:
-            return
         parent.siblings.remove(sequence)
         sequence.parent = None
         self.blocks.fork(parent, sequence)

@@ -46,7 +46,7 @@ class Constrains(Protocol):
     def masks(self, drafts: Seq[int]) -> tuple[Any, int]: ...
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """Token ids (prompt, then output) and how many of them have their keys and values in the cache.
 

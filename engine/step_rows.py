@@ -123,17 +123,17 @@ class StepRows:
 def _sample_request(sequence: Sequence, row: int, position: int) -> SampleRequest:
     sample, num_output = sequence.sample, position - sequence.num_prompt_tokens
     return SampleRequest(
-        row=row,
-        position=position,
-        temperature=sample.temperature,
-        top_k=sample.top_k,
-        top_p=sample.top_p,
-        min_p=sample.min_p,
-        key=noise_key(sample.seed, position) if sample.temperature else (0, 0),
-        slot=-1 if sequence.slot is None else sequence.slot,
-        forced=sequence.forced[num_output] if num_output < len(sequence.forced) else -1,
-        logprobs=sequence.logprobs,
-        num_candidates=sequence.num_candidates,
+        row,
+        position,
+        sample.temperature,
+        sample.top_k,
+        sample.top_p,
+        sample.min_p,
+        noise_key(sample.seed, position) if sample.temperature else (0, 0),
+        -1 if sequence.slot is None else sequence.slot,
+        sequence.forced[num_output] if num_output < len(sequence.forced) else -1,
+        sequence.logprobs,
+        sequence.num_candidates,
     )
 
 
