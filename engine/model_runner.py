@@ -107,6 +107,8 @@ class ModelRunner:
         if drawn is not None and drawn.draw.complete is not None:
             assert self.drawing is not None
             self.drawing.unsettled = running.settle
+        if drawn is not None:
+            self._keep(drawn)  # last: a step that was interrupted is done again, with what the one before it drew
         return running
 
     def _forward(self, step: StepInput, sent: Sent) -> tuple[Tensor, float]:
@@ -172,9 +174,7 @@ class ModelRunner:
     def _draw(self, hidden: Tensor, head: Head, plan: DrawingPlan, sent: Sent) -> Drawn:
         assert self.drawing is not None
         self.drawing.begin(plan, sent.arrays, self.drawn)
-        drawn = self.drawing(hidden, head, plan, sent.arrays, self.stage.last_hidden)
-        self._keep(drawn)
-        return drawn
+        return self.drawing(hidden, head, plan, sent.arrays, self.stage.last_hidden)
 
     @torch.inference_mode()
     def _redraw(self, drawn: Drawn, complete: list[bool]) -> Drawn:

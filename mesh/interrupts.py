@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType, TracebackType
+from typing import Any
 
 
 class _Gate:
@@ -22,16 +23,19 @@ class _Gate:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.is_open or (self.lets_second and self._held):
-            self._held.clear()
+            self.forget()
             self.behind(number, frame)
         else:
             self._held.append((number, frame))
+
+    def forget(self) -> None:
+        self._held.clear()
 
     def release(self) -> None:
         """Lets the handler have what was held."""
         if self._held:
             first = self._held[0]
-            self._held.clear()
+            self.forget()
             self.behind(*first)
 
     def __enter__(self) -> None:
@@ -76,12 +80,22 @@ def interrupt_between_steps() -> Iterator[None]:
     if handler is signal.default_int_handler:
         with uninterrupted() as interruptible, interruptible(), interrupt_between_steps():
             yield
-    elif not isinstance(handler, _Gate) or not handler.is_open or handler.behind is not signal.default_int_handler:
+    elif not isinstance(handler, _Gate) or _let_through(handler) is not signal.default_int_handler:
         yield
     else:
         handler.is_open, handler.lets_second = False, True
         try:
             yield
+        except BaseException:  # of which the caller hears, rather than of the interrupt
+            handler.forget()
+            raise
         finally:
             handler.is_open, handler.lets_second = True, False
         handler.release()
+
+
+def _let_through(handler: Any) -> Any:
+    """What an interrupt comes to behind gates that are open."""
+    while isinstance(handler, _Gate) and handler.is_open:
+        handler = handler.behind
+    return handler

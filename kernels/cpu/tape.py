@@ -53,6 +53,7 @@ class Pool:
 
 def lent(tensor: Tensor) -> Tensor:
     """The same memory of a pool, which gives it away again all the same."""
+    assert tensor.is_contiguous()
     memory = (c_char * tensor.nbytes).from_address(tensor.data_ptr())
     return torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
 

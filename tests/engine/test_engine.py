@@ -5,6 +5,7 @@ import os
 import signal
 import weakref
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,6 +226,13 @@ def test_outputs_tell_their_story(engine: InferenceEngine, tokenizer: Any) -> No
     assert times.queue_s is not None and times.ttft_s is not None and times.tpot_s is not None
     assert 0 <= times.queue_s <= times.ttft_s == times.token_s[0] <= times.total_s
     assert len(times.token_s) == 6 and list(times.token_s) == sorted(times.token_s)
+
+
+def test_outputs_have_all_their_fields(engine: InferenceEngine) -> None:
+    [output] = engine.generate(["the moon"], {"max_tokens": 2}, progress=False)
+    for made in (output, output.timings, output.outputs[0]):
+        assert vars(made).keys() == {field.name for field in fields(made)}
+        assert replace(made) == made
 
 
 def test_sampling_depends_on_the_seed_and_not_on_the_company(engine: InferenceEngine) -> None:

@@ -119,6 +119,28 @@ def test_a_call_within_a_change() -> None:
     assert done == ["step", "change"]
 
 
+def test_a_call_within_a_call() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), uninterrupted() as outer, outer():
+        with uninterrupted() as inner, inner(), interrupt_between_steps():
+            press()
+            done.append("step")
+        done.append("not reached")
+    assert done == ["step"]
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_a_step_that_fails_says_so(within: bool) -> None:
+    def step() -> None:
+        with interrupt_between_steps():
+            press()
+            raise ValueError("lost")
+
+    with pytest.raises(ValueError, match="lost"):
+        _call(step, within)
+    _call(lambda: None, within)
+
+
 def test_other_threads_hold_nothing() -> None:
     done = []
 
