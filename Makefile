@@ -18,11 +18,14 @@ demo: $(INSTALLED) ## fetch a small real model and run it on four processes (2 p
 	@$(BIN)/python -P -m meshlm.serving.demo_model >/dev/null
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 4 examples/llama_generate.py --tp-size 2 --pp-size 2
 
+# Two files of tests at a time: a file shares its mesh among its tests. JOBS=0: one after the other, in one process.
+JOBS := 2
+
 test: $(INSTALLED) ## run all tests (ARGS="-k mesh" goes to pytest)
-	@$(BIN)/pytest $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-fast: $(INSTALLED) ## run the tests that take no more than a few seconds each
-	@$(BIN)/pytest -m "not slow" $(ARGS)
+	@$(BIN)/pytest -n $(JOBS) --dist loadfile -m "not slow" $(ARGS)
 
 # mypy cannot follow an editable install whose root has another name than its package, so it gets a folder `meshlm`
 # that links to the package's parts.
