@@ -118,8 +118,8 @@ static void panel_columns(const typename Step<T>::Row* const* x, long rows, cons
       const T* p = panel + c * W * Step<T>::N;
       Ahead ahead = {(const char*)p + AHEAD, STEP, int(wide * W * Step<T>::N * sizeof(T) / LINE)};
       if (passes > 1) {
-        int lines = next ? (STEP / LINE + passes - 1) / passes : 0;
-        ahead = {(const char*)next + pass * steps * lines * LINE, lines * LINE, (pass * lines) * LINE < STEP ? lines : 0};
+        const long share = (STEP + passes - 1) / passes;  // of the next panel, in a step of this pass
+        ahead = {(const char*)next + pass * steps * share, share, next ? int((share + LINE - 1) / LINE) : 0};
       }
       auto columns = wide == WIDE ? columns_of<T, WIDE>(end - begin, ahead.lines) : columns_of<T, NARROW>(end - begin, ahead.lines);
       long column = c * W;
