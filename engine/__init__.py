@@ -1,6 +1,5 @@
 """The engine: sequences, scheduling, executors, sampling, and `InferenceEngine`."""
 
-from .core import EngineStats
 from .engine import InferenceEngine
 from .output import (
     CompletionOutput,
@@ -11,6 +10,7 @@ from .output import (
     ScoreOutput,
     logprob_dicts,
 )
+from .stats import EngineStats
 from .step import TokenLogprobs
 
 __all__ = [

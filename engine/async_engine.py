@@ -32,11 +32,12 @@ import torch
 from ..config import InferenceConfig
 from ..mesh.launch import RankFailure
 from ..shardformer import Model
-from .core import EngineStats, Request
 from .driving import Driver
 from .engine import InferenceEngine
 from .output import CompletionOutput, RequestOutput
 from .prompts import PreparedRequest, Preparer, Prompt
+from .request import Request
+from .stats import EngineStats
 
 T = TypeVar("T")
 _LOOK_S = 1.0  # how often it is looked, while there is nothing to do, whether all ranks are there

@@ -10,174 +10,22 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from concurrent import futures
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
-from ..config import InferenceConfig, SamplingParams, SpeculativeConfig
-from .beam_search import BeamSearch, num_candidates
+from ..config import InferenceConfig, SpeculativeConfig
+from .beam_search import BeamSearch
 from .block_manager import BlockManager
 from .constraint import Constraint
 from .detokenizer import Detokenizer
 from .executor import Executor
-from .output import CompletionOutput, RequestOutput, RequestTimings, snapshot
 from .prompts import PreparedRequest
+from .request import Completion, Request, sequences_of
 from .scheduler import ScheduledStep, Scheduler
-from .sequence import SampleSpec, Sequence
+from .sequence import Sequence
 from .speculation.speculator import create_speculator
+from .stats import EngineStats, ReplicaStats
 from .structured import Grammar
 
 _PATIENCE_S = 0.1  # of a step that can only wait for grammars: Ctrl-C, other requests and a close come in between
-
-
-@dataclass(eq=False, slots=True)
-class Completion:
-    """One of a request's outputs on its way: its sequence, its text."""
-
-    sequence: Sequence
-    detokenizer: Detokenizer | None
-    beam_logprob: float | None = None  # of a beam: the sum of its tokens', after penalties and bans
-    num_emitted: int = 0  # characters of text that went out
-
-    def output(self, index: int, tells: bool) -> CompletionOutput:
-        """A snapshot, with what is new since the last one. tells: with log-probabilities."""
-        sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
-        delta, self.num_emitted = text[self.num_emitted :], len(text)
-        return snapshot(
-            CompletionOutput,
-            index=index,
-            text=text,
-            token_ids=tuple(sequence.output_token_ids),
-            finish_reason=sequence.finish_reason,
-            stop_reason=self.stop_reason if sequence.finish_reason == "stop" else None,
-            delta=delta,
-            logprobs=tuple(sequence.scores) if tells else None,
-            cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
-            error=sequence.error,
-        )
-
-    @property
-    def cumulative_logprob(self) -> float:
-        return sum(score.logprob for score in self.sequence.scores)
-
-    @property
-    def stop_reason(self) -> str | int | None:
-        """With what a sequence ended that was stopped."""
-        sequence = self.sequence
-        if self.detokenizer is not None and self.detokenizer.stopped_by is not None:
-            return self.detokenizer.stopped_by
-        last = sequence.token_ids[-1]
-        return last if last in sequence.stop_token_ids and last not in sequence.eos_token_ids else None
-
-
-@dataclass(eq=False, slots=True)
-class Request:
-    """A request on its way: its completions, its times."""
-
-    request_id: str
-    index: int  # its place among the prompts that it came with
-    prompt: str | None  # its text, if it was given as text
-    params: SamplingParams
-    first: Sequence
-    completions: list[Completion]
-    arrival_s: float
-    search: BeamSearch | None = None  # until its completions are found
-    prompt_token_ids: tuple[int, ...] = field(init=False)
-    replica: int = 0
-    scheduled_s: float | None = None
-    token_s: list[float] = field(default_factory=list)  # from the arrival until each token of the first completion
-
-    def __post_init__(self) -> None:
-        self.prompt_token_ids = tuple(self.first.token_ids[: self.first.num_prompt_tokens])
-
-    @property
-    def ended(self) -> bool:
-        return self.search is None and None not in [c.sequence.finish_reason for c in self.completions]
-
-    @property
-    def timings(self) -> RequestTimings:
-        return snapshot(
-            RequestTimings,
-            queue_s=None if self.scheduled_s is None else self.scheduled_s - self.arrival_s,
-            ttft_s=self.token_s[0] if self.token_s else None,
-            total_s=time.monotonic() - self.arrival_s,
-            token_s=tuple(self.token_s),
-        )
-
-    def output(self) -> RequestOutput:
-        """A snapshot, with what is new since the last one."""
-        first, params, num_drafted, num_accepted = self.first, self.params, 0, 0
-        for completion in self.completions:
-            num_drafted += completion.sequence.num_drafted
-            num_accepted += completion.sequence.num_accepted
-        return snapshot(
-            RequestOutput,
-            request_id=self.request_id,
-            index=self.index,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            num_cached_tokens=first.num_cached_tokens or 0,
-            outputs=self._outputs(),
-            finished=self.ended,
-            timings=self.timings,
-            prompt_logprobs=None if params.prompt_logprobs is None else (None, *first.prompt_scores),
-            pooled=tuple(first.pooled_parts),
-            num_drafted=num_drafted,
-            num_accepted=num_accepted,
-        )
-
-    def _outputs(self) -> tuple[CompletionOutput, ...]:
-        params, chosen = self.params, self.completions
-        if self.search is not None or (len(chosen) > params.n and not self.ended):
-            return tuple(CompletionOutput(i, "", (), None) for i in range(params.n))  # the best are known in the end
-        if len(chosen) > params.n:
-            chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
-        tells = params.logprobs is not None
-        return tuple([completion.output(i, tells) for i, completion in enumerate(chosen)])
-
-
-@dataclass(frozen=True)
-class ReplicaStats:
-    """One DP replica's present state and totals since the start."""
-
-    num_waiting: int
-    num_running: int
-    num_queued_tokens: int  # to be computed, outputs that are expected included: what requests are balanced by
-    num_blocks: int
-    num_free_blocks: int
-    num_preemptions: int
-    num_steps: int
-    num_prompt_tokens: int  # of finished and running requests
-    num_cached_tokens: int  # of those, found in the prefix cache
-    num_output_tokens: int
-    num_draft_steps: int  # of a draft model
-    num_drafted: int  # tokens that were guessed ahead
-    num_accepted: int  # of these, those that were right
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """State and totals of the engine, by DP replica."""
-
-    replicas: tuple[ReplicaStats, ...]
-
-    @property
-    def num_preemptions(self) -> int:
-        return sum(replica.num_preemptions for replica in self.replicas)
-
-    @property
-    def num_cached_tokens(self) -> int:
-        return sum(replica.num_cached_tokens for replica in self.replicas)
-
-    @property
-    def num_output_tokens(self) -> int:
-        return sum(replica.num_output_tokens for replica in self.replicas)
-
-    @property
-    def num_drafted(self) -> int:
-        return sum(replica.num_drafted for replica in self.replicas)
-
-    @property
-    def num_accepted(self) -> int:
-        return sum(replica.num_accepted for replica in self.replicas)
 
 
 class Replica:
@@ -274,7 +122,7 @@ class EngineCore:
         by others; the request waits for it.
         """
         params = prepared.params
-        sequences = _sequences(request_id, prepared, seed)
+        sequences = sequences_of(request_id, prepared, seed)
         completions = [Completion(sequence, new_detokenizer()) for sequence in sequences]
         request = Request(request_id, index, prepared.text, params, sequences[0], completions, time.monotonic())
         if params.num_beams > 1:
@@ -472,45 +320,3 @@ class EngineCore:
         """Proves every replica's bookkeeping whole. Raises AssertionError."""
         for replica in self.replicas:
             replica.scheduler.check()
-
-
-_SIBLING_SEED = 0x9FB21C651E98DF25  # odd: n samples have n seeds
-
-
-def _sequences(request_id: str, prepared: PreparedRequest, seed: int) -> list[Sequence]:
-    """One for each of a request's samples; the others are siblings of the first, whose noise is that of n=1.
-
-    One for a beam search, with which its beams begin.
-    """
-    params = prepared.params
-    eos = frozenset(() if params.ignore_eos else params.eos_token_ids or ())
-    stops, forced = eos | frozenset(params.stop_token_ids), tuple(params.forced_token_ids or ())
-    count = 1 if params.num_beams > 1 else max(params.n, params.best_of or 1)
-
-    def sequence(number: int, siblings: list[Sequence]) -> Sequence:
-        assert params.temperature is not None and params.top_k is not None
-        assert params.top_p is not None and params.min_p is not None
-        own_seed = (seed + number * _SIBLING_SEED) % 2**63  # one that a request may have
-        is_ranked = count > params.n
-        return Sequence(
-            request_id,
-            list(prepared.token_ids),
-            max_tokens=prepared.max_tokens,
-            min_tokens=max(params.min_tokens, len(forced)),  # what is forced is followed, whatever it is
-            stop_token_ids=stops,
-            eos_token_ids=eos,
-            sample=SampleSpec(params.temperature, params.top_k, params.top_p, params.min_p, own_seed),
-            logits=None if prepared.logits.is_neutral else prepared.logits,
-            logprobs=0 if params.logprobs is None and is_ranked else params.logprobs,
-            prompt_logprobs=None if number else params.prompt_logprobs,
-            forced=forced,
-            num_candidates=num_candidates(params.num_beams, len(stops)) if params.num_beams > 1 else 0,
-            num_beams_to_come=params.num_beams - 1,
-            priority=params.priority,
-            is_pooled=prepared.is_pooled,
-            num_asked=prepared.num_unasked,
-            siblings=siblings,
-        )
-
-    siblings = [sequence(number, []) for number in range(1, count)]
-    return [sequence(0, siblings), *siblings]

@@ -58,8 +58,8 @@ class Detokenizer:
         return False
 
     def finish(self) -> None:
-        """No more tokens come: what was held back for a stop string is text after all, half a character is not; nothing
-        where one came."""
+        """No more tokens come: what was held back for a stop string is text after all; half a character is not. A text
+        that a stop string has ended stays as it is."""
         if self.stopped_by is not None:
             return
         rest = self._tokenizer.decode(self._token_ids, skip_special_tokens=self._skip_special_tokens)

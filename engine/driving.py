@@ -6,9 +6,11 @@ All of it happens within one collective call, `InferenceEngine.drive`, on the dr
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .core import EngineCore, EngineStats, Request
+from .core import EngineCore
 from .prompts import PreparedRequest
+from .request import Request
 from .requests import Requests
+from .stats import EngineStats
 
 
 class Driver:

@@ -15,7 +15,7 @@ from ..mesh.torchrun import torchrun_place
 from ..shardformer import Checkpoint, Model, open_checkpoint
 from ..shardformer.shardformer import max_model_len
 from .binding import Binding, Guessing, try_draft
-from .core import EngineCore, EngineStats, Request
+from .core import EngineCore
 from .description import describe_bound, describe_mesh, describe_speculation
 from .draft_model import open_draft
 from .driving import Driver
@@ -32,8 +32,10 @@ from .plan import (
     why_cpu,
 )
 from .prompts import PreparedRequest, Preparer, Prompt, Room, default_params, find_tokenizer, in_batch, pair
+from .request import Request
 from .requests import Requests
 from .scoring import embedding_of, prepare_embeddings, prepare_scores, score_of
+from .stats import EngineStats
 from .structured import GrammarCompiler
 from .worker import RankInfo
 from .world import World

@@ -13,10 +13,11 @@ from typing import Any
 
 from ..config import SamplingParams
 from ..mesh.interrupts import interrupt_between_steps
-from .core import EngineCore, Request
+from .core import EngineCore
 from .detokenizer import Detokenizer
 from .output import RequestOutput
 from .prompts import PreparedRequest
+from .request import Request
 from .structured import Grammar, GrammarCompiler
 
 _SEED_STEP = 0x5851F42D4C957F2D  # odd: requests without a seed draw differently

@@ -7,8 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from ..engine.async_engine import AsyncInferenceEngine
-from ..engine.core import ReplicaStats
 from ..engine.driving import Driver
+from ..engine.stats import ReplicaStats
 
 _EVERY_S = 1.0
 _PATIENCE_S = 2.0  # with a step that is under way: until it is back, what was last known is told

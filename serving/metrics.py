@@ -13,8 +13,9 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from ..engine.async_engine import AsyncInferenceEngine
-from ..engine.core import ReplicaStats, Request
 from ..engine.driving import Driver
+from ..engine.request import Request
+from ..engine.stats import ReplicaStats
 from .mesh_watch import Sample
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST

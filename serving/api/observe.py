@@ -5,7 +5,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from ...engine.core import ReplicaStats
+from ...engine.stats import ReplicaStats
 from ...engine.worker import RankInfo
 from ..mesh_watch import MeshWatch, RankState
 from ..metrics import CONTENT_TYPE, Metrics, kv_usage

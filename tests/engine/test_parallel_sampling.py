@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from meshlm import InferenceEngine
 from meshlm.config import ConfigError
-from meshlm.engine.core import _SIBLING_SEED
+from meshlm.engine.request import _SIBLING_SEED
 from meshlm.engine.step import StepInput
 from tiny import make_llama
 
