@@ -15,7 +15,7 @@ from .core import EngineCore
 from .draft_model import check_tokenizer, draft_config
 from .executor import Executor, rank_name
 from .plan import check_draft_room
-from .worker import DraftInfo, RankInfo
+from .rank_info import DraftInfo, RankInfo
 
 
 @dataclass(frozen=True)

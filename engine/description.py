@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from ..config import InferenceConfig, SpeculativeConfig
 from ..shardformer.backends import Bound
 from ..shardformer.backends.bound import Refusals
-from .worker import RankInfo
+from .rank_info import RankInfo
 
 
 def describe_mesh(

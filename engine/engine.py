@@ -32,12 +32,12 @@ from .plan import (
     why_cpu,
 )
 from .prompts import PreparedRequest, Preparer, Prompt, Room, default_params, find_tokenizer, in_batch, pair
+from .rank_info import RankInfo
 from .request import Request
 from .requests import Requests
 from .scoring import embedding_of, prepare_embeddings, prepare_scores, score_of
 from .stats import EngineStats
 from .structured import GrammarCompiler
-from .worker import RankInfo
 from .world import World
 
 

@@ -18,7 +18,7 @@ from ..shardformer.shardformer import choose_dtype, max_model_len
 from .draft_model import draft_config
 from .executor import rank_name
 from .kv_cache import available_bytes
-from .worker import DraftInfo, RankInfo
+from .rank_info import DraftInfo, RankInfo
 
 CPU_KV_FRACTION = 0.25  # of available memory: the machine is somebody's laptop
 CUDA_KV_FRACTION = 0.9

@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from ...engine.rank_info import RankInfo
 from ...engine.stats import ReplicaStats
-from ...engine.worker import RankInfo
 from ..mesh_watch import MeshWatch, RankState
 from ..metrics import CONTENT_TYPE, Metrics, kv_usage
 from .answers import JsonAnswer

@@ -8,7 +8,7 @@ import torch
 
 from meshlm import InferenceConfig, InferenceEngine
 from meshlm.engine.description import describe_bound
-from meshlm.engine.worker import RankInfo
+from meshlm.engine.rank_info import RankInfo
 from meshlm.kernels.cpu import Unavailable
 from meshlm.kernels.cpu.build import load_library
 from meshlm.shardformer import backends
