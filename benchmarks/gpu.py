@@ -51,6 +51,7 @@ import threading
 import time
 import traceback
 from _thread import interrupt_main
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -193,7 +194,7 @@ def say(text: str) -> None:
 
 
 class Engine:
-    """Something that generates; of `generate` and `requests` it has what its workloads take."""
+    """Something that generates: a `Decodes`, a `Serves`, or both, as its workloads ask."""
 
     workloads: tuple[str, ...]
 
@@ -203,14 +204,6 @@ class Engine:
     def prepare(self, workload: str) -> None:
         """What a workload needs to have run once; not timed."""
 
-    def generate(self, prompt: Sequence[int], num_new: int) -> None:
-        """One request, greedily, to the end."""
-        raise NotImplementedError
-
-    def requests(self, prompts: list[list[int]], num_new: list[int], limit_s: float) -> int:
-        """All of them at once, until they are done or the time is over: tokens that were generated."""
-        raise NotImplementedError
-
     def of_limit(self, tokens_per_s: float) -> float | None:
         """Share of the decode rate that memory allows."""
         return None
@@ -219,7 +212,23 @@ class Engine:
         pass
 
 
-class MeshLM(Engine):
+class Decodes(Engine, ABC):
+    """An engine for one request."""
+
+    @abstractmethod
+    def generate(self, prompt: Sequence[int], num_new: int) -> None:
+        """Greedily, to the end."""
+
+
+class Serves(Engine, ABC):
+    """An engine for many."""
+
+    @abstractmethod
+    def requests(self, prompts: list[list[int]], num_new: list[int], limit_s: float) -> int:
+        """All of them at once, until they are done or the time is over: tokens that were generated."""
+
+
+class MeshLM(Decodes, Serves):
     """Ours."""
 
     workloads = ("decode", "prefill", "requests")
@@ -286,7 +295,7 @@ class Transformers(Engine):
         self.model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
 
 
-class Generate(Transformers):
+class Generate(Transformers, Decodes):
     """transformers' `generate`."""
 
     workloads = ("decode", "prefill")
@@ -312,7 +321,7 @@ class Generate(Transformers):
         out.tolist()  # waits
 
 
-class Continuous(Transformers):
+class Continuous(Transformers, Serves):
     """transformers' continuous batching."""
 
     workloads = ("requests",)
@@ -406,6 +415,7 @@ def timed_rounds(task: Task, call: Callable[[int], float]) -> list[float]:
 
 
 def decode(task: Task, engine: Engine, named: Callable[..., Result]) -> Iterator[Result]:
+    assert isinstance(engine, Decodes)
     num_in, num_out = task.workloads.decode
 
     def one(round_: int) -> float:
@@ -424,6 +434,7 @@ def decode(task: Task, engine: Engine, named: Callable[..., Result]) -> Iterator
 
 
 def prefill(task: Task, engine: Engine, named: Callable[..., Result]) -> Iterator[Result]:
+    assert isinstance(engine, Decodes)
     for length in task.workloads.prefill:
 
         def one(round_: int, length: int = length) -> float:
@@ -436,6 +447,7 @@ def prefill(task: Task, engine: Engine, named: Callable[..., Result]) -> Iterato
 
 
 def requests(task: Task, engine: Engine, named: Callable[..., Result]) -> Iterator[Result]:
+    assert isinstance(engine, Serves)
     rng, work = random.Random("requests"), task.workloads
     lens = [(rng.randint(*work.request_lens), rng.randint(*work.request_lens)) for _ in range(work.num_requests)]
     prompts = [random_tokens(task, num_in, f"request {index}") for index, (num_in, _) in enumerate(lens)]
