@@ -79,16 +79,21 @@ def run_tests(rank: int, port: int, folder: Path) -> None:
     for name in json.loads((folder / "selected").read_text()):
         # A process group for each, so that one that fails leaves nothing behind for the next.
         dist.init_process_group("gloo", store=dist.PrefixStore(name, store), rank=rank, world_size=NUM_RANKS)
+        _meet(store, f"begin {name}", rank)
         try:
             _function(name)()
         except BaseException:
             report[name] = traceback.format_exc()
-        # A group that is destroyed while another rank still connects to it fails there.
-        store.set(f"{name} {rank}", "")
-        store.wait([f"{name} {each}" for each in range(NUM_RANKS)])
+        _meet(store, f"end {name}", rank)
         if dist.is_initialized():
             dist.destroy_process_group()
     (folder / f"rank{rank}").write_text(json.dumps(report))
+
+
+def _meet(store: dist.Store, place: str, rank: int) -> None:
+    """Waits for all ranks: a group that is destroyed while another rank still connects to it fails there."""
+    store.set(f"{place} {rank}", "")
+    store.wait([f"{place} {each}" for each in range(NUM_RANKS)])
 
 
 def _function(name: str) -> Callable[[], None]:
