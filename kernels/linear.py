@@ -1,42 +1,35 @@
-"""``linear``: ``x @ weight.T + bias``, bound once to the forms of the weight that the device multiplies fastest.
+"""``linear``: ``x @ weight.T + bias``, bound once to the form of the weight that this processor multiplies fastest.
 
-On a CPU with oneDNN the weight is kept once, in oneDNN's own blocked layout; a plain weight would be laid out again, or
-multiplied slower, in each call. oneDNN multiplies many rows with it. Of fewer rows, reading the weight is what takes
-the time, and our own op (`cpu/linear.cpp`) reads it where oneDNN has put it, in a straight line. How many are few is
-measured on the processor that it runs on (`crossover.py`).
+A weight is held once, in one of these forms:
+
+    compact   bfloat16 in 12 bits an element, without loss (`cpu/compact.h`): of few rows, reading the weight is what
+              takes the time. Our own op multiplies any number of rows with it; where oneDNN is faster with many, it gets
+              them, the weight being laid out for it first, in memory that all weights of one shape share
+    packed    oneDNN's blocked layout, which oneDNN multiplies with many rows and our own op with few (`cpu/linear.cpp`):
+              float32, in which decoding takes longer than it saves from 8 rows on, float16, processors without
+              AVX512-BF16, and weights of too many magnitudes
+    plain     as it comes, shared with others, or where torch has no oneDNN
+
+From how many rows on oneDNN is the faster is measured on the processor that this runs on (`crossover.py`).
 """
 
 import ctypes
 from collections.abc import Callable
-from typing import Protocol
+from threading import Lock
+from typing import ClassVar, Protocol
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .crossover import streamed_rows
+from .cpu import CpuLinear
+from .crossover import ROWS, streamed_rows
 
 Linear = Callable[[Tensor, Tensor | None], Tensor]
 """x [num_tokens, in], or with more dimensions before, bias [out] or None -> [num_tokens, out]."""
 LookUp = Callable[[Tensor, int], Tensor]
 """token_ids [num_tokens], the first id of a vocabulary shard -> [num_tokens, in]: `eager.embedding` with its weight."""
-
-
-class Streaming(Protocol):
-    """Products of few rows that read the weight once (`cpu/ops.py`).
-
-    panel: of a packed weight, its height, of which multiple its steps are, and elements in a step.
-    """
-
-    panel: tuple[int, int, int]
-
-    def linear_packed(
-        self, x: Tensor, packed: int, bias: Tensor | None, size_out: int, widens: bool = False
-    ) -> Tensor: ...
-
-    def linear_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor: ...
 
 
 class BindLinear(Protocol):
@@ -56,89 +49,161 @@ def bind_plain_tied(weight: Tensor, stays: bool) -> tuple[Linear, None]:
     return bind_plain(weight), None
 
 
-def bind_packed(weight: Tensor, *, widens: bool = False, streaming: Streaming | None = None) -> Linear:
-    """oneDNN's blocked layout of `weight` [out, in]: a copy, so that the caller can let the plain one go.
+def bind(weight: Tensor, *, widens: bool = False, ours: CpuLinear | None = None) -> Linear:
+    """A copy of `weight` [out, in], compact or packed, so that the caller can let the plain one go.
 
-    streaming: takes over few rows, if it knows how oneDNN has laid out this weight.
+    ours: the C++ products, where there are any.
     """
-    return _packed(weight, streaming, widens)[0]
+    return _held(weight, widens, ours)[0]
 
 
-def bind_tied(weight: Tensor, stays: bool, streaming: Streaming | None = None) -> tuple[Linear, LookUp | None]:
+def bind_tied(weight: Tensor, stays: bool, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:
     """The product with a weight [out, in] in which rows are looked up, too; it may come widened (`BindLinear`).
 
     stays: whether others need the plain weight in any case. With a look-up the caller can let it go; None: it cannot.
     """
-    linear, address = (None, None) if stays else _packed(weight, streaming, widens=True)
-    if linear is None or address is None or streaming is None:
-        return bind_shared(weight, streaming), None
-    look_up, (rows, size_in) = streaming.embedding_packed, weight.shape
-    return linear, lambda token_ids, start: look_up(token_ids, address, size_in, rows, start)
+    linear, look_up = (None, None) if stays else _held(weight, True, ours)
+    if linear is None or look_up is None:
+        return bind_shared(weight, ours), None
+    return linear, look_up
 
 
-def _packed(weight: Tensor, streaming: Streaming | None, widens: bool) -> tuple[Linear, int | None]:
-    """`bind_packed`, and where the weight lies, if it is streamed; it stays as long as the product."""
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    product = torch.ops.mkldnn._linear_pointwise.default
-
-    def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-        out: Tensor = product(x, packed, bias, "none", [], "")
-        return out
-
-    if streaming is None or not _is_in_panels(weight, packed, streaming.panel):
-        return linear, None
-    stream, size_out = streaming.linear_packed, len(weight)
-    few = _few_packed(weight, streaming) * weight.shape[1]
-    address = int(torch.ops.mkldnn.data_ptr(packed))
-
-    def linear_or_streamed(x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.numel() <= few and x.is_contiguous():
-            return stream(x, address, bias, size_out, widens)
-        return linear(x, bias)
-
-    return linear_or_streamed, address
-
-
-def bind_shared(weight: Tensor, streaming: Streaming | None = None) -> Linear:
+def bind_shared(weight: Tensor, ours: CpuLinear | None = None) -> Linear:
     """The product with a plain weight that others read too, through oneDNN: faster than torch's own in float32."""
-    product = torch.ops.mkldnn._linear_pointwise.default
-    few = 0 if streaming is None else _few_shared(weight, streaming) * weight.shape[1]
+    few = 0 if ours is None else _few_plain(weight, ours) * weight.shape[1]
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
-        if streaming is not None and x.numel() <= few and x.is_contiguous():
-            return streaming.linear_plain(x, weight, bias)
-        out: Tensor = product(x, weight, bias, "none", [], "")
-        return out
+        if ours is not None and x.numel() <= few and x.is_contiguous():
+            return ours.linear_plain(x, weight, bias)
+        return _onednn(x, weight, bias)
 
     return linear
 
 
-def _few_packed(like: Tensor, streaming: Streaming) -> int:
-    """Rows up to which a packed weight is streamed."""
-    product, address = torch.ops.mkldnn._linear_pointwise.default, torch.ops.mkldnn.data_ptr
+def _held(weight: Tensor, widens: bool, ours: CpuLinear | None) -> tuple[Linear, LookUp | None]:
+    bound = None if ours is None else bind_compact(weight, widens=widens, ours=ours)
+    return bound or bind_packed(weight, widens=widens, ours=ours)
+
+
+def bind_compact(weight: Tensor, *, widens: bool = False, ours: CpuLinear) -> tuple[Linear, LookUp] | None:
+    """The product with the compact form, and the look-up in it; None where it is not the best, or cannot be."""
+    most = _most_compact(weight, ours)
+    panels = None if most == ROWS[-1] else _Panels.like(weight, ours)
+    held = None if panels is not None and panels.address is None else ours.compact(weight)
+    if not most or held is None:
+        return None
+    size_out, size_in = weight.shape
+    few = most * size_in
+
+    def linear(x: Tensor, bias: Tensor | None) -> Tensor:
+        if panels is None or x.numel() <= few:
+            return ours.linear_compact(x.contiguous(), held.data_ptr(), bias, size_out, widens)
+        return panels.multiply(x, held.data_ptr(), bias)
+
+    def look_up(token_ids: Tensor, start: int) -> Tensor:
+        return ours.embedding_compact(token_ids, held.data_ptr(), size_in, size_out, start)
+
+    return linear, look_up
+
+
+def bind_packed(weight: Tensor, *, widens: bool = False, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:
+    """The product with the packed form, and the look-up in it, if our op knows how oneDNN has laid out this weight."""
+    packed = _reordered(weight)
+    address = None if ours is None else _address_of_panels(weight, packed, ours.panel)
+    if ours is None or address is None:
+        return lambda x, bias: _onednn(x, packed, bias), None
+    product, embedding, (size_out, size_in) = ours.linear_packed, ours.embedding_packed, weight.shape
+    few = _few_packed(weight, ours) * size_in
+
+    def linear(x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.numel() <= few and x.is_contiguous():
+            return product(x, address, bias, size_out, widens)
+        return _onednn(x, packed, bias)
+
+    return linear, lambda token_ids, start: embedding(token_ids, address, size_in, size_out, start)
+
+
+class _Panels:
+    """Memory in oneDNN's layout that compact weights of one shape share; address: None if the layout is unknown."""
+
+    _all: ClassVar["WeakValueDictionary[tuple[torch.dtype, torch.Size], _Panels]"] = WeakValueDictionary()
+
+    def __init__(self, weight: Tensor, ours: CpuLinear) -> None:
+        self._packed, self._ours, self._lock = _reordered(weight), ours, Lock()
+        self._size_out, self._size_in = weight.shape
+        self.address = _address_of_panels(weight, self._packed, ours.panel)
+
+    @classmethod
+    def like(cls, weight: Tensor, ours: CpuLinear) -> "_Panels":
+        found = cls._all.get((weight.dtype, weight.shape))
+        if found is None:
+            found = cls._all[weight.dtype, weight.shape] = cls(weight, ours)
+        return found
+
+    def multiply(self, x: Tensor, compact: int, bias: Tensor | None) -> Tensor:
+        assert self.address is not None
+        with self._lock:
+            self._ours.expand(compact, self.address, self._size_out, self._size_in)
+            return _onednn(x, self._packed, bias)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """weight: packed, or plain [out, in]."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
+
+
+def _reordered(weight: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return packed
+
+
+def _most_compact(like: Tensor, ours: CpuLinear) -> int:
+    """Rows up to which the compact form is multiplied by our own op; 0 where it cannot be had."""
+    if ours.compact(torch.ones(64, 64, dtype=like.dtype)) is None:
+        return 0
+
+    def prepare(weight: Tensor) -> tuple[int, _Panels, Tensor]:
+        held = ours.compact(weight)
+        assert held is not None  # normally distributed
+        return len(weight), _Panels.like(weight, ours), held
+
+    def multiply(x: Tensor, weight: tuple[int, _Panels, Tensor]) -> Tensor:
+        return ours.linear_compact(x, weight[2].data_ptr(), None, weight[0])
+
+    def expand_and_multiply(x: Tensor, weight: tuple[int, _Panels, Tensor]) -> Tensor:
+        _, panels, held = weight
+        if panels.address is None:
+            return _onednn(x, panels._packed, None)
+        return panels.multiply(x, held.data_ptr(), None)
+
+    return streamed_rows("compact", like, prepare, multiply, expand_and_multiply)
+
+
+def _few_packed(like: Tensor, ours: CpuLinear) -> int:
+    """Rows up to which a packed weight is multiplied by our own op."""
 
     def prepare(weight: Tensor) -> tuple[Tensor, int, int]:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-        return packed, int(address(packed)), len(weight)
+        packed = _reordered(weight)
+        return packed, int(torch.ops.mkldnn.data_ptr(packed)), len(weight)
 
     return streamed_rows(
         "packed",
         like,
         prepare,
-        lambda x, weight: streaming.linear_packed(x, weight[1], None, weight[2]),
-        lambda x, weight: product(x, weight[0], None, "none", [], ""),
+        lambda x, weight: ours.linear_packed(x, weight[1], None, weight[2]),
+        lambda x, weight: _onednn(x, weight[0], None),
     )
 
 
-def _few_shared(like: Tensor, streaming: Streaming) -> int:
+def _few_plain(like: Tensor, ours: CpuLinear) -> int:
     """Rows up to which a plain weight is."""
-    product = torch.ops.mkldnn._linear_pointwise.default
     return streamed_rows(
         "plain",
         like,
         lambda weight: weight,
-        lambda x, weight: streaming.linear_plain(x, weight, None),
-        lambda x, weight: product(x, weight, None, "none", [], ""),
+        lambda x, weight: ours.linear_plain(x, weight, None),
+        lambda x, weight: _onednn(x, weight, None),
     )
 
 
@@ -151,14 +216,15 @@ def why_plain(device: torch.device, dtype: torch.dtype) -> str | None:
         return "torch is built without oneDNN"
     try:
         x, weight = torch.ones(3, 8, dtype=dtype), torch.arange(32.0).view(4, 8).to(dtype)
-        alike = torch.equal(bind_packed(weight)(x, None), F.linear(x, weight))
+        alike = torch.equal(bind_packed(weight)[0](x, None), F.linear(x, weight))
     except (RuntimeError, AttributeError, NotImplementedError) as error:
         return " ".join(str(error).split())
     return None if alike else f"oneDNN's product is wrong in {dtype}"
 
 
-def _is_in_panels(weight: Tensor, packed: Tensor, panel: tuple[int, int, int]) -> bool:
-    """Whether oneDNN has laid out a weight as `Streaming` reads it; on another processor it may not have.
+def _address_of_panels(weight: Tensor, packed: Tensor, panel: tuple[int, int, int]) -> int | None:
+    """Where oneDNN has laid out a weight as our own op reads it (`CpuLinear.panel`); None if it has not: on another
+    processor it may lay it out in another way.
 
     Looks at its size, and at all of the first panel and the last.
     """
@@ -167,14 +233,14 @@ def _is_in_panels(weight: Tensor, packed: Tensor, panel: tuple[int, int, int]) -
     num_bytes = height * padded_in * weight.element_size()
     try:
         if torch.ops.mkldnn._nbytes(packed) != num_panels * num_bytes:
-            return False
+            return None
         address = int(torch.ops.mkldnn.data_ptr(packed))
     except (RuntimeError, AttributeError):  # operators that torch keeps to itself
-        return False
+        return None
     for number in {0, num_panels - 1}:
         rows = weight[number * height : (number + 1) * height]
         rows = F.pad(rows, (0, padded_in - size_in, 0, height - len(rows)))
         expected = rows.view(height, padded_in // step, step).transpose(0, 1).contiguous()
         if ctypes.string_at(address + number * num_bytes, num_bytes) != expected.view(torch.uint8).numpy().tobytes():
-            return False
-    return True
+            return None
+    return address

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import eager, eager_moe, eager_sample, linear
-from .cpu import CpuOps, Unavailable
+from .cpu import CpuLinear, CpuOps, Unavailable
 from .eager_moe import ExpertPlan, GroupedLinear, Routing
 
 
@@ -72,9 +72,9 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         return _triton(device, dtype)
     if device.type != "cpu":
         return EAGER
-    compiled: CpuOps | None = None
+    products: CpuLinear | None = None
     try:
-        ops = _compiled(compiled := CpuOps(dtype))
+        ops, products = _compiled(CpuOps(dtype)), CpuLinear(dtype)
     except Unavailable as why:
         ops = replace(EAGER, name=f"eager ({why})")
     reason = linear.why_plain(device, dtype)
@@ -83,8 +83,8 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
     return replace(
         ops,
         name=f"{ops.name}, packed linear",
-        bind_linear=partial(linear.bind_packed, streaming=compiled),
-        bind_tied_linear=partial(linear.bind_tied, streaming=compiled),
+        bind_linear=partial(linear.bind, ours=products),
+        bind_tied_linear=partial(linear.bind_tied, ours=products),
     )
 
 

@@ -1,7 +1,8 @@
 """Ops in C++ for the CPU, one .cpp each, compiled on first use (`build.py`)."""
 
 from .build import Unavailable
+from .linear import CpuLinear
 from .ops import CpuOps
 from .tape import Pool, Tape, lent, recording
 
-__all__ = ["CpuOps", "Pool", "Tape", "Unavailable", "lent", "recording"]
+__all__ = ["CpuLinear", "CpuOps", "Pool", "Tape", "Unavailable", "lent", "recording"]

@@ -12,7 +12,7 @@ constexpr int DEPTH = 16;  // of which the steps of a panel are a multiple
 constexpr int VECTORS = PANEL / W;
 constexpr int MOST_ROWS = 6;  // at once: with WIDE columns, as many sums as registers hold beside what is added
 constexpr int WIDE = W == 16 ? 4 : 2, NARROW = WIDE / 2;  // vectors of columns at once
-constexpr long AHEAD = 4096, LINE = 64;  // bytes
+constexpr long AHEAD = 4096;  // bytes
 
 // What is to be brought near while a tile is computed, so that memory is busy while registers are: some lines in a step.
 struct Ahead { const char* from; long stride; int lines; };

@@ -1,9 +1,6 @@
 """The C++ ops with the signatures of `kernels/eager.py`, which defines them."""
 
-from collections.abc import Callable
-from ctypes import CDLL, c_float, c_int, c_long, c_void_p
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,13 +10,9 @@ from ..batch import PagedBatch
 from ..eager import KINDS, PLAIN, Activation, AttentionFeatures, values_in_keys
 from ..eager_moe import ExpertPlan, GroupedLinear, Routing
 from .build import Unavailable, load_library
-from .tape import current_tape
-
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from .functions import DTYPES, address, function
 
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
-
-_Function = Callable[..., None]
 
 
 class CpuOps:
@@ -34,27 +27,23 @@ class CpuOps:
         self.torch_dtype, self._dtype = dtype, DTYPES[dtype]
         self._threads = torch.get_num_threads()
         library = load_library()
-        self._add_rms_norm = _function(library, "add_rms_norm", "i" + "p" * 5 + "l" * 5 + "ffi")
-        self._add_layer_norm = _function(library, "add_layer_norm", "i" + "p" * 6 + "l" * 5 + "fii")
-        self._activation = _function(library, "activation", "iii" + "pp" + "llli")
-        self._rotary_store_kv = _function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
-        self._store_kv = _function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
-        self._route = _function(library, "route", "ippppllliifllii")
-        self._plan_experts = _function(library, "plan_experts", "pppplll")
-        self._grouped_linear = _function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
-        self._linear_packed = _function(library, "linear_packed", "ipppp" + "lllii")
-        self._linear_plain = _function(library, "linear_plain", "ipppp" + "lllli")
-        self._embedding_packed = _function(library, "embedding_packed", "ippp" + "lllli")
+        self._add_rms_norm = function(library, "add_rms_norm", "i" + "p" * 5 + "l" * 5 + "ffi")
+        self._add_layer_norm = function(library, "add_layer_norm", "i" + "p" * 6 + "l" * 5 + "fii")
+        self._activation = function(library, "activation", "iii" + "pp" + "llli")
+        self._rotary_store_kv = function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
+        self._store_kv = function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
+        self._route = function(library, "route", "ippppllliifllii")
+        self._plan_experts = function(library, "plan_experts", "pppplll")
+        self._grouped_linear = function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
         self._panel: int = library.grouped_panel()
         self._step: int = library.grouped_step(self._dtype)
-        self.panel: tuple[int, int, int] = (library.linear_panel(), library.linear_depth(), self._step)
-        self._combine = _function(library, "combine", "ipppp" + "llli")
-        self._counter_noise = _function(library, "counter_noise", "ppp" + "llli")
-        self._sample_shard = _function(library, "sample_shard", "ppppp" + "lllli")
-        self._likeliest = _function(library, "likeliest", "ppppllli")
-        self._draw_filtered = _function(library, "draw_filtered", "p" * 8 + "lli")
-        self._apply_bitmask = _function(library, "apply_bitmask", "ppp" + "lllli")
-        self._paged_attention = _function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
+        self._combine = function(library, "combine", "ipppp" + "llli")
+        self._counter_noise = function(library, "counter_noise", "ppp" + "llli")
+        self._sample_shard = function(library, "sample_shard", "ppppp" + "lllli")
+        self._likeliest = function(library, "likeliest", "ppppllli")
+        self._draw_filtered = function(library, "draw_filtered", "p" * 8 + "lli")
+        self._apply_bitmask = function(library, "apply_bitmask", "ppp" + "lllli")
+        self._paged_attention = function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
         self.max_head_dim: int = library.max_head_dim()
 
@@ -68,7 +57,7 @@ class CpuOps:
         self._add_rms_norm(
             self._dtype,
             x.data_ptr(),
-            _address(residual),
+            address(residual),
             weight.data_ptr(),
             out.data_ptr(),
             total.data_ptr(),
@@ -86,9 +75,9 @@ class CpuOps:
         self._add_layer_norm(
             self._dtype,
             x.data_ptr(),
-            _address(residual),
-            _address(weight),
-            _address(bias),
+            address(residual),
+            address(weight),
+            address(bias),
             out.data_ptr(),
             total.data_ptr(),
             *sizes,
@@ -217,8 +206,8 @@ class CpuOps:
             scale,
             features.softcap or 0.0,
             features.window or 0,
-            _address(sinks),
-            _address(slopes),
+            address(sinks),
+            address(slopes),
             self._threads,
         )
         return out
@@ -286,63 +275,6 @@ class CpuOps:
             return out
 
         return grouped_linear
-
-    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int, widens: bool = False) -> Tensor:
-        """x [..., in] with a weight in panels (`cpu/linear.cpp`) at the address `packed`; for few rows. widens: what
-        has been rounded to x's dtype comes as float32."""
-        assert x.is_contiguous() and (bias is None or bias.is_contiguous())
-        size_in = x.shape[-1]
-        widens = widens and x.dtype != torch.float32
-        out = torch.empty(*x.shape[:-1], size_out, dtype=torch.float32 if widens else x.dtype)
-        self._linear_packed(
-            self._dtype,
-            x.data_ptr(),
-            packed,
-            _address(bias),
-            out.data_ptr(),
-            x.numel() // size_in,
-            size_in,
-            size_out,
-            widens,
-            self._threads,
-        )
-        return out
-
-    def linear_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x [..., in] with weight [out, in]; for few rows."""
-        assert x.is_contiguous() and weight.stride(1) == 1 and (bias is None or bias.is_contiguous())
-        size_out, size_in = weight.shape
-        rows, out = x.numel() // size_in, torch.empty(*x.shape[:-1], size_out, dtype=x.dtype)
-        self._linear_plain(
-            self._dtype,
-            x.data_ptr(),
-            weight.data_ptr(),
-            _address(bias),
-            out.data_ptr(),
-            rows,
-            size_in,
-            size_out,
-            weight.stride(0),
-            self._threads,
-        )
-        return out
-
-    def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor:
-        """`eager.embedding` of a weight [rows, size_in] in panels (`cpu/linear.cpp`) at the address `packed`."""
-        assert token_ids.is_contiguous() and token_ids.dtype == torch.int64
-        out = torch.empty(len(token_ids), size_in, dtype=self.torch_dtype)
-        self._embedding_packed(
-            self._dtype,
-            token_ids.data_ptr(),
-            packed,
-            out.data_ptr(),
-            len(token_ids),
-            size_in,
-            rows,
-            start,
-            self._threads,
-        )
-        return out
 
     def combine(self, rows: Tensor, weights: Tensor, plan: ExpertPlan) -> Tensor:
         assert rows.is_contiguous() and weights.is_contiguous() and weights.dtype == torch.float32
@@ -433,7 +365,7 @@ class CpuOps:
         assert mask.dtype == torch.int32 and start + logits.shape[1] <= 32 * mask.shape[1]
         self._apply_bitmask(
             logits.data_ptr(),
-            _address(rows),
+            address(rows),
             mask.data_ptr(),
             *mask.shape,
             logits.shape[1],
@@ -453,22 +385,3 @@ def _norm_outputs(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, t
     assert step == 1 and (residual is None or residual.is_contiguous())
     out = torch.empty_like(x) if x.is_contiguous() else torch.empty(*x.shape, dtype=x.dtype)
     return out, x if residual is None else torch.empty_like(out), sizes
-
-
-def _address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
-
-
-def _function(library: CDLL, name: str, signature: str) -> _Function:
-    """signature: a letter an argument: i int, l long, f float, p pointer."""
-    function = getattr(library, name)
-    function.argtypes = [{"i": c_int, "l": c_long, "f": c_float, "p": c_void_p}[letter] for letter in signature]
-    function.restype = None
-
-    def call(*arguments: Any) -> None:
-        tape = current_tape()
-        if tape is not None:
-            tape.call(library, name, signature, arguments)
-        function(*arguments)
-
-    return call

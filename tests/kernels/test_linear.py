@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from meshlm.kernels import eager, linear, select_ops
-from meshlm.kernels.cpu import CpuOps, Unavailable
+from meshlm.kernels.cpu import CpuLinear, Unavailable
 
 CPU = torch.device("cpu")
 
@@ -16,10 +16,15 @@ CPU = torch.device("cpu")
 def streamed(dtype: torch.dtype) -> list[Callable[[torch.Tensor], linear.Linear]]:
     """The forms in which our own op takes over few rows; all of them here."""
     try:
-        ops = CpuOps(dtype)
+        ours = CpuLinear(dtype)
     except Unavailable:
         return []
-    return [partial(bind, streaming=ops) for bind in (linear.bind_packed, linear.bind_shared)]
+    bound: list[Callable[[torch.Tensor], linear.Linear]] = [
+        lambda weight: linear.bind_packed(weight, ours=ours)[0],
+        partial(linear.bind_shared, ours=ours),
+        partial(linear.bind, ours=ours),
+    ]
+    return bound
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -35,7 +40,7 @@ def test_every_bound_form_is_the_product(dtype: torch.dtype, shape: tuple[int, i
     exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
     forms = [linear.bind_plain]
     if linear.why_plain(CPU, dtype) is None:
-        forms += [linear.bind_packed, linear.bind_shared, *streamed(dtype)]
+        forms += [linear.bind, linear.bind_shared, *streamed(dtype)]
     for bind in forms:
         out = bind(weight)(x, added)
         assert out.dtype == dtype and out.shape == (rows, size_out)
@@ -66,10 +71,10 @@ def test_any_number_of_rows_is_streamed(dtype: torch.dtype, monkeypatch: pytest.
 def test_what_is_widened_is_what_was_rounded(dtype: torch.dtype, shape: tuple[int, int], rows: int) -> None:
     if not streamed(dtype) or linear.why_plain(CPU, dtype) is not None:
         pytest.skip("needs a compiler and oneDNN")
-    ops, weight, x = CpuOps(dtype), torch.randn(shape).to(dtype), torch.randn(rows, shape[1]).to(dtype)
+    ops, weight, x = CpuLinear(dtype), torch.randn(shape).to(dtype), torch.randn(rows, shape[1]).to(dtype)
     bias = torch.randn(shape[0]).to(dtype)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    if not linear._is_in_panels(weight, packed, ops.panel):
+    if linear._address_of_panels(weight, packed, ops.panel) is None:
         pytest.skip("this layout is not streamed")
     address = torch.ops.mkldnn.data_ptr(packed)
     narrow, wide = (ops.linear_packed(x, address, bias, shape[0], widens) for widens in (False, True))
@@ -83,12 +88,12 @@ def test_a_tied_weight_is_looked_up_where_it_is_multiplied(dtype: torch.dtype, s
     if not streamed(dtype) or linear.why_plain(CPU, dtype) is not None:
         pytest.skip("needs a compiler and oneDNN")
     weight = torch.randn(shape).to(dtype)
-    product, look_up = linear.bind_tied(weight, False, CpuOps(dtype))
+    product, look_up = linear.bind_tied(weight, False, CpuLinear(dtype))
     x = torch.randn(3, shape[1]).to(dtype)
     out = product(x, None)  # perhaps widened, then as rounded before
     assert torch.equal(out.to(dtype).float(), out.float())
     torch.testing.assert_close(out.to(dtype), F.linear(x, weight), rtol=3e-2, atol=3e-2)
-    assert linear.bind_tied(weight, True, CpuOps(dtype))[1] is None
+    assert linear.bind_tied(weight, True, CpuLinear(dtype))[1] is None
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and shape[0] >= 64:  # else the layout may be another
         assert look_up is not None
     if look_up is not None:
@@ -102,19 +107,19 @@ def test_another_layout_is_not_streamed() -> None:
         pytest.skip("needs a compiler and oneDNN")
     weight = torch.randn(100, 100)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    panel = CpuOps(torch.float32).panel
+    panel = CpuLinear(torch.float32).panel
     other = weight.clone()
     other[99, 99] += 1
     if torch.backends.cpu.get_cpu_capability() == "AVX512":  # else it may be another
-        assert linear._is_in_panels(weight, packed, panel)
-    assert not linear._is_in_panels(other, packed, panel)
-    assert not linear._is_in_panels(weight, packed, (panel[0] * 2, *panel[1:]))
+        assert linear._address_of_panels(weight, packed, panel)
+    assert linear._address_of_panels(other, packed, panel) is None
+    assert linear._address_of_panels(weight, packed, (panel[0] * 2, *panel[1:])) is None
 
 
 @pytest.mark.skipif(linear.why_plain(CPU, torch.float32) is not None, reason="needs oneDNN")
 def test_a_packed_weight_is_a_copy_that_stays() -> None:
     weight, x = torch.randn(6, 9), torch.randn(2, 9)
-    product, expected = linear.bind_packed(weight), F.linear(x, weight)
+    product, expected = linear.bind(weight), F.linear(x, weight)
     weight.zero_()
     torch.testing.assert_close(product(x, None), expected)
     assert product(x[:0], None).shape == (0, 6)

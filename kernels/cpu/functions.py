@@ -1,0 +1,42 @@
+"""Functions of the library, as Python calls them."""
+
+from collections.abc import Callable
+from ctypes import CDLL, c_float, c_int, c_long, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .tape import current_tape
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+Function = Callable[..., None]
+_TYPES = {"i": c_int, "l": c_long, "f": c_float, "p": c_void_p}
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def function(library: CDLL, name: str, signature: str) -> Function:
+    """signature: a letter an argument: i int, l long, f float, p pointer. A tape that records notes its calls."""
+    native = getattr(library, name)
+    native.argtypes = [_TYPES[letter] for letter in signature]
+    native.restype = None
+
+    def call(*arguments: Any) -> None:
+        tape = current_tape()
+        if tape is not None:
+            tape.call(library, name, signature, arguments)
+        native(*arguments)
+
+    return call
+
+
+def question(library: CDLL, name: str, signature: str) -> Callable[..., int]:
+    """The same of one that returns a long, for when weights are made; not for a tape."""
+    native = getattr(library, name)
+    native.argtypes = [_TYPES[letter] for letter in signature]
+    native.restype = c_long
+    return lambda *arguments: int(native(*arguments))

@@ -1,0 +1,125 @@
+"""The C++ products with a weight, in the forms in which it can be held (`kernels/linear.py` binds them)."""
+
+import torch
+from torch import Tensor
+
+from .build import Unavailable, load_library
+from .functions import DTYPES, Function, address, function, question
+
+_WORTH = 15 / 16  # of what a weight takes in panels: a compact one that takes more is not worth decoding
+
+
+class CpuLinear:
+    """For one dtype. Raises Unavailable.
+
+    panel: of a packed weight, its height, of which multiple its steps are, and elements in a step.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in DTYPES:
+            raise Unavailable(f"no C++ ops for {dtype}")
+        self.torch_dtype, self._dtype = dtype, DTYPES[dtype]
+        self._threads = torch.get_num_threads()
+        library = load_library()
+        self._linear_plain = function(library, "linear_plain", "ipppp" + "lllli")
+        self._linear_packed = function(library, "linear_packed", "ipppp" + "lllii")
+        self._embedding_packed = function(library, "embedding_packed", "ippp" + "lllli")
+        self._linear_compact = function(library, "linear_compact", "ipppp" + "lllii")
+        self._embedding_compact = function(library, "embedding_compact", "ppp" + "lllli")
+        self._expand_compact = function(library, "expand_compact", "pp" + "lli")
+        self._compact_bytes = question(library, "compact_bytes", "p" + "lll" + "pi")
+        self._compact_weight = function(library, "compact_weight", "p" + "lll" + "pp" + "li")
+        step: int = library.grouped_step(self._dtype)
+        self.panel: tuple[int, int, int] = (library.linear_panel(), library.linear_depth(), step)
+
+    def linear_plain(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x [..., in] with weight [out, in]; for few rows."""
+        assert x.is_contiguous() and weight.stride(1) == 1 and (bias is None or bias.is_contiguous())
+        size_out, size_in = weight.shape
+        rows, out = x.numel() // size_in, torch.empty(*x.shape[:-1], size_out, dtype=x.dtype)
+        self._linear_plain(
+            self._dtype,
+            x.data_ptr(),
+            weight.data_ptr(),
+            address(bias),
+            out.data_ptr(),
+            rows,
+            size_in,
+            size_out,
+            weight.stride(0),
+            self._threads,
+        )
+        return out
+
+    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int, widens: bool = False) -> Tensor:
+        """x [..., in] with a weight in panels (`linear.cpp`) at the address `packed`; for few rows. widens: what has
+        been rounded to x's dtype comes as float32."""
+        return self._multiply(self._linear_packed, x, packed, bias, size_out, widens)
+
+    def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor:
+        """`eager.embedding` of a weight [rows, size_in] in panels (`linear.cpp`) at the address `packed`."""
+        out = self._looked_up(token_ids, size_in)
+        self._embedding_packed(
+            self._dtype, token_ids.data_ptr(), packed, out.data_ptr(), len(out), size_in, rows, start, self._threads
+        )
+        return out
+
+    def compact(self, weight: Tensor) -> Tensor | None:
+        """A copy of `weight` [out, in] in 12 bits an element (`compact.h`); None where it cannot be so or hardly saves."""
+        assert weight.stride(1) == 1 and weight.dtype == self.torch_dtype
+        if weight.dtype != torch.bfloat16:
+            return None
+        (size_out, size_in), (height, depth, step) = weight.shape, self.panel
+        in_panels = -(-size_out // height) * height * -(-size_in // (depth * step)) * depth * step * weight.itemsize
+        given = weight.data_ptr(), size_in, size_out, weight.stride(0)
+        places = torch.empty(256, dtype=torch.uint8)
+        num_bytes = self._compact_bytes(*given, places.data_ptr(), self._threads)
+        if not 0 < num_bytes <= _WORTH * in_panels:
+            return None
+        compact = torch.empty(num_bytes, dtype=torch.uint8)
+        self._compact_weight(*given, places.data_ptr(), compact.data_ptr(), num_bytes, self._threads)
+        return compact
+
+    def linear_compact(
+        self, x: Tensor, compact: int, bias: Tensor | None, size_out: int, widens: bool = False
+    ) -> Tensor:
+        """`linear_packed` with a compact weight at that address; for any number of rows."""
+        return self._multiply(self._linear_compact, x, compact, bias, size_out, widens)
+
+    def embedding_compact(self, token_ids: Tensor, compact: int, size_in: int, rows: int, start: int) -> Tensor:
+        """`embedding_packed` of a compact weight."""
+        out = self._looked_up(token_ids, size_in)
+        self._embedding_compact(
+            token_ids.data_ptr(), compact, out.data_ptr(), len(out), size_in, rows, start, self._threads
+        )
+        return out
+
+    def expand(self, compact: int, packed: int, size_out: int, size_in: int) -> None:
+        """Writes a compact weight in panels (`linear.cpp`) to the address `packed`."""
+        self._expand_compact(compact, packed, size_in, size_out, self._threads)
+
+    def _multiply(
+        self, product: Function, x: Tensor, weight: int, bias: Tensor | None, size_out: int, widens: bool
+    ) -> Tensor:
+        assert x.is_contiguous() and (bias is None or bias.is_contiguous())
+        size_in = x.shape[-1]
+        widens = widens and x.dtype != torch.float32
+        out = torch.empty(*x.shape[:-1], size_out, dtype=torch.float32 if widens else x.dtype)
+        rows = x.numel() // size_in
+        product(
+            self._dtype,
+            x.data_ptr(),
+            weight,
+            address(bias),
+            out.data_ptr(),
+            rows,
+            size_in,
+            size_out,
+            widens,
+            self._threads,
+        )
+        return out
+
+    def _looked_up(self, token_ids: Tensor, size_in: int) -> Tensor:
+        assert token_ids.is_contiguous() and token_ids.dtype == torch.int64
+        return torch.empty(len(token_ids), size_in, dtype=self.torch_dtype)
