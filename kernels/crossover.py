@@ -24,6 +24,7 @@ _SIZE_OUT, _SIZES_IN = 1024, (512, 1024, 2048, 4096)  # of the weights that are 
 _BYTES = 32 << 20  # of all weights of a round: more than the caches hold
 _RUNS = 7
 _SOURCES = "linear.cpp", "compact_linear.cpp", "compact.cpp", "compact.h", "product.h", "vector.h"
+_WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"  # of threads: whether they must be woken for each product
 _NOISE = 1.1  # slower by less is as fast: other work on the machine makes as much, and our own op can be on a tape
 
 Product = Callable[[Tensor, Any], Tensor]
@@ -83,7 +84,8 @@ def _read_or_measure(kind: str, dtype: torch.dtype, size_in: int, measure: Calla
     key = folder, kind, name, size_in, threads
     if key in _found:
         return _found[key]
-    about = {"processor": _processor(), "torch": torch.__version__, "ours": _version_of_ours()}
+    waiting = {name: os.environ.get(name) for name in _WAITING}
+    about = {"processor": _processor(), "torch": torch.__version__, "ours": _version_of_ours(), "waiting": waiting}
     digest = hashlib.sha256(json.dumps([about, threads]).encode()).hexdigest()[:12]
     file = folder / f"{kind}-{name}-{size_in}-{threads}-threads-{digest}.json"
     try:

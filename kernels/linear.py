@@ -3,9 +3,9 @@
 A weight is held once, in one of these forms:
 
     compact   bfloat16 in 12 bits an element, without loss (`cpu/compact.h`): of few rows, reading the weight is what
-              takes the time. Our own op multiplies any number of rows with it; where oneDNN is faster with many, it gets
-              them, the weight being laid out for it first, in memory that all weights of one shape share
-    packed    oneDNN's blocked layout, which oneDNN multiplies with many rows and our own op with few (`cpu/linear.cpp`):
+              takes the time. Our own op multiplies any number of rows with it; where oneDNN is faster with many, it
+              gets them, the weight being laid out for it first, in memory that all weights of one shape share
+    packed    oneDNN's blocked layout, which oneDNN multiplies with many rows, our own op with few (`cpu/linear.cpp`):
               float32, in which decoding takes longer than it saves from 8 rows on, float16, processors without
               AVX512-BF16, and weights of too many magnitudes
     plain     as it comes, shared with others, or where torch has no oneDNN

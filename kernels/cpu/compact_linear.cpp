@@ -186,7 +186,7 @@ static void product(const bfloat16* x, const Compact& weight, const bfloat16* bi
     for (long j = 0; j < rows; j++) given[j] = as_row(x + j * in, in, padded, filled.data() + j * padded);
     Product product = {weight, Decoder(weight.head), given.data(), bias, out, out_size, widens};
     std::vector<vfloat> partial(groups > 1 ? rows * VECTORS : 0);
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(dynamic) nowait
     for (int part = 0; part < parts; part++) {
       if (groups == 1) {  // by halves of panels
         long end = 2 * weight.panels * (part + 1) / parts;

@@ -63,7 +63,7 @@ extern "C" void grouped_linear(int dtype, const void* x, const void* packed, con
 #pragma omp parallel num_threads(threads) if (starts[experts] * in * out_size > SERIAL)
     {
       std::vector<Row> scratch(ROWS * padded);
-#pragma omp for collapse(2) schedule(dynamic)
+#pragma omp for collapse(2) schedule(dynamic) nowait
       for (long e = 0; e < experts; e++)
         for (long p = 0; p < panels; p++) {
           long start = starts[e], stop = starts[e + 1], column = p * PANEL, count = std::min<long>(PANEL, out_size - column);

@@ -149,7 +149,7 @@ extern "C" void linear_packed(int dtype, const void* x, const void* packed, cons
       std::vector<const Row*> given(rows);
       for (long j = 0; j < rows; j++) given[j] = as_row((const T*)x + j * in, in, padded, scratch.data() + j * padded);
       std::vector<T> narrow(widens ? rows * PANEL : 0);  // a panel's columns
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int part = 0; part < threads; part++) {
         long begin = 2 * panels * part / threads, end = 2 * panels * (part + 1) / threads;  // in half panels
         for (long half = begin; half < end;) {

@@ -65,7 +65,7 @@ class CpuLinear:
         return out
 
     def compact(self, weight: Tensor) -> Tensor | None:
-        """A copy of `weight` [out, in] in 12 bits an element (`compact.h`); None where it cannot be so or hardly saves."""
+        """A copy of `weight` [out, in] in 12 bits an element (`compact.h`), or None where that saves too little."""
         assert weight.stride(1) == 1 and weight.dtype == self.torch_dtype
         if weight.dtype != torch.bfloat16:
             return None
