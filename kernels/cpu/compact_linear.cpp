@@ -18,7 +18,7 @@ constexpr long AHEAD = 4096;  // bytes
 // takes as long as multiplying, what the first one does.
 constexpr long KEPT_MANY = 256 << 10, KEPT_FEW = 24 << 10;
 constexpr int FEW_ROWS = 10;
-constexpr int MANY_ROWS = 200, PARTS = 8;  // from how many rows on threads take parts as they come, and how many each
+constexpr int MANY_ROWS = 200, PARTS = 2;  // from how many rows on threads take parts as they come, and how many each
 
 typedef Step<bfloat16> S;
 enum Use { READ, KEEP, KEPT };  // a panel: decoded; decoded and kept; kept before
@@ -127,6 +127,7 @@ struct Product {
         auto multiply = group ? tile_of<KEPT>(rows, lines) : tile_of<KEEP>(rows, lines);
         Steps steps = {weight.panel(panel) + begin * STEP, kept, end - begin, 0};
         Ahead ahead = {next + begin * STEP + group * (end - begin) * share, share};
+        if (slab + 1 == slabs) bring_out(row, rows, panel * PANEL);
         multiply(x + row, begin * PAIR, decoder, steps, ahead, slab > 0, sums);
         if (!group) put_rare(panel, begin * PAIR, end * PAIR, kept, x + row, rows, sums);
         if (slab + 1 == slabs) finish<VECTORS>(sums, row, rows, panel * PANEL);
@@ -145,6 +146,11 @@ struct Product {
     }
   }
 
+  // Where those go that `finish` writes: memory that no cache may hold.
+  void bring_out(long row, long rows, long column) const {
+    long size = widens ? sizeof(float) : sizeof(bfloat16);
+    for (long m = row; m < row + rows; m++) bring<true>((char*)out + (m * out_size + column) * size, PANEL * size);
+  }
   // The sums of rows `row`.. and columns `column`.., finished.
   template <int C> void finish(const vfloat (*sums)[C], long row, long rows, long column) const {
     if (widens || column + C * W > out_size) return finish_others<C>(sums, row, rows, column);
