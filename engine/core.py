@@ -1,7 +1,8 @@
 """The driver's loop: requests in, steps out to the replicas, tokens back.
 
 One scheduler for each DP replica. `step()` first fills every replica's pipeline (up to `pp_size` steps in flight on
-disjoint sequences), then waits for one step to come back and hands its tokens to their requests.
+disjoint sequences), then waits for one step to come back and hands its tokens to their requests; in a pipeline what comes
+next of the same sequences goes off before the caller makes outputs of them.
 """
 
 import time
@@ -172,6 +173,8 @@ class EngineCore:
         self._fill()
         if any(replica.in_flight for replica in self.replicas):
             moved += self._collect()
+            if self.config.pp_size > 1:
+                self._fill()  # the first stage waits for these sequences, while the caller looks at their tokens
         return moved
 
     @property
