@@ -93,8 +93,14 @@ struct Product {
   void* out;             // of floats where it `widens` what has been rounded
   long out_size;
   bool widens;
+  long slabs;
 
   static long groups(long rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
+  // In how many parts a panel is kept, one after the other.
+  static long slabs_of(const Compact& weight, long rows) {
+    long most = rows <= FEW_ROWS ? KEPT_FEW : KEPT_MANY;
+    return (weight.steps * PANEL * PAIR * (long)sizeof(bfloat16) + most - 1) / most;
+  }
 
   // At most MOST_ROWS rows, times C vectors of a panel from `first` on.
   template <int C> void few(long rows, long panel, int first) const {
@@ -110,11 +116,10 @@ struct Product {
     finish<C>(sums, 0, rows, panel * PANEL + first * W);
   }
 
-  // Rows first..last times a panel; next: the one that follows, or null; partial: [rows, VECTORS].
+  // Rows first..last times a panel; next: the one that follows, or null; partial: [rows, VECTORS], if there are
+  // several slabs.
   void many(long first, long last, long panel, const uint8_t* next, bfloat16* kept, vfloat* partial) const {
-    constexpr long BYTES = PANEL * PAIR * sizeof(bfloat16);  // of a step that is kept
-    long count = groups(last - first), most = last - first <= FEW_ROWS ? KEPT_FEW : KEPT_MANY;
-    long slabs = (weight.steps * BYTES + most - 1) / most;
+    long count = groups(last - first);
     long share = (STEP + count - 1) / count;  // of a step of the next panel, in one of each group's
     int lines = next ? (share + LINE - 1) / LINE : 0;
     if (next) bring(next + weight.steps * STEP, LINE);
@@ -190,8 +195,9 @@ static void product(const bfloat16* x, const Compact& weight, const bfloat16* bi
     std::vector<bfloat16> filled(is_row<bfloat16>(in, padded) ? 0 : rows * padded);
     std::vector<const bfloat16*> given(rows);
     for (long j = 0; j < rows; j++) given[j] = as_row(x + j * in, in, padded, filled.data() + j * padded);
-    Product product = {weight, Decoder(weight.head), given.data(), bias, out, out_size, widens};
-    std::vector<vfloat> partial(groups > 1 ? rows * VECTORS : 0);
+    long slabs = Product::slabs_of(weight, rows);
+    Product product = {weight, Decoder(weight.head), given.data(), bias, out, out_size, widens, slabs};
+    std::unique_ptr<vfloat[]> partial(groups > 1 && slabs > 1 ? new vfloat[rows * VECTORS] : nullptr);
 #pragma omp for schedule(dynamic) nowait
     for (int part = 0; part < parts; part++) {
       if (groups == 1) {  // by halves of panels
@@ -208,7 +214,7 @@ static void product(const bfloat16* x, const Compact& weight, const bfloat16* bi
           long panel = unit / groups, group = unit % groups, stop = std::min(groups, group + end - unit);
           unit += stop - group;
           const uint8_t* next = unit < end ? weight.panel(panel + 1) : nullptr;
-          product.many(rows * group / groups, rows * stop / groups, panel, next, scratch(), partial.data());
+          product.many(rows * group / groups, rows * stop / groups, panel, next, scratch(), partial.get());
         }
       }
     }
