@@ -1,8 +1,8 @@
 """The driver's loop: requests in, steps out to the replicas, tokens back.
 
 One scheduler for each DP replica. `step()` first fills every replica's pipeline (up to `pp_size` steps in flight on
-disjoint sequences), then waits for one step to come back and hands its tokens to their requests; in a pipeline what comes
-next of the same sequences goes off before the caller makes outputs of them.
+disjoint sequences), then waits for one step to come back and hands its tokens to their requests. In a pipeline the next
+step of the same sequences goes off before the caller makes outputs of them.
 """
 
 import time
@@ -93,7 +93,8 @@ class EngineCore:
         self._requests: dict[str, Request] = {}
         self._by_sequence: dict[Sequence, tuple[Request, Completion]] = {}
         self._compiling: dict[Request, Future[Grammar]] = {}
-        self._aborted: list[Request] = []
+        self._aborted: list[Request] = []  # and others that the next step gives
+        self._failed: Exception | None = None  # which the next step raises
         self.observers: list[Callable[[Request], None]] = []  # told of each request that has ended, however it did
 
     @property
@@ -168,14 +169,28 @@ class EngineCore:
 
     def step(self) -> list[Request]:
         """Fills the pipelines, waits for one step, and gives the requests that it moved on or that were aborted."""
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
         moved, self._aborted = self._aborted, []
         moved += self._compiled(wait=not moved and not self._is_busy)
         self._fill()
         if any(replica.in_flight for replica in self.replicas):
             moved += self._collect()
             if self.config.pp_size > 1:
-                self._fill()  # the first stage waits for these sequences, while the caller looks at their tokens
+                self._fill_meanwhile(moved)
         return moved
+
+    def _fill_meanwhile(self, moved: list[Request]) -> None:
+        """Fills the pipelines before the caller looks at what a step moved, which is not lost if that fails: the first
+        stage waits for these sequences."""
+        try:
+            self._fill()
+        except Exception as error:
+            self._failed = error  # first the caller gets what was moved
+        except BaseException:
+            self._aborted += moved
+            raise
 
     @property
     def _is_busy(self) -> bool:

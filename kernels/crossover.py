@@ -1,7 +1,8 @@
-"""Up to how many rows our own product (`cpu/linear.cpp`) is faster than oneDNN's here: measured once, then read.
+"""Up to how many rows our own products (`cpu/linear.cpp`, `cpu/compact_linear.cpp`) are faster than oneDNN's here:
+measured once, then read.
 
 What is found is kept in ``linear/….json`` in the cache (`config/cache.py`), one file for each processor, dtype,
-number of threads and versions. Remove the file to measure again.
+number of threads, versions and settings of how threads wait. Remove the file to measure again.
 """
 
 import hashlib
@@ -19,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024)
 _SIZE_OUT, _SIZES_IN = 1024, (512, 1024, 2048, 4096)  # of the weights that are tried
 _BYTES = 32 << 20  # of all weights of a round: more than the caches hold
-_RUNS = 7
+_RUNS, _MANY_ROWS_RUNS, _MANY_ROWS = 7, 3, 256
 _SOURCES = "linear.cpp", "compact_linear.cpp", "compact.cpp", "compact.h", "product.h", "vector.h"
-_WAITING = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT"  # of threads: whether they must be woken for each product
+# Whether threads must be woken for each product, and what oneDNN may use.
+_SETTINGS = "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "ONEDNN_MAX_CPU_ISA"
 _NOISE = 1.1  # slower by less is as fast: other work on the machine makes as much, and our own op can be on a tape
 
 Product = Callable[[Tensor, Any], Tensor]
@@ -51,7 +53,7 @@ def _measure(
     for rows in ROWS:
         x = torch.randn(rows, size_in).to(dtype)
         times: list[list[float]] = [[], []]
-        for _ in range(_RUNS):
+        for _ in range(_RUNS if rows < _MANY_ROWS else _MANY_ROWS_RUNS):
             for product, kept in zip((ours, theirs), times, strict=True):
                 started = time.perf_counter()
                 for weight in weights:
@@ -84,8 +86,8 @@ def _read_or_measure(kind: str, dtype: torch.dtype, size_in: int, measure: Calla
     key = folder, kind, name, size_in, threads
     if key in _found:
         return _found[key]
-    waiting = {name: os.environ.get(name) for name in _WAITING}
-    about = {"processor": _processor(), "torch": torch.__version__, "ours": _version_of_ours(), "waiting": waiting}
+    settings = {name: os.environ.get(name) for name in _SETTINGS}
+    about = {"processor": _processor(), "torch": torch.__version__, "ours": _version_of_ours(), "settings": settings}
     digest = hashlib.sha256(json.dumps([about, threads]).encode()).hexdigest()[:12]
     file = folder / f"{kind}-{name}-{size_in}-{threads}-threads-{digest}.json"
     try:

@@ -2,12 +2,11 @@
 
 A weight is held once, in one of these forms:
 
-    compact   bfloat16 in 12 bits an element, without loss (`cpu/compact.h`): of few rows, reading the weight is what
-              takes the time. Our own op multiplies any number of rows with it; where oneDNN is faster with many, it
-              gets them, the weight being laid out for it first, in memory that all weights of one shape share
+    compact   in 12 bits an element instead of 16, or 28 instead of 32, without loss (`cpu/compact.h`): of few rows,
+              reading the weight is what takes the time. Our own op multiplies any number of rows with it; if oneDNN is
+              faster with many, it gets them, the weight being laid out for it first, where all of a shape are
     packed    oneDNN's blocked layout, which oneDNN multiplies with many rows, our own op with few (`cpu/linear.cpp`):
-              float32, in which decoding takes longer than it saves from 8 rows on, float16, processors without
-              AVX512-BF16, and weights of too many magnitudes
+              float16, processors without AVX512-BF16, and weights of too many magnitudes
     plain     as it comes, shared with others, or where torch has no oneDNN
 
 From how many rows on oneDNN is the faster is measured on the processor that this runs on (`crossover.py`).
@@ -15,7 +14,6 @@ From how many rows on oneDNN is the faster is measured on the processor that thi
 
 import ctypes
 from collections.abc import Callable
-from threading import Lock
 from typing import ClassVar, Protocol
 from weakref import WeakValueDictionary
 
@@ -70,6 +68,7 @@ def bind_tied(weight: Tensor, stays: bool, ours: CpuLinear | None = None) -> tup
 
 def bind_shared(weight: Tensor, ours: CpuLinear | None = None) -> Linear:
     """The product with a plain weight that others read too, through oneDNN: faster than torch's own in float32."""
+    ours = _of_dtype(ours, weight)
     few = 0 if ours is None else _few_plain(weight, ours) * weight.shape[1]
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
@@ -80,7 +79,13 @@ def bind_shared(weight: Tensor, ours: CpuLinear | None = None) -> Linear:
     return linear
 
 
+def _of_dtype(ours: CpuLinear | None, weight: Tensor) -> CpuLinear | None:
+    """Unless a weight has another dtype than the model, as some routers do."""
+    return ours if ours is not None and ours.torch_dtype == weight.dtype else None
+
+
 def _held(weight: Tensor, widens: bool, ours: CpuLinear | None) -> tuple[Linear, LookUp | None]:
+    ours = _of_dtype(ours, weight)
     bound = None if ours is None else bind_compact(weight, widens=widens, ours=ours)
     return bound or bind_packed(weight, widens=widens, ours=ours)
 
@@ -88,9 +93,11 @@ def _held(weight: Tensor, widens: bool, ours: CpuLinear | None) -> tuple[Linear,
 def bind_compact(weight: Tensor, *, widens: bool = False, ours: CpuLinear) -> tuple[Linear, LookUp] | None:
     """The product with the compact form, and the look-up in it; None where it is not the best, or cannot be."""
     most = _most_compact(weight, ours)
+    held = ours.compact(weight) if most else None
+    if held is None:
+        return None
     panels = None if most == ROWS[-1] else _Panels.like(weight, ours)
-    held = None if panels is not None and panels.address is None else ours.compact(weight)
-    if not most or held is None:
+    if panels is not None and panels.address is None:
         return None
     size_out, size_in = weight.shape
     few = most * size_in
@@ -124,27 +131,29 @@ def bind_packed(weight: Tensor, *, widens: bool = False, ours: CpuLinear | None 
 
 
 class _Panels:
-    """Memory in oneDNN's layout that compact weights of one shape share; address: None if the layout is unknown."""
+    """Memory in oneDNN's layout that compact weights of one shape share; address: None if the layout is unknown.
 
-    _all: ClassVar["WeakValueDictionary[tuple[torch.dtype, torch.Size], _Panels]"] = WeakValueDictionary()
+    Of one stage, which computes in one thread: `ours` is its own.
+    """
+
+    _all: ClassVar["WeakValueDictionary[tuple[CpuLinear, torch.Size], _Panels]"] = WeakValueDictionary()
 
     def __init__(self, weight: Tensor, ours: CpuLinear) -> None:
-        self._packed, self._ours, self._lock = _reordered(weight), ours, Lock()
+        self.packed, self._ours = _reordered(weight), ours
         self._size_out, self._size_in = weight.shape
-        self.address = _address_of_panels(weight, self._packed, ours.panel)
+        self.address = _address_of_panels(weight, self.packed, ours.panel)
 
     @classmethod
     def like(cls, weight: Tensor, ours: CpuLinear) -> "_Panels":
-        found = cls._all.get((weight.dtype, weight.shape))
+        found = cls._all.get((ours, weight.shape))
         if found is None:
-            found = cls._all[weight.dtype, weight.shape] = cls(weight, ours)
+            found = cls._all[ours, weight.shape] = cls(weight, ours)
         return found
 
     def multiply(self, x: Tensor, compact: int, bias: Tensor | None) -> Tensor:
         assert self.address is not None
-        with self._lock:
-            self._ours.expand(compact, self.address, self._size_out, self._size_in)
-            return _onednn(x, self._packed, bias)
+        self._ours.expand(compact, self.address, self._size_out, self._size_in)
+        return _onednn(x, self.packed, bias)
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -160,7 +169,7 @@ def _reordered(weight: Tensor) -> Tensor:
 
 def _most_compact(like: Tensor, ours: CpuLinear) -> int:
     """Rows up to which the compact form is multiplied by our own op; 0 where it cannot be had."""
-    if ours.compact(torch.ones(64, 64, dtype=like.dtype)) is None:
+    if not ours.compacts:
         return 0
 
     def prepare(weight: Tensor) -> tuple[int, _Panels, Tensor]:
@@ -174,7 +183,7 @@ def _most_compact(like: Tensor, ours: CpuLinear) -> int:
     def expand_and_multiply(x: Tensor, weight: tuple[int, _Panels, Tensor]) -> Tensor:
         _, panels, held = weight
         if panels.address is None:
-            return _onednn(x, panels._packed, None)
+            return _onednn(x, panels.packed, None)
         return panels.multiply(x, held.data_ptr(), None)
 
     return streamed_rows("compact", like, prepare, multiply, expand_and_multiply)

@@ -82,7 +82,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         return replace(ops, name=f"{ops.name}, plain linear ({reason})")
     return replace(
         ops,
-        name=f"{ops.name}, packed linear",
+        name=f"{ops.name}, {'packed' if products is None or not products.compacts else 'compact'} linear",
         bind_linear=partial(linear.bind, ours=products),
         bind_tied_linear=partial(linear.bind_tied, ours=products),
     )

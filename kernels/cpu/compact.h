@@ -1,7 +1,8 @@
-// bfloat16 weights held without loss in 12 bits an element: of few rows, reading the weight is what a product takes.
+// Weights held without loss in 12 bits an element (bfloat16) or 28 (float): of few rows, reading the weight is what a product
+// takes.
 //
-// Of an element's 16 bits, the 8 of its exponent say least: nearly all weights of a matrix have one of the same 15. Those are
-// in a table, and an element says which in 4 bits; sign and mantissa stay as they are. An element with another exponent is
+// Of an element's bits, the 8 of its exponent say least: nearly all weights of a matrix have one of the same 15. Those are in
+// a table, and an element says which in 4 bits; sign and mantissa stay as they are. An element with another exponent is
 // rare: it stands in a list beside its panel, and as zero where it would have been. After DFloat11 (arXiv:2504.11651), whose
 // codes are shorter, and of lengths that only a GPU decodes fast enough.
 //
@@ -11,15 +12,24 @@
 //                 2 x 64 bytes  in a word, of two vectors of columns, an element's sign and mantissa each: the first's where
 //                               they are in a bfloat16, the other's with its bytes swapped
 //                 64 bytes      in a word the places in the table of the elements of four vectors
+//                 4 x 64 bytes  of floats, which are held like bfloat16: their lower halves, by vectors
 //             and after the steps the rare ones, the last followed by one that is `none`
 #pragma once
 #include "product.h"
 
 constexpr int PANEL = 64, VECTORS = PANEL / 16;
 constexpr int PAIR = 2;        // elements of a step
-constexpr int DEPTH = 16;      // of which oneDNN's steps in a panel are a multiple, so these too
-constexpr long STEP = 3 * LINE;
+constexpr int DEPTH = 16;      // of which oneDNN's steps in a panel are a multiple (`Step`)
 constexpr int EXPONENTS = 15;  // in the table, and after them that of zero
+template <class T> constexpr long STEP = 0;  // bytes; 0: this dtype is not held so
+#if defined(__AVX512BF16__)
+template <> inline constexpr long STEP<bfloat16> = 3 * LINE;
+template <> inline constexpr long STEP<float> = 7 * LINE;
+#endif
+
+// An element by its bits as a float, NaN as it was.
+static inline void put(float* to, uint32_t bits) { std::memcpy(to, &bits, sizeof bits); }
+static inline void put(bfloat16* to, uint32_t bits) { to->bits = bits >> 16; }
 
 // An element that stands in a list.
 struct Rare {
@@ -31,38 +41,56 @@ struct Rare {
 };
 
 // Where things are in a weight [out_size, in].
-struct Compact {
+template <class T> struct Compact {
   const uint8_t* head;
   long panels, steps, room;
 
   static constexpr long HEAD = 2 * LINE;
-  static long steps_of(long in) { return (in + DEPTH * PAIR - 1) / (DEPTH * PAIR) * DEPTH; }
+  static long steps_of(long in) {
+    constexpr long together = DEPTH * Step<T>::N;
+    return (in + together - 1) / together * (together / PAIR);
+  }
   static long panels_of(long out_size) { return (out_size + PANEL - 1) / PANEL; }
-  static long panel_bytes(long in, long room) { return steps_of(in) * STEP + room * sizeof(Rare); }
+  static long panel_bytes(long in, long room) { return steps_of(in) * STEP<T> + room * sizeof(Rare); }
 
   Compact(const void* compact, long in, long out_size)
       : head((const uint8_t*)compact), panels(panels_of(out_size)), steps(steps_of(in)),
         room(load_as<int64_t>(head + LINE)) {}
-  const uint8_t* panel(long index) const { return head + HEAD + index * (steps * STEP + room * sizeof(Rare)); }
-  const Rare* rare(long index) const { return (const Rare*)(panel(index) + steps * STEP); }
+  const uint8_t* panel(long index) const { return head + HEAD + index * (steps * STEP<T> + room * sizeof(Rare)); }
+  const Rare* rare(long index) const { return (const Rare*)(panel(index) + steps * STEP<T>); }
 };
 
 // Where an element of a panel is when it is decoded, which is oneDNN's layout too (linear.cpp).
-static inline long in_panel(long at, long column) { return (at / PAIR * PANEL + column) * PAIR + at % PAIR; }
+template <class T> static inline long in_panel(long at, long column) {
+  constexpr long N = Step<T>::N;
+  return (at / N * PANEL + column) * N + at % N;
+}
+
+template <class F> static void by_held(int dtype, F f) {
+  by_dtype(dtype, [&](auto* type) {
+    if constexpr (STEP<std::remove_pointer_t<decltype(type)>> != 0) f(type);
+  });
+}
 
 #if defined(__AVX512BF16__)
 struct Decoder {
   __m512i table, kept = _mm512_set1_epi16((short)0x807f);  // kept: sign and mantissa
   explicit Decoder(const void* compact) : table(load_as<__m512i>(compact)) {}
 
-  // The elements of vector V of a step, of 16 columns, in pairs along `in`. V may be less by an even number if `places` have
-  // been shifted by 4 bits for each.
+  // The elements of vector V of a step, of 16 columns, in pairs along `in`; of floats their upper halves. V may be less by an
+  // even number if `places` have been shifted by 4 bits for each.
   template <int V> __m512i vector(__m512i rest, __m512i places) const {
     __m512i exponents = _mm512_permutexvar_epi16(V ? _mm512_srli_epi16(places, 4 * V) : places, table);
     return _mm512_ternarylogic_epi32(V & 1 ? swapped(rest) : rest, kept, exponents, 0xea);  // (a & b) | c
   }
+  // Of floats, from both halves: the first of each pair, and the second.
+  static __m512i first(__m512i upper, __m512i lower) { return joined(_mm512_slli_epi32(upper, 16), lower); }
+  static __m512i second(__m512i upper, __m512i lower) { return joined(upper, _mm512_srli_epi32(lower, 16)); }
 
  private:
+  static __m512i joined(__m512i upper, __m512i lower) {
+    return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff0000), upper, lower, 0xca);  // a ? b : c
+  }
   static __m512i swapped(__m512i words) {
 #if defined(__AVX512VBMI2__)
     return _mm512_shldi_epi16(words, words, 8);

@@ -6,7 +6,7 @@ from torch import Tensor
 from .build import Unavailable, load_library
 from .functions import DTYPES, Function, address, function, question
 
-_WORTH = 15 / 16  # of what a weight takes in panels: a compact one that takes more is not worth decoding
+_WORTH = 1 / 32  # of a weight's bytes: what rare elements may take; of more, decoding takes longer than it saves
 
 
 class CpuLinear:
@@ -25,10 +25,10 @@ class CpuLinear:
         self._linear_packed = function(library, "linear_packed", "ipppp" + "lllii")
         self._embedding_packed = function(library, "embedding_packed", "ippp" + "lllli")
         self._linear_compact = function(library, "linear_compact", "ipppp" + "lllii")
-        self._embedding_compact = function(library, "embedding_compact", "ppp" + "lllli")
-        self._expand_compact = function(library, "expand_compact", "pp" + "lli")
-        self._compact_bytes = question(library, "compact_bytes", "p" + "lll" + "pi")
-        self._compact_weight = function(library, "compact_weight", "p" + "lll" + "pp" + "li")
+        self._embedding_compact = function(library, "embedding_compact", "ippp" + "lllli")
+        self._expand_compact = function(library, "expand_compact", "ipp" + "lli")
+        self._compact_bytes = question(library, "compact_bytes", "ip" + "lll" + "pi")
+        self._compact_weight = function(library, "compact_weight", "ip" + "lll" + "pp" + "li")
         step: int = library.grouped_step(self._dtype)
         self.panel: tuple[int, int, int] = (library.linear_panel(), library.linear_depth(), step)
 
@@ -64,17 +64,21 @@ class CpuLinear:
         )
         return out
 
+    @property
+    def compacts(self) -> bool:
+        """Whether weights can be held compact here."""
+        return self.compact(torch.ones(64, 64, dtype=self.torch_dtype)) is not None
+
     def compact(self, weight: Tensor) -> Tensor | None:
-        """A copy of `weight` [out, in] in 12 bits an element (`compact.h`), or None where that saves too little."""
+        """A copy of `weight` [out, in] in 4 bits an element less (`compact.h`), or None where that saves too little."""
         assert weight.stride(1) == 1 and weight.dtype == self.torch_dtype
-        if weight.dtype != torch.bfloat16:
-            return None
         (size_out, size_in), (height, depth, step) = weight.shape, self.panel
         in_panels = -(-size_out // height) * height * -(-size_in // (depth * step)) * depth * step * weight.itemsize
-        given = weight.data_ptr(), size_in, size_out, weight.stride(0)
+        given = self._dtype, weight.data_ptr(), size_in, size_out, weight.stride(0)
         places = torch.empty(256, dtype=torch.uint8)
         num_bytes = self._compact_bytes(*given, places.data_ptr(), self._threads)
-        if not 0 < num_bytes <= _WORTH * in_panels:
+        bits = 8 * weight.itemsize
+        if not 0 < num_bytes <= ((bits - 4) / bits + _WORTH) * in_panels:
             return None
         compact = torch.empty(num_bytes, dtype=torch.uint8)
         self._compact_weight(*given, places.data_ptr(), compact.data_ptr(), num_bytes, self._threads)
@@ -90,13 +94,13 @@ class CpuLinear:
         """`embedding_packed` of a compact weight."""
         out = self._looked_up(token_ids, size_in)
         self._embedding_compact(
-            token_ids.data_ptr(), compact, out.data_ptr(), len(out), size_in, rows, start, self._threads
+            self._dtype, token_ids.data_ptr(), compact, out.data_ptr(), len(out), size_in, rows, start, self._threads
         )
         return out
 
     def expand(self, compact: int, packed: int, size_out: int, size_in: int) -> None:
         """Writes a compact weight in panels (`linear.cpp`) to the address `packed`."""
-        self._expand_compact(compact, packed, size_in, size_out, self._threads)
+        self._expand_compact(self._dtype, compact, packed, size_in, size_out, self._threads)
 
     def _multiply(
         self, product: Function, x: Tensor, weight: int, bias: Tensor | None, size_out: int, widens: bool

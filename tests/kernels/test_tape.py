@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from meshlm.kernels import eager
-from meshlm.kernels.cpu import CpuOps, Pool, Tape, Unavailable, recording
+from meshlm.kernels.cpu import CpuLinear, CpuOps, Pool, Tape, Unavailable, recording
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def ops() -> CpuOps:
 def layer(ops: CpuOps, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
     """Ops of our own and of torch's, views, new memory, and something done in place."""
     y, total = ops.add_rms_norm(x, x, norm, 1e-5)
-    gate = ops.gated_activation("silu")(ops.linear_plain(y, weight, None))
+    gate = ops.gated_activation("silu")(CpuLinear(torch.float32).linear_plain(y, weight, None))
     first, second = gate.split(4, dim=1)
     gate = torch.cat([second, first], dim=1) * 2.0
     gate[0].add_(1.0)
@@ -106,7 +106,7 @@ def test_a_collective_that_the_tape_was_not_given_spoils_it() -> None:
 
 def test_others_threads_are_not_recorded(ops: CpuOps) -> None:
     tape, x, weight = Tape(Pool()), torch.ones(1, 8), torch.ones(8, 8)
-    other = threading.Thread(target=ops.linear_plain, args=(x, weight, None))
+    other = threading.Thread(target=CpuLinear(torch.float32).linear_plain, args=(x, weight, None))
     with recording(tape):
         other.start()
         other.join()
@@ -117,12 +117,12 @@ def test_what_is_done_in_between_keeps_its_place(ops: CpuOps) -> None:
     """As a collective does."""
     tape, x, out, eye = Tape(Pool()), torch.ones(1, 8), torch.empty(1, 8), torch.eye(8)
     with recording(tape):
-        y = ops.linear_plain(x, eye, None)
+        y = CpuLinear(torch.float32).linear_plain(x, eye, None)
         ops_between = lambda: y.data.mul_(3)  # noqa: E731
         with torch._C._DisableTorchDispatch():
             ops_between()
         tape.do(ops_between)
-        out.copy_(ops.linear_plain(y, eye, None))
+        out.copy_(CpuLinear(torch.float32).linear_plain(y, eye, None))
     assert out.tolist() == [[3.0] * 8]
     x.fill_(2)
     tape.replay()
