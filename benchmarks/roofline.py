@@ -4,7 +4,8 @@ Measured first: the rate at which memory is read, and that of matrix products; t
 layer after the other with weights of their own, in each form that can be bound: torch's plain product, oneDNN's packed
 weight, and the bound one (`kernels/linear.py`). Against that:
 
-    decode, batch 1    tokens/s, of those that reading all weights once a token would allow     70 %
+    decode, batch 1    tokens/s, of those that reading all weights once a token would allow, as
+                       they are in the checkpoint; held compact they are less to read           70 %
     decode, batch 32   the linear layers at their best form, of a step                          75 %
     prefill of 1024    the linear layers at their best form, of all                             80 %
 
