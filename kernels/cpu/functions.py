@@ -7,12 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .build import Unavailable, load_library
 from .tape import current_tape
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Function = Callable[..., None]
 _TYPES = {"i": c_int, "l": c_long, "f": c_float, "p": c_void_p}
+
+
+class Functions:
+    """The library's functions for one dtype, and what each of them needs to know for good. Raises Unavailable."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        if dtype not in DTYPES:
+            raise Unavailable(f"no C++ ops for {dtype}")
+        self.torch_dtype, self._dtype = dtype, DTYPES[dtype]
+        self._threads = torch.get_num_threads()
+        self._library = load_library()
 
 
 def address(x: Tensor | None) -> int | None:

@@ -3,24 +3,20 @@
 import torch
 from torch import Tensor
 
-from .build import Unavailable, load_library
-from .functions import DTYPES, Function, address, function, question
+from .functions import Function, Functions, address, function, question
 
 _WORTH = 1 / 32  # of a weight's bytes: what rare elements may take; of more, decoding takes longer than it saves
 
 
-class CpuLinear:
+class CpuLinear(Functions):
     """For one dtype. Raises Unavailable.
 
     panel: of a packed weight, its height, of which multiple its steps are, and elements in a step.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            raise Unavailable(f"no C++ ops for {dtype}")
-        self.torch_dtype, self._dtype = dtype, DTYPES[dtype]
-        self._threads = torch.get_num_threads()
-        library = load_library()
+        super().__init__(dtype)
+        library = self._library
         self._linear_plain = function(library, "linear_plain", "ipppp" + "lllli")
         self._linear_packed = function(library, "linear_packed", "ipppp" + "lllii")
         self._embedding_packed = function(library, "embedding_packed", "ippp" + "lllli")

@@ -9,24 +9,20 @@ from torch import Tensor
 from ..batch import PagedBatch
 from ..eager import KINDS, PLAIN, Activation, AttentionFeatures, values_in_keys
 from ..eager_moe import ExpertPlan, GroupedLinear, Routing
-from .build import Unavailable, load_library
-from .functions import DTYPES, address, function
+from .functions import DTYPES, Functions, address, function
 
 _SCORINGS = {"softmax": 0, "sigmoid": 1, "softmax of chosen": 2}
 
 
-class CpuOps:
+class CpuOps(Functions):
     """The ops for one dtype; each keeps what its C++ function needs to know for good.
 
     Inputs are on the CPU and of that dtype; what a function wants contiguous is asserted. Raises Unavailable.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in DTYPES:
-            raise Unavailable(f"no C++ ops for {dtype}")
-        self.torch_dtype, self._dtype = dtype, DTYPES[dtype]
-        self._threads = torch.get_num_threads()
-        library = load_library()
+        super().__init__(dtype)
+        library = self._library
         self._add_rms_norm = function(library, "add_rms_norm", "i" + "p" * 5 + "l" * 5 + "ffi")
         self._add_layer_norm = function(library, "add_layer_norm", "i" + "p" * 6 + "l" * 5 + "fii")
         self._activation = function(library, "activation", "iii" + "pp" + "llli")

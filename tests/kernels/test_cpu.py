@@ -315,5 +315,5 @@ def test_without_a_compiler_the_reason_is_told(
     with pytest.raises(Unavailable, match=expected):
         build.load_library()
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
-    monkeypatch.setattr("meshlm.kernels.cpu.ops.load_library", build.load_library)
+    monkeypatch.setattr("meshlm.kernels.cpu.functions.load_library", build.load_library)
     assert expected in select_ops(CPU, torch.float32).name and select_ops(CPU, torch.float32).name.startswith("eager (")
