@@ -227,6 +227,11 @@ class EngineCore:
                 return constraint.error
         return None
 
+    def settle(self) -> None:
+        """Where nothing is asked for any more, waits for the steps still in flight, which hold blocks for nobody."""
+        if not self.has_unfinished:
+            self.drain()
+
     def drain(self) -> list[Request]:
         """Waits for all steps in flight, so that nothing is under way on any rank; the requests that these moved on."""
         moved = []

@@ -24,7 +24,7 @@ class Driver:
         core = self.core
         while True:
             if not core.has_unfinished:
-                core.drain()  # a step that was under way when its last request ended holds blocks
+                core.settle()
                 core.executor.look()
             if not obey(not core.has_unfinished):
                 return

@@ -250,8 +250,14 @@ class InferenceEngine:
     # ---- what it is and does ------------------------------------------------------------------------------------
 
     def stats(self) -> EngineStats:
-        """Queue, cache and token counts, by replica."""
-        return self._world.everywhere(lambda: self._core.stats())
+        """Queue, cache and token counts, by replica; once every request has ended, all blocks are free."""
+
+        def ask() -> EngineStats:
+            self._core.settle()
+            return self._core.stats()
+
+        with interrupt_between_steps():
+            return self._world.everywhere(ask)
 
     def busy(self) -> list[dict[str, float]]:
         """Each rank's steps, seconds of computing, and when they began and ended; waits for steps in flight."""
