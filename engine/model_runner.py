@@ -104,7 +104,7 @@ class ModelRunner:
         else:
             waited += self._send(hidden)
         running = RunningStep(drawn, stage.device, self._redraw, lambda: self._count(started, waited))
-        if drawn is not None and drawn.draw.complete is not None:
+        if drawn is not None and drawn.draw.filtered is not None:
             assert self.drawing is not None
             self.drawing.unsettled = running.settle
         if drawn is not None:

@@ -25,7 +25,8 @@ from ..shardformer.shard import Range
 from .staging import Shapes
 from .step import SampleRequest
 
-_CANDIDATES = 128
+_CANDIDATES = 128  # where no top-k says how many there are
+_SPARE = 24  # beside those of top-k, for equals of the last
 _REDRAWN_AT_ONCE = 8  # rows: with up to the whole vocabulary for candidates, they take much memory
 _NEVER = float("-inf")
 _COLDEST = 1e-6  # temperatures below it are taken for it: greedy but for equals, and no logit overflows
@@ -40,6 +41,7 @@ class Draws:
     filtered: list[int]  # rows with top-k, top-p or min-p
     forces: bool  # whether some rows' tokens are given
     num_candidates: int  # of each rank, for a filtered row
+    needs_mass: bool  # whether top-p is taken over the whole vocabulary in some rows
 
     @property
     def shapes(self) -> Shapes:
@@ -52,8 +54,8 @@ class Draws:
             shapes["forced"] = (torch.int64, (num_rows,))
         if self.filtered:
             shapes["filtered"] = (torch.int64, (num_filtered,))
-            shapes["filtered_temperatures"] = (torch.float32, (num_filtered, 1))
-            shapes["filters"] = (torch.float64, (3, num_filtered, 1))  # top-k, top-p, min-p
+            shapes["filtered_temperatures"] = (torch.float32, (num_filtered,))
+            shapes["filters"] = (torch.float64, (3, num_filtered))  # top-k, top-p, min-p
         return shapes
 
     def write(self, host: Mapping[str, Any]) -> None:
@@ -67,24 +69,10 @@ class Draws:
             samples = [self.samples[row] for row in self.filtered]
             host["temperatures"][self.filtered] = 0.0
             host["filtered"][:] = self.filtered
-            host["filtered_temperatures"][:, 0] = [max(s.temperature, _COLDEST) for s in samples]
-            host["filters"][0, :, 0] = [s.top_k or float("inf") for s in samples]
-            host["filters"][1, :, 0] = [s.top_p for s in samples]
-            host["filters"][2, :, 0] = [s.min_p for s in samples]
-
-
-@dataclass(frozen=True)
-class Draw:
-    """Tokens that were drawn, on the device."""
-
-    token_ids: Tensor  # [num_rows] int64, the same on every rank of `tp`
-    complete: Tensor | None = None  # [num_filtered] bool: whether a filtered row is final; None: all rows are
-    filtered: "Filtered | None" = None
-
-    @property
-    def numbers(self) -> Tensor:
-        """Token ids, and after them whether the filtered rows are complete: int64."""
-        return self.token_ids if self.complete is None else torch.cat((self.token_ids, self.complete.long()))
+            host["filtered_temperatures"][:] = [max(s.temperature, _COLDEST) for s in samples]
+            host["filters"][0] = [s.top_k or float("inf") for s in samples]
+            host["filters"][1] = [s.top_p for s in samples]
+            host["filters"][2] = [s.min_p for s in samples]
 
 
 @dataclass(frozen=True)
@@ -92,19 +80,39 @@ class Filtered:
     """Rows that are drawn after top-k, top-p and min-p."""
 
     rows: Tensor  # [num_filtered] int64
-    scaled: Tensor  # [num_filtered, local_vocab]: logits / temperature
+    logits: Tensor  # [num_filtered, local_vocab]
+    temperatures: Tensor  # [num_filtered] float32
     keys: Tensor  # [num_filtered, 2] int32
-    filters: Tensor  # [3, num_filtered, 1] float64
+    filters: Tensor  # [3, num_filtered] float64
     num_candidates: int
+    needs_mass: bool
 
     def select(self, index: Tensor) -> "Filtered":
-        return Filtered(
+        return replace(
+            self,
             rows=self.rows.index_select(0, index),
-            scaled=self.scaled.index_select(0, index),
+            logits=self.logits.index_select(0, index),
+            temperatures=self.temperatures.index_select(0, index),
             keys=self.keys.index_select(0, index),
             filters=self.filters.index_select(1, index),
-            num_candidates=self.num_candidates,
         )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Tokens that were drawn, on the device."""
+
+    numbers: Tensor  # int64: token ids [num_rows], the same on every rank of `tp`; whether each of `filtered` is final
+    filtered: Filtered | None = None  # None: all rows are final
+
+    @property
+    def token_ids(self) -> Tensor:
+        return self.numbers if self.filtered is None else self.numbers[: -len(self.filtered.rows)]
+
+    @property
+    def complete(self) -> Tensor | None:
+        """Of each filtered row, whether it is final [num_filtered]; None: all rows are."""
+        return None if self.filtered is None else self.numbers[-len(self.filtered.rows) :]
 
 
 class Sampler:
@@ -126,35 +134,35 @@ class Sampler:
         filtered = [
             r for r, s in enumerate(samples) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
         ]
-        count = max(_CANDIDATES, *(samples[r].top_k + 1 for r in filtered)) if filtered else 0
-        return Draws(samples, is_greedy, filtered, any(s.forced >= 0 for s in samples), min(count, self.largest_shard))
+        count = max((samples[r].top_k + _SPARE if samples[r].top_k else _CANDIDATES for r in filtered), default=0)
+        needs_mass = any(samples[r].top_p < 1 and not samples[r].top_k for r in filtered)
+        forces = any(s.forced >= 0 for s in samples)
+        return Draws(samples, is_greedy, filtered, forces, min(count, self.largest_shard), needs_mass)
 
     def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
-        """logits: float32 [num_rows, local_vocab], a row for each sample; may be overwritten. arrays: those of `draws`,
-        on the device."""
-        draw = self._draw(logits, draws, arrays)
-        if not draws.forces:
-            return draw
-        forced = arrays["forced"]  # of which no row is filtered
-        return replace(draw, token_ids=torch.where(forced < 0, draw.token_ids, forced))
-
-    def _draw(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
+        """logits: float32 [num_rows, local_vocab], contiguous, a row for each sample; arrays: those of `draws`, on the
+        device."""
         if not draws.filtered:
             return Draw(self._best(logits, draws, arrays))
-        own = logits if len(draws.filtered) == len(logits) else logits.index_select(0, arrays["filtered"])
+        rows, keys = arrays["filtered"], arrays["keys"]
+        are_all = len(draws.filtered) == len(draws.samples)
         filtered = Filtered(
-            rows=arrays["filtered"],
-            scaled=own.div_(arrays["filtered_temperatures"]).contiguous(),
-            keys=arrays["keys"].index_select(0, arrays["filtered"]),
+            rows=rows,
+            logits=logits if are_all else logits.index_select(0, rows),
+            temperatures=arrays["filtered_temperatures"],
+            keys=keys if are_all else keys.index_select(0, rows),
             filters=arrays["filters"],
             num_candidates=draws.num_candidates,
+            needs_mass=draws.needs_mass,
         )
-        drawn, complete = self._draw_among(filtered)
-        if len(draws.filtered) < len(draws.samples):
-            drawn = self._best(logits, draws, arrays).index_copy_(0, filtered.rows, drawn)
+        drawn = self._draw_among(filtered)
+        if are_all:
+            numbers = drawn.flatten()
+        else:
+            numbers = torch.cat((self._best(logits, draws, arrays).index_copy_(0, rows, drawn[0]), drawn[1]))
         if draws.num_candidates == self.largest_shard:  # all there are
-            return Draw(drawn)
-        return Draw(drawn, complete, filtered)
+            return Draw(numbers[: len(draws.samples)])
+        return Draw(numbers, filtered)
 
     def redraw(self, draw: Draw, complete: Sequence[bool]) -> Tensor:
         """A draw's token ids, made final. complete: what the draw says, which every rank of `tp` knows alike."""
@@ -164,16 +172,23 @@ class Sampler:
         for first in range(0, len(short), _REDRAWN_AT_ONCE):
             index = torch.tensor(short[first : first + _REDRAWN_AT_ONCE], device=self.device)
             filtered = draw.filtered.select(index)
-            drawn, enough = self._draw_among(filtered)
-            while not enough.all():
+            drawn = self._draw_among(filtered)
+            while not drawn[1].all():
                 count = min(4 * filtered.num_candidates, self.largest_shard)
                 filtered = replace(filtered, num_candidates=count)
-                drawn, enough = self._draw_among(filtered)
-            token_ids.index_copy_(0, filtered.rows, drawn)
+                drawn = self._draw_among(filtered)
+            token_ids.index_copy_(0, filtered.rows, drawn[0])
         return token_ids
 
     def _best(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The token id of the best score over all shards [num_rows]; ties to the lowest."""
+        """The token id of the best score over all shards [num_rows], ties to the lowest; or the one that is given."""
+        token_ids = self._best_of_all(logits, draws, arrays)
+        if not draws.forces:
+            return token_ids
+        forced = arrays["forced"]
+        return torch.where(forced < 0, token_ids, forced)
+
+    def _best_of_all(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Tensor:
         if draws.is_greedy:
             temperatures, keys = self._of_greedy(len(logits))
         else:
@@ -192,31 +207,27 @@ class Sampler:
             self._zeros = temperatures, keys = temperatures.new_zeros(num_rows), keys.new_zeros(num_rows, 2)
         return temperatures[:num_rows], keys[:num_rows]
 
-    def _draw_among(self, filtered: Filtered) -> tuple[Tensor, Tensor]:
-        """Token ids [num_filtered], and whether all that may be drawn were among the candidates."""
-        values, token_ids, mass, floor = self._candidates(filtered.scaled, filtered.num_candidates)
-        return self.draw_filtered(values, token_ids, mass, floor, filtered.filters, filtered.keys)
+    def _draw_among(self, filtered: Filtered) -> Tensor:
+        """Token ids, and whether all that may be drawn were among the candidates [2, num_filtered]."""
+        values, token_ids, limits = self._candidates(filtered)
+        return self.draw_filtered(values, token_ids, limits, filtered.filters, filtered.keys)
 
-    def _candidates(self, scaled: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The likeliest tokens of all shards, `count` or fewer from each, descending; see `eager_sample.draw_filtered`.
-
-        Returns values and token ids [num_rows, n], the log of the sum of exp over the whole vocabulary [num_rows, 1],
-        and the value below which tokens may be missing [num_rows, 1].
-        """
-        size = min(count, scaled.shape[1])
-        values, index, masses = self.likeliest(scaled, size)
-        mass = masses.double()
-        floor = values[:, -1:].double() if size < scaled.shape[1] else torch.full_like(mass, _NEVER)
+    def _candidates(self, filtered: Filtered) -> tuple[Tensor, Tensor, Tensor]:
+        """The likeliest tokens of all shards, `num_candidates` or fewer from each, descending: values and token ids
+        [num_rows, n], and the limits of `eager_sample.draw_filtered`."""
+        logits, count = filtered.logits, filtered.num_candidates
+        size = min(count, logits.shape[1])
+        values, index, limits = self.likeliest(logits, filtered.temperatures, size, filtered.needs_mass)
         if self.tp.size == 1:
-            return values, index, mass, floor
-        filler = torch.full((len(scaled), count - size), _NEVER, dtype=torch.float64, device=self.device)
+            return values, index, limits
+        filler = torch.full((len(logits), count - size), _NEVER, dtype=torch.float64, device=self.device)
         packed = torch.cat(
-            (values.double(), filler, index.double() + self.start, torch.zeros_like(filler), mass, floor), dim=-1
+            (values.double(), filler, index.double() + self.start, torch.zeros_like(filler), limits), dim=-1
         )
         gathered = self.tp.all_gather(packed)  # [tp, num_rows, 2 * count + 2]
-        shards, floors = gathered[:, :, -2:-1], gathered[:, :, -1:]
         by_row = gathered.transpose(0, 1)
-        all_values = by_row[:, :, :count].reshape(len(scaled), -1).float()
-        all_ids = by_row[:, :, count : 2 * count].reshape(len(scaled), -1)
+        all_values = by_row[:, :, :count].reshape(len(logits), -1).float()
+        all_ids = by_row[:, :, count : 2 * count].reshape(len(logits), -1)
         all_values, order = all_values.sort(dim=-1, descending=True, stable=True)
-        return all_values, all_ids.gather(1, order).long(), shards.logsumexp(dim=0), floors.amax(dim=0)
+        limits = torch.stack((gathered[:, :, -2].logsumexp(dim=0), gathered[:, :, -1].amax(dim=0)), dim=1)
+        return all_values, all_ids.gather(1, order).long(), limits

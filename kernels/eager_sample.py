@@ -40,33 +40,42 @@ def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int)
     return best.values, best.indices + start
 
 
-def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` largest logits of each row, descending, and where they are; and log-sum-exp over the row.
+def likeliest(
+    logits: Tensor, temperatures: Tensor, count: int, with_mass: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` largest of each row's logits over its temperature, descending, and where they are; and two limits.
 
-    logits: float32 [num_rows, n], contiguous, count <= n. Returns float32 and int64 [num_rows, count], of equals any
-    (where a logit is -inf, its place says nothing), and float32 [num_rows, 1].
+    logits: float32 [num_rows, n], contiguous, count <= n; temperatures: float32 [num_rows], above 0. Returns float32 and
+    int64 [num_rows, count], of equals any (where a logit is -inf, its place says nothing), and float64 [num_rows, 2]:
+    the log-sum-exp over the row, 0 unless `with_mass`, and a value below which some are missing, -inf if none are.
     """
-    values, places = logits.topk(count, dim=-1)
-    return values, places, logits.logsumexp(dim=-1, keepdim=True)
+    scaled = logits / temperatures.unsqueeze(1)
+    values, places = scaled.topk(count, dim=-1)
+    limits = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
+    if with_mass:
+        limits[:, 0] = scaled.logsumexp(dim=-1)
+    limits[:, 1] = values[:, -1] if count < logits.shape[1] else _NEVER
+    return values, places, limits
 
 
 def draw_filtered(
     values: Tensor,
     token_ids: Tensor,
-    mass: Tensor,
-    floor: Tensor,
+    limits: Tensor,
     filters: Tensor,
     keys: Tensor,
     noise: Callable[[Tensor, Tensor], Tensor] = counter_noise,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """A token of each row, drawn among the likeliest that top-k, top-p over what top-k left, and min-p keep.
 
-    values: float32 [num_rows, n], logits over temperature, descending; token_ids: int64 [num_rows, n]; mass: float64
-    [num_rows, 1], log-sum-exp over the whole vocabulary; floor: float64 [num_rows, 1], a value below which tokens may
-    be missing; filters: float64 [3, num_rows, 1], top-k (inf: off), top-p, min-p; keys: int32 [num_rows, 2], of the
-    noise. Returns int64 [num_rows], and whether every token that is kept is among those given, bool [num_rows].
+    values: float32 [num_rows, n], logits over temperature, descending; token_ids: int64 [num_rows, n]; limits: float64
+    [num_rows, 2], log-sum-exp over the whole vocabulary, which a row with top-k does not need, and a value below which
+    tokens may be missing; filters: float64 [3, num_rows], top-k (inf: off), top-p, min-p; keys: int32 [num_rows, 2], of
+    the noise. Returns int64 [2, num_rows]: token ids, and 1 where every token that is kept is among those given.
     """
-    scores, values, (top_k, top_p, min_p) = values, values.double(), filters
+    scores, values = values, values.double()
+    top_k, top_p, min_p = filters.unsqueeze(2)
+    mass, floor = limits[:, :1], limits[:, 1:]
     place = torch.arange(values.shape[1], device=values.device, dtype=torch.float64)
     kth = values.gather(1, (top_k.clamp(max=values.shape[1]) - 1).long())
     keep = (place < top_k) | (values >= kth)  # equals of the k-th stay, as in transformers
@@ -84,7 +93,7 @@ def draw_filtered(
     complete = (nothing_missing | (lowest > floor)) & all_of_top_k  # or nothing that would be kept
     scores = scores + noise(keys, token_ids.int())
     winner = scores.masked_fill_(~keep, _NEVER).argmax(dim=-1, keepdim=True)
-    return token_ids.gather(1, winner).squeeze(1), complete.squeeze(1)
+    return torch.stack((token_ids.gather(1, winner).squeeze(1), complete.squeeze(1).long()))
 
 
 def apply_bitmask(logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:

@@ -36,8 +36,8 @@ class Ops:
     combine: Callable[[Tensor, Tensor, ExpertPlan], Tensor]
     counter_noise: Callable[[Tensor, Tensor], Tensor]
     sample_shard: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-    likeliest: Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
-    draw_filtered: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+    likeliest: Callable[[Tensor, Tensor, int, bool], tuple[Tensor, Tensor, Tensor]]
+    draw_filtered: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     apply_bitmask: Callable[[Tensor, Tensor | None, Tensor, int], None]
 
 

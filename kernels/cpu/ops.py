@@ -36,8 +36,8 @@ class CpuOps(Functions):
         self._combine = function(library, "combine", "ipppp" + "llli")
         self._counter_noise = function(library, "counter_noise", "ppp" + "llli")
         self._sample_shard = function(library, "sample_shard", "ppppp" + "lllli")
-        self._likeliest = function(library, "likeliest", "ppppllli")
-        self._draw_filtered = function(library, "draw_filtered", "p" * 8 + "lli")
+        self._likeliest = function(library, "likeliest", "ppppp" + "lllii")
+        self._draw_filtered = function(library, "draw_filtered", "pppppp" + "lli")
         self._apply_bitmask = function(library, "apply_bitmask", "ppp" + "lllli")
         self._paged_attention = function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
@@ -316,45 +316,48 @@ class CpuOps(Functions):
         )
         return values, token_ids
 
-    def likeliest(self, logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        assert logits.is_contiguous() and logits.dtype == torch.float32
+    def likeliest(
+        self, logits: Tensor, temperatures: Tensor, count: int, with_mass: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert logits.is_contiguous() and temperatures.is_contiguous()
+        assert logits.dtype == temperatures.dtype == torch.float32
         rows, n = logits.shape
         values, places = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
-        masses = torch.empty(rows, 1)
+        limits = torch.empty(rows, 2, dtype=torch.float64)
         self._likeliest(
             logits.data_ptr(),
+            temperatures.data_ptr(),
             values.data_ptr(),
             places.data_ptr(),
-            masses.data_ptr(),
+            limits.data_ptr(),
             rows,
             n,
             count,
+            with_mass,
             self._threads,
         )
-        return values, places, masses
+        return values, places, limits
 
     def draw_filtered(
-        self, values: Tensor, token_ids: Tensor, mass: Tensor, floor: Tensor, filters: Tensor, keys: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        assert all(each.is_contiguous() for each in (values, token_ids, mass, floor, filters, keys))
-        assert values.dtype == torch.float32 and mass.dtype == floor.dtype == filters.dtype == torch.float64
+        self, values: Tensor, token_ids: Tensor, limits: Tensor, filters: Tensor, keys: Tensor
+    ) -> Tensor:
+        assert all(each.is_contiguous() for each in (values, token_ids, limits, filters, keys))
+        assert values.dtype == torch.float32 and limits.dtype == filters.dtype == torch.float64
         assert token_ids.dtype == torch.int64 and keys.dtype == torch.int32
         rows, n = values.shape
-        drawn, complete = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.bool)
+        drawn = torch.empty(2, rows, dtype=torch.int64)
         self._draw_filtered(
             values.data_ptr(),
             token_ids.data_ptr(),
-            mass.data_ptr(),
-            floor.data_ptr(),
+            limits.data_ptr(),
             filters.data_ptr(),
             keys.data_ptr(),
             drawn.data_ptr(),
-            complete.data_ptr(),
             rows,
             n,
             self._threads,
         )
-        return drawn, complete
+        return drawn
 
     def apply_bitmask(self, logits: Tensor, rows: Tensor | None, mask: Tensor, start: int) -> None:
         assert logits.is_contiguous() and mask.is_contiguous() and logits.dtype == torch.float32

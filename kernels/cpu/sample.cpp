@@ -9,6 +9,7 @@
 
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr long TILE = 4096;  // tokens of a row that one thread looks at
+constexpr int AT_ONCE = 4;  // vectors
 
 // The natural logarithm of positive normal numbers, to about 1 unit in the last place (Cephes' logf: x = 2^e m, a
 // polynomial in m - 1, which is between sqrt(1/2) and sqrt(2)).
@@ -35,9 +36,14 @@ static inline vuint mix32(vuint bits) {
   return bits ^ (bits >> 16);
 }
 
-// From 0 to 1, by a key's two words and tokens; neither end is reached.
-static inline vfloat uniform(uint32_t first, uint32_t second, vuint token_ids) {
-  vuint bits = mix32(mix32(token_ids * 0x9E3779B9u + first) ^ second);
+// What a token's noise is made of, by a key's two words; its ids times a constant go in, so that a loop can add them up.
+constexpr uint32_t STRIDE = 0x9E3779B9u;
+static inline vuint noise_bits(uint32_t first, uint32_t second, vuint strided) {
+  return mix32(mix32(strided + first) ^ second);
+}
+
+// From 0 to 1; neither end is reached.
+static inline vfloat uniform(vuint bits) {
   vfloat u = (__builtin_convertvector((vint)(bits >> 1), vfloat) + 0.5f) * 0x1p-31f;
   vfloat largest = splat(1 - 0x1p-24f);
   return u > largest ? largest : u;
@@ -54,11 +60,15 @@ __attribute__((noinline)) static vfloat gumbel(vfloat u) {
   return -log(whole ? u : exponential);
 }
 
-// What noise stays below: -log(-log(1 - u)) <= -log(u), of which only the exponent is looked at.
-static inline vfloat most_noise(vfloat u) {
-  return __builtin_convertvector(127 - ((vint)u >> 23), vfloat) * 0.6931473f + 1e-3f;
+// How often noise can be halved, by its bits: with u >= 2^-(zeros + 1), noise <= -log(u) <= (zeros + 1) log 2.
+static inline vfloat leading_zeros(vuint bits) {
+#if defined(__AVX512CD__)
+  return __builtin_convertvector((vint)_mm512_lzcnt_epi32((__m512i)bits), vfloat);
+#else
+  vfloat u = __builtin_convertvector((vint)(bits >> 1), vfloat);
+  return __builtin_convertvector(157 - ((vint)(u + 0.5f) >> 23), vfloat);
+#endif
 }
-constexpr float MOST_NOISE = 22.5f;  // of the smallest number, 2^-32
 
 static inline bool any(vint mask) {
 #if defined(__AVX512F__)
@@ -67,6 +77,17 @@ static inline bool any(vint mask) {
   int32_t found = 0;
   for (int i = 0; i < W; i++) found |= mask[i];
   return found;
+#endif
+}
+
+// Of each lane, whether it is set.
+static inline uint32_t bits_of(vint mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < W; i++) bits |= uint32_t(mask[i] != 0) << i;
+  return bits;
 #endif
 }
 
@@ -88,7 +109,7 @@ extern "C" void counter_noise(const void* keys, const void* token_ids, void* out
       long count = n - i < W ? n - i : W;
       vuint some = {};
       std::memcpy(&some, ids + i, 4 * count);
-      vfloat noise = gumbel(uniform(key[0], key[1], some));
+      vfloat noise = gumbel(uniform(noise_bits(key[0], key[1], some * STRIDE)));
       std::memcpy(to + i, &noise, 4 * count);
     }
   }
@@ -102,27 +123,56 @@ struct Best {
 // Of equals the first; NaN is above all.
 static inline bool beats(float a, float b) { return a > b || (a != a && b == b); }
 
-// The noise, which takes most of the time, is made of those tokens only that could win by it.
-static Best best_of(const float* logits, float temperature, const uint32_t* key, uint32_t start, long n) {
-  float floor = NEVER;  // the best of all lanes
-  vfloat best = splat(floor);
-  vint places = {}, at = lanes();
-  for (long i = 0; i < n; i += W, at += W) {
-    vfloat scores = splat(NEVER);
-    if (n - i >= W) scores = load(logits + i);
-    else std::memcpy(&scores, logits + i, 4 * (n - i));
-    if (temperature) {
-      scores = scores / temperature;
-      if (!any(~(scores + MOST_NOISE <= floor))) continue;  // nor is NaN passed over
-      vfloat u = uniform(key[0], key[1], (vuint)at + start);
-      if (!any(~(scores + most_noise(u) <= floor))) continue;
-      scores += gumbel(u);
+// A vector of what is at most n elements, and nothing after them.
+static inline vfloat load_some(const float* p, long n) {
+  if (n >= W) return load(p);
+  vfloat x = splat(NEVER);
+  std::memcpy(&x, p, 4 * n);
+  return x;
+}
+
+static Best largest(const float* x, long n) {
+  vfloat most[AT_ONCE];
+  vint strange = {};
+  for (int j = 0; j < AT_ONCE; j++) most[j] = splat(NEVER);
+  for (long i = 0; i < n; i += AT_ONCE * W)
+    for (int j = 0; j < AT_ONCE && i + j * W < n; j++) {
+      vfloat v = load_some(x + i + j * W, n - i - j * W);
+      strange |= v != v;
+      most[j] = max(v, most[j]);
     }
-    vint better = (scores > best) | ((scores != scores) & (best == best));
-    best = better ? scores : best;
-    places = better ? at : places;
-    if (temperature && any(better))
-      for (int j = 0; j < W; j++) floor = best[j] > floor ? best[j] : floor;
+  for (int j = 1; j < AT_ONCE; j++) most[0] = max(most[j], most[0]);
+  Best best = {any(strange) ? NAN : most[0][0], 0};
+  for (int i = 1; i < W; i++) best.value = beats(most[0][i], best.value) ? most[0][i] : best.value;
+  while (best.place + W <= n && !any((vint)(load(x + best.place) == best.value) | strange)) best.place += W;
+  while (best.place < n && !(x[best.place] == best.value || x[best.place] != x[best.place])) best.place++;
+  return best;
+}
+
+// The noise is made of those tokens only that may win by it over `floor`, a score that some token has.
+static Best best_drawn(const float* logits, float temperature, const uint32_t* key, uint32_t start, long n, float floor) {
+  vfloat best = splat(NEVER);
+  vint places = {};
+  vuint strided = ((vuint)lanes() + start) * STRIDE;
+  for (long i = 0; i < n; i += AT_ONCE * W, strided += AT_ONCE * W * STRIDE) {
+    // A token cannot win if x / temperature + (zeros + 1) log 2 < floor, by more than is lost to rounding.
+    float halvings = (floor - std::abs(floor) * 0x1p-20f - 1e-3f) * 1.44269504f - 1, slope = 1.44269504f / temperature;
+    vint may_win = {};
+    for (int j = 0; j < AT_ONCE && i + j * W < n; j++) {
+      vuint bits = noise_bits(key[0], key[1], strided + j * W * STRIDE);
+      may_win |= ~(leading_zeros(bits) <= halvings - load_some(logits + i + j * W, n - i - j * W) * slope);
+    }
+    if (!any(may_win)) continue;
+    for (int j = 0; j < AT_ONCE && i + j * W < n; j++) {
+      vuint bits = noise_bits(key[0], key[1], strided + j * W * STRIDE);
+      vfloat scores = load_some(logits + i + j * W, n - i - j * W);
+      if (!any(~(leading_zeros(bits) <= halvings - scores * slope))) continue;
+      scores = scores / temperature + gumbel(uniform(bits));
+      vint better = (scores > best) | ((scores != scores) & (best == best));
+      best = better ? scores : best;
+      places = better ? lanes() + int(i + j * W) : places;
+      for (int k = 0; k < W; k++) floor = best[k] > floor ? best[k] : floor;
+    }
   }
   Best found = {best[0], places[0]};
   for (int i = 1; i < W; i++)
@@ -136,12 +186,23 @@ extern "C" void sample_shard(const void* logits, const void* temperatures, const
                              void* token_ids, long rows, long n, long stride, long start, int threads) {
   long tiles = (n + TILE - 1) / TILE;
   std::vector<Best> found(rows * tiles);
-#pragma omp parallel for num_threads(threads) if (rows * n > SERIAL)
-  for (long t = 0; t < rows * tiles; t++) {
-    long r = t / tiles, first = t % tiles * TILE, count = n - first < TILE ? n - first : TILE;
-    found[t] = best_of((const float*)logits + r * stride + first, ((const float*)temperatures)[r],
-                       (const uint32_t*)keys + 2 * r, uint32_t(start + first), count);
-    found[t].place += first;
+#pragma omp parallel num_threads(threads) if (rows * n > SERIAL)
+  {
+    long row = -1;
+    float floor = NEVER;  // what the row's tiles have that were this thread's
+#pragma omp for
+    for (long t = 0; t < rows * tiles; t++) {
+      long r = t / tiles, first = t % tiles * TILE, count = n - first < TILE ? n - first : TILE;
+      const float* from = (const float*)logits + r * stride + first;
+      if (float temperature = ((const float*)temperatures)[r]) {
+        floor = r == row ? floor : NEVER, row = r;
+        found[t] = best_drawn(from, temperature, (const uint32_t*)keys + 2 * r, uint32_t(start + first), count, floor);
+        floor = found[t].value > floor ? found[t].value : floor;
+      } else {
+        found[t] = largest(from, count);
+      }
+      found[t].place += first;
+    }
   }
   for (long r = 0; r < rows; r++) {
     Best best = found[r * tiles];
@@ -152,62 +213,105 @@ extern "C" void sample_shard(const void* logits, const void* temperatures, const
   }
 }
 
-// Of one row: the `count` likeliest, in their order, and the log of the sum of exp.
-static float likeliest_of(const float* logits, long n, long count, float* values, int64_t* places) {
-  // The maxima of at least 4 * count groups (a lane of some vectors each), as far as there are so many elements: the
-  // count-th largest of them is not above the count-th largest element, and not far below.
-  long vectors = (n + W - 1) / W, wanted = (4 * count + W - 1) / W, size = std::max(1L, vectors / wanted);
-  long num_groups = (vectors + size - 1) / size;
-  auto part = [&](long v) {
-    vfloat x = splat(NEVER);
-    if ((v + 1) * W <= n) x = load(logits + v * W);
-    else std::memcpy(&x, logits + v * W, 4 * (n - v * W));
-    return x;
-  };
-  std::vector<float> maxima(num_groups * W);
-  for (long g = 0; g < num_groups; g++) {
-    vfloat most = splat(NEVER);
-    for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++) {
-      vfloat x = part(v);
-      most = x > most ? x : most;
-    }
-    std::memcpy(&maxima[g * W], &most, sizeof most);
-  }
-  float top = *std::max_element(maxima.begin(), maxima.end()), least = NEVER;
-  if (count < (long)maxima.size()) {
-    std::nth_element(maxima.begin(), maxima.begin() + count - 1, maxima.end(), std::greater<float>());
-    least = maxima[count - 1];
-  }
-  std::vector<std::pair<float, long>> found;
-  double sum = 0;
-  for (long g = 0; g < num_groups; g++) {
-    vfloat sums = {};
-    for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++) {
-      vfloat x = part(v);
-      sums += exp(x - top);
-      if (!any((x >= least) & (x > NEVER))) continue;
-      for (int i = 0; i < W; i++)
-        if (x[i] >= least && x[i] > NEVER) found.push_back({x[i], v * W + i});
-    }
-    for (int i = 0; i < W; i++) sum += sums[i];
-  }
-  auto before = [](const auto& a, const auto& b) { return a.first != b.first ? a.first > b.first : a.second < b.second; };
-  long num_found = std::min(count, (long)found.size());
-  std::partial_sort(found.begin(), found.begin() + num_found, found.end(), before);
-  for (long i = 0; i < count; i++) {
-    values[i] = i < num_found ? found[i].first : NEVER;
-    places[i] = i < num_found ? found[i].second : 0;
-  }
-  return std::isinf(top) ? top : float(top + std::log(sum));
+// Numbers in the order of the floats, but for NaN, and of equals the first place last.
+static inline uint64_t ranked(float x, uint32_t place) {
+  uint32_t bits;
+  x += 0.0f;  // of -0, 0
+  std::memcpy(&bits, &x, 4);
+  return uint64_t(bits ^ (bits >> 31 ? ~0u : 1u << 31)) << 32 | uint32_t(~place);
+}
+static inline float value_of(uint64_t ranked) {
+  uint32_t bits = ranked >> 32;
+  bits ^= bits >> 31 ? 1u << 31 : ~0u;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
 }
 
-// logits: [rows, n], contiguous; values, places: [rows, count]; masses: [rows].
-extern "C" void likeliest(const void* logits, void* values, void* places, void* masses, long rows, long n, long count,
-                          int threads) {
+// The sum of exp over numbers that come a few vectors at a time, and those times `slope`.
+struct Mass {
+  float slope, top = NEVER;
+  double sum = 0;
+
+  template <class Part> void add(vfloat most, long first, long stop, Part part) {
+    float before = top;
+    for (int i = 0; i < W; i++) top = most[i] > top ? most[i] : top;
+    if (top == NEVER) return;
+    if (sum && top > before) sum *= std::exp((double(before) - top) * slope);
+    vfloat sums = {};
+    for (long v = first; v < stop; v++) sums += exp((part(v) - top) * slope);
+    for (int i = 0; i < W; i++) sum += sums[i];
+  }
+};
+
+// Numbers in the order of the floats, and back.
+template <class I> static inline I in_order(I bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }
+
+// What at least `count` of the elements are not below, and not many more. There are as many, and no NaN.
+static float bound_of(const vfloat* x, long vectors, long count) {
+  int64_t low = in_order(int32_t(0xFF800000)), high = INT32_MAX;  // from -inf on: enough are not below `low`
+  while (high - low > 1) {
+    int64_t middle = (low + high) >> 1;
+    long above = 0;
+    for (long v = 0; v < vectors; v++) above += __builtin_popcount(bits_of(in_order((vint)x[v]) >= int32_t(middle)));
+    (above >= count ? low : high) = middle;
+    if (above >= count && above <= count + count / 8) break;
+  }
+  int32_t bits = in_order(int32_t(low));
+  float bound;
+  std::memcpy(&bound, &bits, 4);
+  return bound;
+}
+
+// Of one row: the `count` likeliest over the temperature, in their order; `limits` as `eager_sample.likeliest` has them.
+static void likeliest_of(const float* logits, float temperature, long n, long count, bool with_mass, float* values,
+                         int64_t* places, double* limits) {
+  // The maxima of at least 4 * count groups (a lane of some vectors each), as far as there are so many elements: what
+  // `count` of them are not below, as many elements are not, and not many more.
+  long vectors = (n + W - 1) / W, wanted = (4 * count + W - 1) / W, size = std::max(1L, vectors / wanted);
+  long num_groups = (vectors + size - 1) / size, block = std::max(1L, 64 / size);  // groups of a sum
+  auto part = [&](long v) { return load_some(logits + v * W, n - v * W); };
+  std::vector<vfloat> maxima(num_groups);
+  Mass mass = {1 / temperature};
+  for (long b = 0; b < num_groups; b += block) {
+    long stop = std::min(num_groups, b + block);
+    vfloat most = splat(NEVER);
+    for (long g = b; g < stop; g++) {
+      vfloat own = splat(NEVER);
+      for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++) own = max(part(v), own);
+      maxima[g] = own, most = max(own, most);
+    }
+    if (with_mass) mass.add(most, b * size, std::min(vectors, stop * size), part);
+  }
+  float least = count < num_groups * W ? bound_of(maxima.data(), num_groups, count) : NEVER;
+  auto may_be = [&](vfloat x) { return (x >= least) & (x > NEVER); };
+  std::vector<uint64_t> found;
+  for (long g = 0; g < num_groups; g++) {
+    if (!any(may_be(maxima[g]))) continue;
+    for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++)
+      for (uint32_t in = bits_of(may_be(part(v))); in; in &= in - 1) {
+        long place = v * W + __builtin_ctz(in);
+        found.push_back(ranked(logits[place] / temperature, place));
+      }
+  }
+  long num_found = std::min(count, (long)found.size());
+  std::nth_element(found.begin(), found.begin() + num_found, found.end(), std::greater<uint64_t>());
+  std::sort(found.begin(), found.begin() + num_found, std::greater<uint64_t>());
+  for (long i = 0; i < count; i++) {
+    values[i] = i < num_found ? value_of(found[i]) : NEVER;
+    places[i] = i < num_found ? uint32_t(~found[i]) : 0;
+  }
+  limits[0] = !with_mass ? 0 : std::isinf(mass.top) ? mass.top : mass.top / temperature + std::log(mass.sum);
+  limits[1] = count < n ? values[count - 1] : NEVER;
+}
+
+// logits: [rows, n], contiguous; temperatures: [rows]; values, places: [rows, count]; limits: [rows, 2].
+extern "C" void likeliest(const void* logits, const void* temperatures, void* values, void* places, void* limits, long rows,
+                          long n, long count, int with_mass, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows * n > SERIAL)
   for (long r = 0; r < rows; r++)
-    ((float*)masses)[r] = likeliest_of((const float*)logits + r * n, n, count, (float*)values + r * count,
-                                       (int64_t*)places + r * count);
+    likeliest_of((const float*)logits + r * n, ((const float*)temperatures)[r], n, count, with_mass,
+                 (float*)values + r * count, (int64_t*)places + r * count, (double*)limits + 2 * r);
 }
 
 // Of one row: the place of the token that is drawn, and whether every token that is kept is among the n.
@@ -236,26 +340,25 @@ static std::pair<long, bool> draw_of(const float* values, const int64_t* token_i
   for (long i = 0; i < kept; i += W) {
     vuint ids = {};
     for (long j = 0; j < W && i + j < kept; j++) ids[j] = uint32_t(token_ids[i + j]);
-    vfloat noise = gumbel(uniform(key[0], key[1], ids));
+    vfloat noise = gumbel(uniform(noise_bits(key[0], key[1], ids * STRIDE)));
     for (long j = 0; j < W && i + j < kept; j++)
       if (float score = values[i + j] + noise[j]; beats(score, best.value)) best = {score, i + j};
   }
   return {best.place, complete};
 }
 
-// values: [rows, n], descending; token_ids: [rows, n]; mass, floor: [rows]; filters: [3, rows], top-k (inf: off), top-p and
-// min-p; keys: [rows, 2]; drawn, complete: [rows].
-extern "C" void draw_filtered(const void* values, const void* token_ids, const void* mass, const void* floor,
-                              const void* filters, const void* keys, void* drawn, void* complete, long rows, long n,
-                              int threads) {
+// values: [rows, n], descending; token_ids: [rows, n]; limits: [rows, 2]; filters: [3, rows], top-k (inf: off), top-p and
+// min-p; keys: [rows, 2]; drawn: [2, rows], token ids and whether they are final.
+extern "C" void draw_filtered(const void* values, const void* token_ids, const void* limits, const void* filters,
+                              const void* keys, void* drawn, long rows, long n, int threads) {
 #pragma omp parallel for num_threads(threads) if (rows > 4)
   for (long r = 0; r < rows; r++) {
     const int64_t* ids = (const int64_t*)token_ids + r * n;
-    const double* filter = (const double*)filters + r;
-    auto [place, is_complete] = draw_of((const float*)values + r * n, ids, ((const double*)mass)[r], ((const double*)floor)[r],
-                                        filter[0], filter[rows], filter[2 * rows], (const uint32_t*)keys + 2 * r, n);
+    const double *limit = (const double*)limits + 2 * r, *filter = (const double*)filters + r;
+    auto [place, is_complete] = draw_of((const float*)values + r * n, ids, limit[0], limit[1], filter[0], filter[rows],
+                                        filter[2 * rows], (const uint32_t*)keys + 2 * r, n);
     ((int64_t*)drawn)[r] = ids[place];
-    ((bool*)complete)[r] = is_complete;
+    ((int64_t*)drawn)[rows + r] = is_complete;
   }
 }
 

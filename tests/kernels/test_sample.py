@@ -142,13 +142,20 @@ def test_likeliest(
     torch.manual_seed(0)
     logits = torch.randn(rows, n, device=device).mul(3).round(decimals=1)  # with equals
     logits[:, ::3] = -INF
-    for case in (logits, torch.full_like(logits, 2.0), torch.full_like(logits, -INF)):
-        values, places, masses = kernel.likeliest(case, count)
-        expected_values, _, expected_masses = eager_sample.likeliest(case, count)
+    logits[-1:, n // 2 :] = -INF  # all of a sum's parts but the first
+    temperatures = torch.tensor([0.7, 1.0, 3.0, 1e-6, 0.2], device=device)[:rows]
+    for case in (logits, logits.flip(1), torch.full_like(logits, 2.0), torch.full_like(logits, -INF)):
+        case = case.contiguous()
+        values, places, limits = kernel.likeliest(case, temperatures, count, True)
+        expected_values, _, expected_limits = eager_sample.likeliest(case, temperatures, count, True)
         assert torch.equal(values, expected_values)
-        assert_same(masses, expected_masses)
+        assert torch.equal(limits[:, 1], expected_limits[:, 1])
+        assert_same(limits[:, 0].float(), expected_limits[:, 0].float())
         there = values > -INF
-        assert torch.equal(case.gather(1, places)[there], values[there])
+        assert torch.equal((case / temperatures[:, None]).gather(1, places)[there], values[there])
+        without = kernel.likeliest(case, temperatures, count, False)
+        assert torch.equal(without[0], values) and torch.equal(without[1], places)
+        assert torch.equal(without[2][:, 1], limits[:, 1]) and not without[2][:, 0].any()
         assert all(
             len(set(row[is_there].tolist())) == is_there.sum() for row, is_there in zip(places, there, strict=True)
         )
@@ -176,13 +183,10 @@ def test_draw_filtered(compiled: Callable[[str, str], Any], n: int, scale: float
     rows = 8 * len(FILTERS)
     logits = torch.randn(rows, 1000, device=device).mul(scale).round(decimals=1)
     logits[1::8], logits[2::8, 3:] = -INF, -INF
-    values, token_ids, masses = eager_sample.likeliest(logits, n)
-    floor = values[:, -1:].double()
-    floor[3::8] = -INF
-    filters = (
-        torch.tensor(FILTERS, dtype=torch.float64, device=device).repeat_interleave(8, 0).T[..., None].contiguous()
-    )
-    arguments = (values, token_ids, masses.double(), floor, filters, keys_of(rows, device))
+    values, token_ids, limits = eager_sample.likeliest(logits, torch.ones(rows, device=device), n, True)
+    limits[3::8, 1] = -INF
+    filters = torch.tensor(FILTERS, dtype=torch.float64, device=device).repeat_interleave(8, 0).T.contiguous()
+    arguments = (values, token_ids, limits, filters, keys_of(rows, device))
     drawn, complete = kernel.draw_filtered(*arguments)
     expected, expected_complete = eager_sample.draw_filtered(*arguments)
     assert torch.equal(complete, expected_complete)
