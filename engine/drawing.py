@@ -151,7 +151,7 @@ class Drawing:
         """Called step by step, in their order."""
         samples = step.samples
         histories, draws = self.histories.plan(step.histories), self.sampler.plan(samples)
-        if not any(sample.slot >= 0 or sample.logprobs is not None or sample.num_candidates for sample in samples):
+        if draws.settings.are_plain:
             return DrawingPlan(step, draws, histories, self.rules.plan(()), (), [], [])  # as most steps are
         rules = self.rules.plan([(sample.slot, sample.position) for sample in samples])
         beams = [number for number, sample in enumerate(samples) if sample.num_candidates]

@@ -32,24 +32,31 @@ _NEVER = float("-inf")
 _COLDEST = 1e-6  # temperatures below it are taken for it: greedy but for equals, and no logit overflows
 
 
-@dataclass(frozen=True)
-class Draws:
-    """What a step draws, as arrays that are still on the host; made by `Sampler.plan`."""
+class Settings:
+    """How a batch's tokens are drawn; mostly the same for many steps, and then what is made of it is there already."""
 
-    samples: Sequence[SampleRequest]
-    is_greedy: bool  # all are
-    filtered: list[int]  # rows with top-k, top-p or min-p
-    forces: bool  # whether some rows' tokens are given
-    num_candidates: int  # of each rank, for a filtered row
-    needs_mass: bool  # whether top-p is taken over the whole vocabulary in some rows
+    def __init__(self, samples: Sequence[SampleRequest], most_candidates: int) -> None:
+        self.of = [sample.settings for sample in samples]
+        self._samples = samples
+        self.is_greedy = not any(s.temperature for s in samples)
+        self.forces = any(s.forced >= 0 for s in samples)  # some rows' tokens are given
+        self.filtered = [  # rows with top-k, top-p or min-p
+            r for r, s in enumerate(samples) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
+        ]
+        filtered = [samples[r] for r in self.filtered]
+        self.needs_mass = any(s.top_p < 1 and not s.top_k for s in filtered)
+        count = max((s.top_k + _SPARE if s.top_k else _CANDIDATES for s in filtered), default=0)
+        self.num_candidates = min(count, most_candidates)  # of each rank, for a filtered row
+        # Nothing shapes their logits beside the model, and nothing is told of these.
+        self.are_plain = not any(s.slot >= 0 or s.logprobs is not None or s.num_candidates for s in samples)
+        self.arrays: dict[str, Tensor] = {}  # those of `shapes`, on the device, once they are there
 
     @property
     def shapes(self) -> Shapes:
-        num_rows, num_filtered = len(self.samples), len(self.filtered)
+        num_rows, num_filtered = len(self.of), len(self.filtered)
         shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if not self.is_greedy:
             shapes["temperatures"] = (torch.float32, (num_rows,))  # 0: greedy, and filtered, which come later
-            shapes["keys"] = (torch.int32, (num_rows, 2))
         if self.forces:
             shapes["forced"] = (torch.int64, (num_rows,))
         if self.filtered:
@@ -61,18 +68,48 @@ class Draws:
     def write(self, host: Mapping[str, Any]) -> None:
         """Fills what `shapes` has made room for."""
         if not self.is_greedy:
-            host["temperatures"][:] = [max(s.temperature, _COLDEST) if s.temperature else 0.0 for s in self.samples]
-            host["keys"][:] = [s.key for s in self.samples]
+            host["temperatures"][:] = [_heat(s) for s in self._samples]
         if self.forces:
-            host["forced"][:] = [s.forced for s in self.samples]
+            host["forced"][:] = [s.forced for s in self._samples]
         if self.filtered:
-            samples = [self.samples[row] for row in self.filtered]
+            filtered = [self._samples[row] for row in self.filtered]
             host["temperatures"][self.filtered] = 0.0
             host["filtered"][:] = self.filtered
-            host["filtered_temperatures"][:] = [max(s.temperature, _COLDEST) for s in samples]
-            host["filters"][0] = [s.top_k or float("inf") for s in samples]
-            host["filters"][1] = [s.top_p for s in samples]
-            host["filters"][2] = [s.min_p for s in samples]
+            host["filtered_temperatures"][:] = [_heat(s) for s in filtered]
+            host["filters"][0] = [s.top_k or float("inf") for s in filtered]
+            host["filters"][1] = [s.top_p for s in filtered]
+            host["filters"][2] = [s.min_p for s in filtered]
+
+    def take(self, arrays: Mapping[str, Tensor]) -> None:
+        """Keeps its arrays, out of a step's, whose memory on a GPU is the next one's too."""
+        self.arrays = {
+            name: arrays[name] if arrays[name].device.type == "cpu" else arrays[name].clone() for name in self.shapes
+        }
+
+
+def _heat(sample: SampleRequest) -> float:
+    return max(sample.temperature, _COLDEST) if sample.temperature else 0.0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a step draws, as arrays that are still on the host; made by `Sampler.plan`."""
+
+    samples: Sequence[SampleRequest]
+    settings: Settings
+    are_new: bool  # the settings, which no step has brought to the device
+
+    @property
+    def shapes(self) -> Shapes:
+        shapes = self.settings.shapes if self.are_new else {}
+        return shapes if self.settings.is_greedy else {**shapes, "keys": (torch.int32, (len(self.samples), 2))}
+
+    def write(self, host: Mapping[str, Any]) -> None:
+        """Fills what `shapes` has made room for."""
+        if not self.settings.is_greedy:
+            host["keys"][:] = [s.key for s in self.samples]
+        if self.are_new:
+            self.settings.write(host)
 
 
 @dataclass(frozen=True)
@@ -125,43 +162,47 @@ class Sampler:
         self.tp, self.device = tp, device
         self.start, self.stop = vocabulary[tp.rank]
         self.largest_shard = max(stop - start for start, stop in vocabulary)
+        self._settings: Settings | None = None  # of the last step
         self._zeros = torch.zeros(0, device=device), torch.zeros(0, 2, dtype=torch.int32, device=device)
         self.sample_shard, self.likeliest, self.draw_filtered = ops.sample_shard, ops.likeliest, ops.draw_filtered
 
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
-        is_greedy = not any(s.temperature for s in samples)
-        filtered = [
-            r for r, s in enumerate(samples) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
-        ]
-        count = max((samples[r].top_k + _SPARE if samples[r].top_k else _CANDIDATES for r in filtered), default=0)
-        needs_mass = any(samples[r].top_p < 1 and not samples[r].top_k for r in filtered)
-        forces = any(s.forced >= 0 for s in samples)
-        return Draws(samples, is_greedy, filtered, forces, min(count, self.largest_shard), needs_mass)
+        if self._settings is not None and self._settings.of == [sample.settings for sample in samples]:
+            return Draws(samples, self._settings, are_new=False)
+        return Draws(samples, Settings(samples, self.largest_shard), are_new=True)
 
     def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         """logits: float32 [num_rows, local_vocab], contiguous, a row for each sample; arrays: those of `draws`, on the
         device."""
-        if not draws.filtered:
-            return Draw(self._best(logits, draws, arrays))
-        rows, keys = arrays["filtered"], arrays["keys"]
-        are_all = len(draws.filtered) == len(draws.samples)
+        settings = draws.settings
+        if draws.are_new:
+            settings.take(arrays)
+            self._settings = settings
+        if settings.is_greedy:
+            return Draw(self._forced(self._best(logits, *self._of_greedy(len(logits))), settings))
+        keys, temperatures = arrays["keys"], settings.arrays["temperatures"]
+        if not settings.filtered:
+            return Draw(self._forced(self._best(logits, temperatures, keys), settings))
+        rows = settings.arrays["filtered"]
+        are_all = len(rows) == len(logits)
         filtered = Filtered(
             rows=rows,
             logits=logits if are_all else logits.index_select(0, rows),
-            temperatures=arrays["filtered_temperatures"],
+            temperatures=settings.arrays["filtered_temperatures"],
             keys=keys if are_all else keys.index_select(0, rows),
-            filters=arrays["filters"],
-            num_candidates=draws.num_candidates,
-            needs_mass=draws.needs_mass,
+            filters=settings.arrays["filters"],
+            num_candidates=settings.num_candidates,
+            needs_mass=settings.needs_mass,
         )
         drawn = self._draw_among(filtered)
         if are_all:
             numbers = drawn.flatten()
         else:
-            numbers = torch.cat((self._best(logits, draws, arrays).index_copy_(0, rows, drawn[0]), drawn[1]))
-        if draws.num_candidates == self.largest_shard:  # all there are
-            return Draw(numbers[: len(draws.samples)])
+            others = self._forced(self._best(logits, temperatures, keys), settings)
+            numbers = torch.cat((others.index_copy_(0, rows, drawn[0]), drawn[1]))
+        if settings.num_candidates == self.largest_shard:  # all there are
+            return Draw(numbers[: len(logits)])
         return Draw(numbers, filtered)
 
     def redraw(self, draw: Draw, complete: Sequence[bool]) -> Tensor:
@@ -180,25 +221,21 @@ class Sampler:
             token_ids.index_copy_(0, filtered.rows, drawn[0])
         return token_ids
 
-    def _best(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Tensor:
-        """The token id of the best score over all shards [num_rows], ties to the lowest; or the one that is given."""
-        token_ids = self._best_of_all(logits, draws, arrays)
-        if not draws.forces:
-            return token_ids
-        forced = arrays["forced"]
-        return torch.where(forced < 0, token_ids, forced)
-
-    def _best_of_all(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Tensor:
-        if draws.is_greedy:
-            temperatures, keys = self._of_greedy(len(logits))
-        else:
-            temperatures, keys = arrays["temperatures"], arrays["keys"]
+    def _best(self, logits: Tensor, temperatures: Tensor, keys: Tensor) -> Tensor:
+        """The token id of the best score over all shards [num_rows]; ties to the lowest."""
         value, token_id = self.sample_shard(logits, temperatures, keys, self.start)
         if self.tp.size == 1:
             return token_id
         gathered = self.tp.all_gather(torch.stack((value.double(), token_id.double())))  # float64 holds both exactly
         winner = gathered[:, 0].argmax(dim=0, keepdim=True)  # [tp, 2, num_rows], shards in the order of their ids
         return gathered[:, 1].gather(0, winner).squeeze(0).long()
+
+    def _forced(self, token_ids: Tensor, settings: Settings) -> Tensor:
+        """With those that are given, in their rows."""
+        if not settings.forces:
+            return token_ids
+        forced = settings.arrays["forced"]
+        return torch.where(forced < 0, token_ids, forced)
 
     def _of_greedy(self, num_rows: int) -> tuple[Tensor, Tensor]:
         """Temperatures and keys."""

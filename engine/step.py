@@ -19,15 +19,20 @@ class SampleRequest(NamedTuple):  # made for each token: a dataclass takes four 
 
     row: int  # index in the step's token_ids: the token after which it comes
     position: int  # of the drawn token: how many come before it
+    key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
     temperature: float  # 0: greedy
     top_k: int  # 0: off
     top_p: float  # 1: off
     min_p: float  # 0: off
-    key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
     slot: int = -1  # of what its logits depend on beside the model (`HistoryUpdate`); -1: nothing
     forced: int = -1  # the token that is given instead of drawn
     logprobs: int | None = None  # how many of the likeliest tokens are told with their log-probabilities; -1: all
     num_candidates: int = 0  # of a beam: so many of its best continuations are told
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        """All but where it is drawn, and with which noise: mostly what it was for the token before."""
+        return self[3:]
 
 
 @dataclass(frozen=True)

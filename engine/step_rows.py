@@ -125,11 +125,11 @@ def _sample_request(sequence: Sequence, row: int, position: int) -> SampleReques
     return SampleRequest(
         row,
         position,
+        noise_key(sample.seed, position) if sample.temperature else (0, 0),
         sample.temperature,
         sample.top_k,
         sample.top_p,
         sample.min_p,
-        noise_key(sample.seed, position) if sample.temperature else (0, 0),
         -1 if sequence.slot is None else sequence.slot,
         sequence.forced[num_output] if num_output < len(sequence.forced) else -1,
         sequence.logprobs,

@@ -40,14 +40,13 @@ def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int)
     return best.values, best.indices + start
 
 
-def likeliest(
-    logits: Tensor, temperatures: Tensor, count: int, with_mass: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def likeliest(logits: Tensor, temperatures: Tensor, count: int, with_mass: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest of each row's logits over its temperature, descending, and where they are; and two limits.
 
-    logits: float32 [num_rows, n], contiguous, count <= n; temperatures: float32 [num_rows], above 0. Returns float32 and
-    int64 [num_rows, count], of equals any (where a logit is -inf, its place says nothing), and float64 [num_rows, 2]:
-    the log-sum-exp over the row, 0 unless `with_mass`, and a value below which some are missing, -inf if none are.
+    logits: float32 [num_rows, n], contiguous, count <= n; temperatures: float32 [num_rows], above 0. Returns float32
+    and int64 [num_rows, count], of equals any (where a logit is -inf, its place says nothing), and float64
+    [num_rows, 2]: the log-sum-exp over the row, 0 unless `with_mass`, and a value below which some are missing, -inf
+    if none are.
     """
     scaled = logits / temperatures.unsqueeze(1)
     values, places = scaled.topk(count, dim=-1)

@@ -20,11 +20,9 @@ from .route import route
 from .sample import counter_noise, sample_shard
 
 
-def draw_filtered(
-    values: Tensor, token_ids: Tensor, mass: Tensor, floor: Tensor, filters: Tensor, keys: Tensor
-) -> tuple[Tensor, Tensor]:
+def draw_filtered(values: Tensor, token_ids: Tensor, limits: Tensor, filters: Tensor, keys: Tensor) -> Tensor:
     """`eager_sample.draw_filtered`, with the kernel's noise."""
-    return eager_sample.draw_filtered(values, token_ids, mass, floor, filters, keys, counter_noise)
+    return eager_sample.draw_filtered(values, token_ids, limits, filters, keys, counter_noise)
 
 
 TRITON = Ops(

@@ -338,9 +338,7 @@ class CpuOps(Functions):
         )
         return values, places, limits
 
-    def draw_filtered(
-        self, values: Tensor, token_ids: Tensor, limits: Tensor, filters: Tensor, keys: Tensor
-    ) -> Tensor:
+    def draw_filtered(self, values: Tensor, token_ids: Tensor, limits: Tensor, filters: Tensor, keys: Tensor) -> Tensor:
         assert all(each.is_contiguous() for each in (values, token_ids, limits, filters, keys))
         assert values.dtype == torch.float32 and limits.dtype == filters.dtype == torch.float64
         assert token_ids.dtype == torch.int64 and keys.dtype == torch.int32

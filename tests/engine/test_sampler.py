@@ -47,7 +47,9 @@ def draw(
         staged = Staging(CPU).open(draws.shapes)
         draws.write(staged.host)
         result = sampler(logits[:, start:stop].clone(), draws, staged.send().arrays)
-        assert (result.complete is None) == (not draws.filtered or draws.num_candidates == sampler.largest_shard)
+        assert (result.complete is None) == (
+            not draws.settings.filtered or draws.settings.num_candidates == sampler.largest_shard
+        )
         complete = [True] if result.complete is None else result.complete.tolist()
         token_ids: list[int] = (result.token_ids if all(complete) else sampler.redraw(result, complete)).tolist()
         return token_ids
