@@ -6,7 +6,6 @@
 
 constexpr int MAX_HEAD_DIM = 576;  // of keys, queries and values; a multiple of W
 constexpr float LOWEST = -1e30f;   // a maximum before the first key: finite, so that differences are no NaN
-constexpr float LOG2_E = 1.44269504f;
 
 struct Arguments {
   const void *query, *key_cache, *value_cache;
@@ -67,40 +66,6 @@ static inline vfloat score(const Arguments& a, vfloat product, vint query, vint 
   vint hidden = key > query;
   if (a.window) hidden |= key <= query - int32_t(a.window);
   return hidden ? splat(-INFINITY) : product;
-}
-
-// 2^x for x <= 0 by a polynomial of least relative error over a unit of x: 7e-5 of the result where it is rounded to
-// bfloat16, 1e-7 else. 0 below -150; without AVX512 what is below 2^-126 counts as that.
-template <bool COARSE = false> static inline vfloat power_of_2(vfloat x) {
-#if defined(__AVX512DQ__)
-  if constexpr (COARSE) {
-    const vfloat f = (vfloat)_mm512_reduce_ps((__m512)x, 9);  // x - floor(x)
-    vfloat p = splat(7.802452e-2f);
-    p = p * f + 2.2606717e-1f;
-    p = p * f + 6.9583353e-1f;
-    p = p * f + 9.9992522e-1f;
-    return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)x);  // p * 2^floor(x)
-  }
-#endif
-  x = max(x, splat(-126.0f));
-  const vfloat shifted = x + 12582912.0f;  // 1.5 * 2^23: the sum's low bits hold the nearest integer
-  const vfloat f = x - (shifted - 12582912.0f);
-  vfloat p;
-  if constexpr (COARSE) {
-    p = splat(5.517166681e-2f);
-    p = p * f + 2.426111351e-1f;
-    p = p * f + 6.932609870e-1f;
-    p = p * f + 9.999280728e-1f;
-  } else {
-    p = splat(1.534581179e-4f);
-    p = p * f + 1.339993142e-3f;
-    p = p * f + 9.618488960e-3f;
-    p = p * f + 5.550328776e-2f;
-    p = p * f + 2.402264689e-1f;
-    p = p * f + 6.931472057e-1f;
-    p = p * f + 1.0f;
-  }
-  return (vfloat)((vint)p + ((vint)shifted << 23));
 }
 
 static inline vint count_from(long first) {

@@ -156,7 +156,7 @@ static Best best_drawn(const float* logits, float temperature, const uint32_t* k
   vuint strided = ((vuint)lanes() + start) * STRIDE;
   for (long i = 0; i < n; i += AT_ONCE * W, strided += AT_ONCE * W * STRIDE) {
     // A token cannot win if x / temperature + (zeros + 1) log 2 < floor, by more than is lost to rounding.
-    float halvings = (floor - std::abs(floor) * 0x1p-20f - 1e-3f) * 1.44269504f - 1, slope = 1.44269504f / temperature;
+    float halvings = (floor - std::abs(floor) * 0x1p-20f - 1e-3f) * LOG2_E - 1, slope = LOG2_E / temperature;
     vint may_win = {};
     for (int j = 0; j < AT_ONCE && i + j * W < n; j++) {
       vuint bits = noise_bits(key[0], key[1], strided + j * W * STRIDE);
@@ -228,7 +228,7 @@ static inline float value_of(uint64_t ranked) {
   return x;
 }
 
-// The sum of exp over numbers that come a few vectors at a time, and those times `slope`.
+// The sum of exp over numbers that come a few vectors at a time, and are multiplied by `slope`.
 struct Mass {
   float slope, top = NEVER;
   double sum = 0;
@@ -239,7 +239,7 @@ struct Mass {
     if (top == NEVER) return;
     if (sum && top > before) sum *= std::exp((double(before) - top) * slope);
     vfloat sums = {};
-    for (long v = first; v < stop; v++) sums += exp((part(v) - top) * slope);
+    for (long v = first; v < stop; v++) sums += power_of_2((part(v) - top) * (slope * LOG2_E));
     for (int i = 0; i < W; i++) sum += sums[i];
   }
 };
