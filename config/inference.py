@@ -101,8 +101,8 @@ class InferenceConfig(BaseSettings):
     )
     async_scheduling: bool | None = Field(
         default=None,
-        description="schedule each step while the one before it runs, whose tokens are not known yet; needs pp_size=1; "
-        "None: where it pays, on a GPU or several ranks",
+        description="schedule each step while the one before it runs, whose tokens are not known yet; on GPUs it needs "
+        "pp_size=1; None: where it pays, on a GPU or several ranks",
     )
     cuda_graphs: bool | None = Field(
         default=None,
@@ -207,14 +207,6 @@ class InferenceConfig(BaseSettings):
         given = [f"{name}={getattr(self, name)}" for name in _KV_SIZES if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} each fix the size of the KV cache: give at most one")
-        return self
-
-    @model_validator(mode="after")
-    def _one_kind_of_overlap(self) -> Self:
-        if self.async_scheduling and self.pp_size > 1:
-            raise ValueError(
-                f"async_scheduling=True needs pp_size=1, and pp_size={self.pp_size}: that many steps run at once"
-            )
         return self
 
     @property

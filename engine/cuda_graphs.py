@@ -96,16 +96,16 @@ class DecodeGraphs(DecodeRecordings):
 
     def _token_ids(self, arrays: Mapping[str, Tensor]) -> Tensor:
         token_ids = arrays["token_ids"]
-        # With several stages no step takes what the one before draws.
-        return known_tokens(token_ids, self._drawn) if self._stage.is_last else token_ids
+        return known_tokens(token_ids, self._drawn) if self._stage.is_first else token_ids
 
-    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor) -> None:
+    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor | None) -> None:
         """The block tables are as wide as the step needs: beyond that, and in rows of padding, the static ones hold
         what is not read."""
         numbers, tables = self._numbers[size], sent.arrays["block_tables"]
         numbers.copy_(sent.buffer[: len(numbers)])
         self._tables[:size, : tables.shape[1]].copy_(tables)
-        self._drawn[: len(drawn)].copy_(drawn)
+        if drawn is not None:
+            self._drawn[: len(drawn)].copy_(drawn)
 
     def replay(self, size: int) -> Tensor:
         self._replays[size]()

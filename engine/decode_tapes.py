@@ -58,12 +58,14 @@ class DecodeTapes(DecodeRecordings):
         size = len(step.query_lens)
         return None if self.spoiled or step.num_tokens > size or size > self._largest else size
 
-    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor) -> None:
+    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor | None) -> None:
         if size not in self._inputs:
             arrays = token_shapes(size, size).items()
             self._inputs[size] = {name: torch.zeros(shape, dtype=dtype).numpy() for name, (dtype, shape) in arrays}
         inputs, tables, contexts, width = self._inputs[size], step.block_tables, step.context_lens, self._block_size
-        inputs["token_ids"][:] = step.token_ids if min(step.token_ids) >= 0 else _known(step.token_ids, drawn)
+        inputs["token_ids"][:] = (
+            _known(step.token_ids, drawn) if drawn is not None and step.ahead_of else step.token_ids
+        )
         inputs["positions"][:] = contexts
         inputs["key_lens"][:] = [context + 1 for context in contexts]
         places = zip(tables, contexts, strict=True)
@@ -118,6 +120,6 @@ class _Head:
 
 
 def _known(token_ids: Sequence[int], drawn: Tensor) -> list[int]:
-    """With those that the step before drew (`drawn_before`)."""
+    """With those that an earlier step drew (`drawn_before`)."""
     known = drawn.tolist()
     return [known[drawn_before(token_id)] if token_id < 0 else token_id for token_id in token_ids]

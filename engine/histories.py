@@ -4,7 +4,7 @@
     slot 1   | prompt .. | output .................. |
 
 The driver says, slot by slot, how many tokens to keep and which come behind them: one token a step as a rule, that
-which the step before has drawn. A row of logits sees the first `length` tokens of its slot, so that rows of one
+which a step before has drawn. A row of logits sees the first `length` tokens of its slot, so that rows of one
 sequence, after its last token and after each draft, read the same slot.
 """
 
@@ -82,7 +82,7 @@ class Histories:
         return writes
 
     def apply(self, writes: HistoryWrites, arrays: Mapping[str, Tensor], drawn: Tensor) -> None:
-        """arrays: those of `writes`, on the device; drawn: int64, by the last step's samples."""
+        """arrays: those of `writes`, on the device; drawn: int64, by the samples of the step that this is ahead of."""
         if writes.places:
             token_ids = known_tokens(arrays["history_tokens"], drawn)
             self.tokens.view(-1).index_copy_(0, arrays["history_places"], token_ids.int())

@@ -11,6 +11,7 @@ from ..mesh.collectives import Communicator, Pending
 from ..shardformer.backends import AttentionMetadata, Sequences
 from ..shardformer.base import Stage
 from .drawing import Drawing, DrawingPlan, Drawn, Head, output_of
+from .drawn_tokens import DrawnTokens
 from .kv_cache import KVCache, copy_blocks
 from .recordings import DecodeRecordings
 from .staging import Sent, Staging
@@ -38,17 +39,27 @@ class ModelRunner:
 
     Hidden states [num_tokens, hidden] come from the stage before and go to the stage after over `pp`; the send is
     asynchronous, so that this stage is free for the next step at once.
+
+    loops: what the last stage draws goes to the first, which may have a step then that is ahead of it.
     """
 
     def __init__(
-        self, stage: Stage, block_size: int, pp: Communicator, drawing: Drawing | None, max_num_samples: int
+        self,
+        stage: Stage,
+        block_size: int,
+        pp: Communicator,
+        drawing: Drawing | None,
+        max_num_samples: int,
+        loops: bool = False,
     ) -> None:
         self.stage, self.block_size, self.pp, self.drawing = stage, block_size, pp, drawing
         self.stages = [stage]  # whose caches have the same block ids
         self.backends = stage.backends
         self.busy = BusyTime()
+        self._loops = loops and pp.size > 1
         self.max_num_samples = max_num_samples  # of a step
-        self.drawn = torch.zeros(1, dtype=torch.int64, device=stage.device)  # by the last step's samples
+        # Steps that can be in flight: one for each stage, and one that is ahead.
+        self._drawn = DrawnTokens(pp if self._loops else None, pp.size + 1, stage.device)
         self.cache: KVCache | None = None
         self.graphs: DecodeRecordings | None = None
         self._staging = Staging(stage.device)
@@ -92,6 +103,8 @@ class ModelRunner:
             self.drawing.settle()
         sent = staged.send()
         self._last = step
+        if stage.is_first:
+            self._drawn.expect(step)
         if step.copies:
             for cached in self.stages:
                 copy_blocks(cached, *sent.arrays["copies"])
@@ -108,7 +121,10 @@ class ModelRunner:
             assert self.drawing is not None
             self.drawing.unsettled = running.settle
         if drawn is not None:
-            self._keep(drawn)  # last: a step that was interrupted is done again, with what the one before it drew
+            self._keep(drawn)
+            if self._loops and step.samples:
+                running.settle()  # the first stage is told what is final
+                self._drawn.tell(step.step_id)
         return running
 
     def _forward(self, step: StepInput, sent: Sent) -> tuple[Tensor, float]:
@@ -117,8 +133,9 @@ class ModelRunner:
         metadata = self._metadata(step, sent)
         if stage.is_first:
             x = sent.arrays["token_ids"]
-            if min(step.token_ids) < 0:
-                x = known_tokens(x, self.drawn)
+            if step.ahead_of:
+                drawn, waited = self._drawn_before(step)
+                x = known_tokens(x, drawn)
         else:
             x = torch.empty(step.num_tokens, stage.spec.hidden_size, dtype=stage.dtype, device=stage.device)
             waited = self._receive(x)
@@ -127,8 +144,12 @@ class ModelRunner:
     def _replay(self, step: StepInput, size: int, sent: Sent) -> tuple[Tensor, float]:
         """The same from a recording."""
         assert self.graphs is not None
-        self.graphs.load(size, step, sent, self.drawn)
-        waited = 0.0 if self.stage.is_first else self._receive(self.graphs.hidden_in[: step.num_tokens])
+        if self.stage.is_first:
+            drawn, waited = self._drawn_before(step)
+            self.graphs.load(size, step, sent, drawn)
+        else:
+            self.graphs.load(size, step, sent, None)
+            waited = self._receive(self.graphs.hidden_in[: step.num_tokens])
         hidden = self.graphs.replay(size)[: step.num_tokens]
         return hidden if self.stage.is_last else hidden.clone(), waited  # it is sent while the next step is replayed
 
@@ -149,6 +170,11 @@ class ModelRunner:
             plans={key: backend.prepare(sequences) for key, backend in self.backends.items()},
             wanted=sent.arrays["rows"] if self.stage.is_last and step.wants_samples_alone else None,
         )
+
+    def _drawn_before(self, step: StepInput) -> tuple[Tensor, float]:
+        """On the first stage: what the step drew that this one is ahead of, and seconds waited."""
+        before = time.monotonic()
+        return self._drawn.of(step), time.monotonic() - before
 
     def _receive(self, x: Tensor) -> float:
         """Fills it with what the stage before sends; seconds waited."""
@@ -173,7 +199,7 @@ class ModelRunner:
 
     def _draw(self, hidden: Tensor, head: Head, plan: DrawingPlan, sent: Sent) -> Drawn:
         assert self.drawing is not None
-        self.drawing.begin(plan, sent.arrays, self.drawn)
+        self.drawing.begin(plan, sent.arrays, self._drawn.of(plan.step))
         return self.drawing(hidden, head, plan, sent.arrays, self.stage.last_hidden)
 
     @torch.inference_mode()
@@ -185,7 +211,7 @@ class ModelRunner:
 
     def _keep(self, drawn: Drawn) -> None:
         if drawn.plan.step.samples:
-            self.drawn = drawn.draw.token_ids
+            self._drawn.keep(drawn.plan.step.step_id, drawn.draw.token_ids)
 
     def let_go(self) -> None:
         """Forgets what refers back to this runner; no step follows."""

@@ -45,8 +45,9 @@ class DecodeRecordings(ABC):
         """The batch size that a step is padded to; None if it is not to run from a recording."""
 
     @abstractmethod
-    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor) -> None:
-        """Takes the numbers of a step that is padded to `size`. drawn: what the step before drew."""
+    def load(self, size: int, step: StepInput, sent: Sent, drawn: Tensor | None) -> None:
+        """Takes the numbers of a step that is padded to `size`. drawn: on the first stage, what the step
+        drew that it is ahead of."""
 
     @abstractmethod
     def replay(self, size: int) -> Tensor:

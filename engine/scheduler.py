@@ -17,16 +17,22 @@ same blocks.
 With a pipeline, up to `num_stages` steps are in flight on disjoint sequences. So that no stage idles, one step takes
 a `num_stages`-th of the pending tokens, in whole sequences.
 
-With `look_ahead` (one stage only) two steps are in flight, on the same sequences: the second takes the tokens that the
-first one draws, which the ranks know by then and the scheduler does not.
+With `look_ahead` one step more is in flight, on sequences that others have: it takes the tokens that one of these
+draws, which the ranks know by then and the scheduler does not.
 
     step n       computes x1 x2 x3, draws x4
-    step n + 1   computes x4, given as "the first token that the step before drew", draws x5
+    step n + 1   computes x4, given as "the first token that step n drew", draws x5
     update(n)    x4 turns out to end the sequence: it is finished now, x5 is dropped when n + 1 is back
+
+In a pipeline the sequences come first that have waited longest, so that it is the oldest step whose draws are taken:
+
+    first stage  A1  B1  A2  B2  A3 ...    A2 is there when B1 is done; the tokens that A1 drew come from the last stage
+    last stage       A1  B1  A2  B2 ...
 """
 
 from array import array
 from bisect import insort
+from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -52,6 +58,8 @@ class Chosen:
     budget: int  # tokens that it may still take
     share: int  # with so many more it has enough; drafts come on top
     num_behind: int  # sequences that run and are still to be asked, whose own tokens come before anybody's drafts
+    latest: int  # the step that it may be ahead of
+    ahead_of: int = 0  # the step whose draws it takes, before they are known; one at most
     drafts_left: int = MAX_DRAFTS  # that it may have
     counts: dict[Sequence, int] = field(default_factory=dict)  # sequence -> its tokens
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -74,7 +82,6 @@ class Scheduler:
         num_stages: int = 1,
         look_ahead: bool = False,
     ) -> None:
-        assert num_stages == 1 or not look_ahead
         self.blocks = blocks
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.num_stages, self.look_ahead = num_stages, look_ahead
@@ -89,7 +96,8 @@ class Scheduler:
         self.num_matched_tokens = 0  # of these, found in the cache when a sequence that still waits was queued
         self.num_expected_tokens = 0  # to come after these
         self._next_step = self._next_order = 0
-        self._drawing: dict[Sequence, int] = {}  # sequence -> which of the last step's samples is its own
+        # Of each step that may be in flight: its id, and sequence -> which of the step's samples is its own.
+        self._drawing: deque[tuple[int, Mapping[Sequence, int]]] = deque(maxlen=num_stages)
         self._free_slots = list(range(max_num_seqs))
 
     @property
@@ -107,8 +115,8 @@ class Scheduler:
 
     @property
     def max_in_flight(self) -> int:
-        """Steps. With guesses, no sequence is scheduled ahead: two steps would only divide the batch."""
-        return 2 if self.look_ahead and self.speculator is None else self.num_stages
+        """Steps. With guesses, no sequence is scheduled ahead: one step more would only divide the batch."""
+        return self.num_stages + int(self.look_ahead and self.speculator is None)
 
     def speculate(self, speculator: Speculator | None) -> None:
         """Changes who guesses, or lets nobody guess; no step is in flight."""
@@ -147,10 +155,19 @@ class Scheduler:
             if step is not None:
                 self._next_step += 1
                 return step
+        step = self._schedule(latest=self._next_step + 1 - self.num_stages)
+        if step is None and self.look_ahead and self.num_stages > 1:
+            step = self._schedule(latest=self._next_step)  # it will wait, but for no driver
+        return step
+
+    def _schedule(self, latest: int) -> ScheduledStep | None:
+        """latest: the step that it may be ahead of."""
         budget, pending = self.max_num_batched_tokens, self.num_pending_tokens
         # In flight counts as pending until it is back.
-        chosen = Chosen(budget, -(-pending // self.num_stages) if self.num_stages > 1 else budget, len(self.running))
-        by_priority = sorted(self.running, key=lambda running: running.priority)
+        share = -(-pending // self.num_stages) if self.num_stages > 1 else budget
+        chosen = Chosen(budget, share, len(self.running), latest)
+        waits = self.look_ahead and self.num_stages > 1
+        by_priority = sorted(self.running, key=lambda s: (s.priority, s.last_step if waits else 0))
         for priority, sequences in groupby(by_priority, key=lambda running: running.priority):
             self._admit(chosen, before=priority)
             for sequence in sequences:
@@ -163,7 +180,7 @@ class Scheduler:
         chosen.num_behind -= 1
         if chosen.is_full or sequence.status is not SequenceStatus.RUNNING:
             return
-        count = min(self._num_schedulable(sequence), chosen.budget)
+        count = min(self._num_schedulable(sequence, chosen), chosen.budget)
         if not count:
             return
         if self._make_room(sequence, sequence.num_scheduled_tokens + count, chosen):
@@ -231,7 +248,7 @@ class Scheduler:
             self._free_slots.append(sequence.slot)
             sequence.slot = None
 
-    def _num_schedulable(self, sequence: Sequence) -> int:
+    def _num_schedulable(self, sequence: Sequence, chosen: "Chosen") -> int:
         """Tokens that a step can compute now: those that are known and in no step, or the one that is being drawn."""
         if sequence.is_held or sequence.num_drafting:
             return 0
@@ -242,7 +259,8 @@ class Scheduler:
         if sequence.num_draws_in_flight:
             goes_on = sequence.num_output_tokens + 1 < sequence.max_tokens
             knows = sequence.num_scheduled_tokens == sequence.num_tokens and not self._needs_host(sequence)
-            return int(goes_on and knows)
+            may_be = sequence.last_step <= chosen.latest and chosen.ahead_of in (0, sequence.last_step)
+            return int(goes_on and knows and may_be)
         return sequence.num_tokens - sequence.num_scheduled_tokens
 
     def _needs_host(self, sequence: Sequence) -> bool:
@@ -255,6 +273,8 @@ class Scheduler:
 
     def _take(self, sequence: Sequence, count: int, chosen: "Chosen") -> None:
         stop = sequence.num_scheduled_tokens + count
+        if stop > sequence.num_tokens:
+            chosen.ahead_of = sequence.last_step
         if self.speculator is not None or sequence.forced:
             for_drafts = min(chosen.budget - count - chosen.num_behind, chosen.drafts_left)
             sequence.drafts = self._draft(sequence, for_drafts) if stop == sequence.num_tokens else ()
@@ -313,7 +333,7 @@ class Scheduler:
         self._wait(sequence)
 
     def _step(self, chosen: "Chosen") -> ScheduledStep:
-        counts = chosen.counts
+        counts, drawn = chosen.counts, dict(self._drawing).get(chosen.ahead_of, {})
         token_ids: array[int] = array("q")
         rows = StepRows()
         for sequence, count in counts.items():
@@ -322,15 +342,17 @@ class Scheduler:
                 token_ids.extend(sequence.token_ids[stop - count : stop])
                 token_ids.extend(sequence.drafts)
             else:
-                token_ids.append(drawn_before(self._drawing[sequence]))
+                token_ids.append(drawn_before(drawn[sequence]))
             rows.add_given(sequence, first, count)
             if stop - len(sequence.drafts) >= sequence.num_tokens and sequence.max_tokens:
-                rows.add_draws(sequence, first + count - 1 - len(sequence.drafts), self._drawing)
+                rows.add_draws(sequence, first + count - 1 - len(sequence.drafts), drawn)
                 for sibling in sequence.siblings:
                     self._open_slot(sibling)
-                    rows.add_draws(sibling, first + count - 1, self._drawing)
-        self._drawing = rows.drawing
+                    rows.add_draws(sibling, first + count - 1, drawn)
         self._next_step += 1
+        self._drawing.append((self._next_step, rows.drawing))
+        for sequence in counts:
+            sequence.last_step = self._next_step
         step = StepInput(
             step_id=self._next_step,
             token_ids=token_ids,
@@ -343,6 +365,7 @@ class Scheduler:
             masks=rows.masks,
             given=tuple(rows.given),
             pooled=tuple(rows.pooled),
+            ahead_of=chosen.ahead_of,
         )
         drafts = tuple(sequence.drafts for sequence in counts)
         return ScheduledStep(step, tuple(counts), drafts, tuple(rows.draws), tuple(rows.scored), tuple(rows.in_pool))

@@ -79,6 +79,7 @@ class Sequence:
     num_matched_tokens: int = field(init=False, default=0)  # found there when it was queued, while it waits
     num_in_flight: int = field(init=False, default=0)  # tokens in steps that have not come back
     num_draws_in_flight: int = field(init=False, default=0)  # of these steps, those that draw its next token
+    last_step: int = field(init=False, default=0)  # the latest that has it
     num_preemptions: int = field(init=False, default=0)
     parent: "Sequence | None" = field(init=False, default=None, repr=False)  # whose sibling it is, until it is begun
     order: int = field(init=False, default=0)  # of arrival

@@ -78,6 +78,7 @@ class StepInput:
     given: tuple[GivenRows, ...] = ()
     pooled: tuple[PooledRows, ...] = ()
     model: int = 0  # 0: the target; 1: the draft model
+    ahead_of: int = 0  # the step whose draws stand below 0; 0: none
 
     @property
     def num_tokens(self) -> int:
@@ -104,7 +105,7 @@ class Masks:
 
 
 def drawn_before(sample: Any) -> Any:
-    """Stands in `token_ids` for what the step before this one draws for its `sample`-th sample; its own inverse."""
+    """Stands in `token_ids` for what step `ahead_of` draws for its `sample`-th sample; its own inverse."""
     return -1 - sample
 
 

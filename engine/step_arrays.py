@@ -69,7 +69,7 @@ def write_step(step: StepInput, block_size: int, host: Mapping[str, Any]) -> Non
 
 
 def known_tokens(token_ids: Tensor, drawn: Tensor) -> Tensor:
-    """A step's token ids, with those that the step before drew, whether the driver knows them yet or not."""
+    """A step's token ids, with those that the step drew which it is ahead of."""
     return torch.where(token_ids < 0, drawn.index_select(0, drawn_before(token_ids).clamp_(min=0)), token_ids)
 
 

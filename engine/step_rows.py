@@ -47,7 +47,8 @@ class StepRows:
         return Masks(tuple(self._masked), b"".join(self._masks)) if self._masked else None
 
     def add_draws(self, sequence: Sequence, row: int, drawn: Mapping[Sequence, int]) -> None:
-        """A token after `row`, and one after each of the drafts that follow it. drawn: the last step's `drawing`."""
+        """A token after `row`, and one after each of the drafts that follow it. drawn: `drawing` of the step
+        that it is ahead of."""
         drafts = sequence.drafts
         position = max(sequence.num_tokens, sequence.num_scheduled_tokens - len(drafts))  # of the first
         if sequence.constraint is not None:

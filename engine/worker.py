@@ -71,7 +71,8 @@ class Worker:
         if stage.is_last:
             drawing = Drawing(tp, vocabulary, ops, self.device, num_slots=num_seqs, longest=self._longest)
         most = num_seqs + self.config.max_num_batched_tokens  # samples: of every token, and of siblings
-        self.runner = ModelRunner(stage, block_size, pp, drawing, most)
+        loops = self.device.type == "cpu" and self.config.async_scheduling is not False
+        self.runner = ModelRunner(stage, block_size, pp, drawing, most, loops)
         self._check_graphs()
         beside_cache = self._activation_bytes()
         graph_sizes = self.graph_sizes()

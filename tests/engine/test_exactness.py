@@ -359,6 +359,8 @@ def test_the_generic_policy(demo_model: Path, reference: Reference) -> None:
         {},
         {"block_size": 1, "num_kv_blocks": 2048, "max_num_batched_tokens": 32},
         {"tp_size": 2, "dp_size": 2},
+        {"pp_size": 3, "max_num_batched_tokens": 32},
+        {"pp_size": 2, "tp_size": 2},
     ],
     ids=str,
 )

@@ -482,6 +482,48 @@ def test_stages_get_steps_of_equal_size_on_disjoint_sequences(num_stages: int) -
         back(scheduler, step, (7,) * len(step.input.samples))
 
 
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_a_step_ahead_takes_what_the_oldest_draws(num_stages: int) -> None:
+    """So that the first stage has it when the step is its turn."""
+    scheduler = make(num_stages=num_stages, look_ahead=True)
+    for i in range(4 * num_stages):
+        add(scheduler, f"s{i}", [i, i, i], max_tokens=50)
+    flight: deque[ScheduledStep] = deque()
+    for tick in range(30):
+        while len(flight) < num_stages + 1:
+            flight.append(next_step(scheduler))
+        assert scheduler.max_in_flight == num_stages + 1
+        if tick > num_stages:
+            assert [len(step.sequences) for step in flight] == [4] * len(flight)
+            assert flight[-1].input.ahead_of == flight[0].input.step_id
+            assert set(flight[-1].sequences) == set(flight[0].sequences)
+            assert min(flight[-1].input.token_ids) < 0
+        step = flight.popleft()
+        back(scheduler, step, (7,) * len(step.input.samples))
+
+
+def test_a_step_is_ahead_of_one_other() -> None:
+    """It would wait for the later of two."""
+    scheduler = make(num_stages=2, look_ahead=True)
+    add(scheduler, "a", range(3), max_tokens=9)
+    first = next_step(scheduler)
+    add(scheduler, "b", range(10, 13), max_tokens=9)
+    second = next_step(scheduler)
+    assert [counts(first), counts(second)] == [{"a": 3}, {"b": 3}]
+    third = next_step(scheduler)
+    assert counts(third) == {"a": 1} and third.input.ahead_of == first.input.step_id
+    back(scheduler, first, (7,))
+    fourth = next_step(scheduler)
+    assert counts(fourth) == {"b": 1} and fourth.input.ahead_of == second.input.step_id
+
+
+def test_chunks_of_a_prompt_follow_each_other_through_the_stages() -> None:
+    scheduler = make(num_stages=2, look_ahead=True, max_num_batched_tokens=4)
+    add(scheduler, "a", range(10), max_tokens=9)
+    assert [counts(next_step(scheduler))["a"] for _ in range(3)] == [4, 4, 2]
+    assert [counts(next_step(scheduler))["a"]] == [1], "ahead of the draw that comes after the prompt"
+
+
 def test_one_sequence_has_one_step_in_flight() -> None:
     scheduler = make(num_stages=2, max_num_batched_tokens=4)
     add(scheduler, "a", range(20))
@@ -724,14 +766,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
             num_stages=num_stages,
-            look_ahead=look_ahead and num_stages == 1,
+            look_ahead=look_ahead,
         )
         self.guesses = guesses
         self.slots: dict[int, tuple[LogitsSpec, list[int]]] = {}
         self.num_accepted = self.num_copied = self.num_held_preempted = self.num_draft_steps = 0
         self.searches: list[tuple[BeamSearch, tuple[Any, ...]]] = []  # and how it began
         self.searching: list[BeamSearch] = []
-        self.drawn: tuple[int, ...] = ()  # by the last step
+        self.drawn: dict[int, tuple[int, ...]] = {}  # by each step
         self.looked_ahead = False
         self.known: dict[Sequence, list[int]] = {}  # to the ranks: with what was drawn and is not back
         self.sequences: list[Sequence] = []
@@ -875,7 +917,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         ):
             known = [*self.known[sequence], *drafts, *(sequence.drafted if given.model else ())]
             self.looked_ahead |= given.token_ids[start] < 0
-            tokens = [self.drawn[drawn_before(t)] if t < 0 else t for t in given.token_ids[start : start + count]]
+            tokens = [
+                self.drawn[given.ahead_of][drawn_before(t)] if t < 0 else t
+                for t in given.token_ids[start : start + count]
+            ]
             start += count
             assert tokens == known[context : context + count]
             slots = [table[p // self.size] * self.size + p % self.size for p in range(context + count)]
@@ -887,7 +932,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert start == given.num_tokens
         for update in given.histories:
             spec, tokens = self.slots.get(update.slot, (LogitsSpec(), []))
-            more = [self.drawn[drawn_before(t)] if t < 0 else t for t in update.tokens]
+            more = [self.drawn[given.ahead_of][drawn_before(t)] if t < 0 else t for t in update.tokens]
             assert update.spec is None or not update.keep
             self.slots[update.slot] = (update.spec or spec, tokens[: update.keep] + more)
         drawers = [sequence for sequence, drafts in step.draws for _ in range(1 + len(drafts))]
@@ -920,11 +965,11 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if not sequence.num_candidates:
                     self.known[sequence].append(drawn[first + i])
             first += 1 + len(drafts)
-        self.drawn = tuple(drawn)
+        self.drawn[given.step_id] = tuple(drawn)
         rows = [range(asked.row, asked.row + len(asked.targets)) for asked in given.given]
         return StepOutput(
             step_id=given.step_id,
-            token_ids=self.drawn,
+            token_ids=tuple(drawn),
             logprobs=tuple(told),
             errors=tuple(errors),
             given=tuple(
@@ -1030,7 +1075,7 @@ SchedulerMachine.TestCase.settings = settings(
 TestSchedulerAsAWhole = SchedulerMachine.TestCase
 
 
-@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False), (2, True), (3, True)])
 def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahead: bool) -> None:
     """Guards the machine above: at its sizes, what it is to prove something about really happens."""
     machine = SchedulerMachine()
@@ -1053,7 +1098,7 @@ def test_the_simulation_does_preempt_and_hit_prefixes(num_stages: int, look_ahea
 
 
 @pytest.mark.parametrize("drafts", [False, True])
-@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, True), (2, False)])
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, True), (2, False), (2, True)])
 def test_the_simulation_does_guess(num_stages: int, look_ahead: bool, drafts: bool) -> None:
     """Likewise: drafts are right and wrong, while blocks are shared, copied and taken away."""
     machine = SchedulerMachine()
@@ -1097,7 +1142,7 @@ def test_the_simulation_does_share_blocks_and_preempt_beams(num_stages: int) -> 
     assert machine.num_copied > 0 and machine.num_held_preempted > 0
 
 
-@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False)])
+@pytest.mark.parametrize(("num_stages", "look_ahead"), [(1, False), (1, True), (3, False), (2, True), (3, True)])
 def test_the_simulation_does_accept_drafts_and_share_blocks(num_stages: int, look_ahead: bool) -> None:
     machine = SchedulerMachine()
     machine.start(
