@@ -21,7 +21,7 @@ class DrawnTokens:
     def __init__(self, pp: Communicator | None, depth: int, device: torch.device) -> None:
         self._pp, self._depth, self._device = pp, depth, device  # depth: steps that can be in flight
         self._known: dict[int, Tensor] = {}  # by step id, the oldest first
-        self._coming: deque[tuple[int, Tensor, Pending]] = deque()
+        self._coming: deque[tuple[int, int]] = deque()  # steps and their samples
         self._leaving: deque[Pending] = deque()
         self._none = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -29,23 +29,22 @@ class DrawnTokens:
         """Those of the step that `step` is ahead of, once they are there; if it is ahead of none, any."""
         if not step.ahead_of:
             return self._none
-        while step.ahead_of not in self._known:
-            self._receive()
+        while step.ahead_of not in self._known and self._pp is not None:
+            self._receive(self._pp)
         return self._known[step.ahead_of]
 
     def expect(self, step: StepInput) -> None:
         """On the first stage, with each step in turn: its draws will come."""
         if self._pp is None or not step.samples:
             return
-        tokens = torch.empty(len(step.samples), dtype=torch.int64, device=self._device)
-        self._coming.append((step.step_id, tokens, self._pp.irecv(tokens, self._pp.size - 1)))
+        self._coming.append((step.step_id, len(step.samples)))
         while len(self._coming) > self._depth:
-            self._receive()
+            self._receive(self._pp)
 
-    def _receive(self) -> None:
-        step_id, tokens, pending = self._coming.popleft()
-        pending.wait()
-        self.keep(step_id, tokens)
+    def _receive(self, pp: Communicator) -> None:
+        step_id, num_samples = self._coming.popleft()
+        tokens = torch.empty(num_samples, dtype=torch.int64, device=self._device)
+        self.keep(step_id, pp.irecv(tokens, pp.size - 1).wait())
 
     def keep(self, step_id: int, tokens: Tensor) -> None:
         """What a step drew; again, if it was not final."""

@@ -40,10 +40,9 @@ class Wire:
         def __init__(self, wire: "Wire", tensor: Tensor | None) -> None:
             self.wire, self.tensor = wire, tensor
 
-        def wait(self) -> None:
+        def wait(self) -> Tensor | None:
             self.wire.num_awaited += 1
-            if self.tensor is not None:
-                self.tensor.copy_(self.wire.sent.popleft())
+            return None if self.tensor is None else self.tensor.copy_(self.wire.sent.popleft())
 
 
 def step(step_id: int, num_samples: int = 1, ahead_of: int = 0) -> StepInput:
