@@ -194,6 +194,8 @@ class Drawing:
             )
         is_picked = plan.step.draws_after_all or len(hidden) < plan.step.num_tokens
         logits = head(hidden if is_picked else hidden.index_select(0, arrays["rows"]))
+        if not plan.draws.settings.are_plain or plan.step.masks is not None:
+            logits = logits.float()  # to be changed, or told of
         raw = [logits.index_select(0, arrays[f"told_{number}"]) for number in range(len(plan.told))]
         if plan.beams:
             logits.index_copy_(0, arrays["beams"], self.logprobs.normalised(logits.index_select(0, arrays["beams"])))

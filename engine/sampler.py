@@ -173,8 +173,8 @@ class Sampler:
         return Draws(samples, Settings(samples, self.largest_shard), are_new=True)
 
     def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
-        """logits: float32 [num_rows, local_vocab], contiguous, a row for each sample; arrays: those of `draws`, on the
-        device."""
+        """logits: [num_rows, local_vocab], contiguous, a row for each sample, of any float dtype; arrays: those of
+        `draws`, on the device."""
         settings = draws.settings
         if draws.are_new:
             settings.take(arrays)

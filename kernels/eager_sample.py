@@ -27,11 +27,11 @@ def counter_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
 def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """The best token of a vocabulary shard for each row, by ``logits / temperature + noise`` (`counter_noise`).
 
-    logits: float32 [num_rows, local_vocab], of tokens from `start` on; temperatures: float32 [num_rows], 0 for the
-    plain argmax; keys: int32 [num_rows, 2]. Returns the best score, float32 [num_rows], and its token id, int64
-    [num_rows]: the lowest of equals; NaN counts as the largest. The best of all shards is the row's draw.
+    logits: [num_rows, local_vocab], of tokens from `start` on; temperatures: float32 [num_rows], 0 for the plain
+    argmax; keys: int32 [num_rows, 2]. Returns the best score, float32 [num_rows], and its token id, int64 [num_rows]:
+    the lowest of equals; NaN counts as the largest. The best of all shards is the row's draw.
     """
-    drawn = temperatures.nonzero().squeeze(1)
+    drawn, logits = temperatures.nonzero().squeeze(1), logits.float()
     if len(drawn):
         token_ids = torch.arange(start, start + logits.shape[1], dtype=torch.int32, device=logits.device)
         scores = logits[drawn].div_(temperatures[drawn].unsqueeze(1)).add_(counter_noise(keys[drawn], token_ids))
@@ -43,12 +43,12 @@ def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int)
 def likeliest(logits: Tensor, temperatures: Tensor, count: int, with_mass: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The `count` largest of each row's logits over its temperature, descending, and where they are; and two limits.
 
-    logits: float32 [num_rows, n], contiguous, count <= n; temperatures: float32 [num_rows], above 0. Returns float32
+    logits: [num_rows, n], contiguous, count <= n; temperatures: float32 [num_rows], above 0. Returns float32
     and int64 [num_rows, count], of equals any (where a logit is -inf, its place says nothing), and float64
     [num_rows, 2]: the log-sum-exp over the row, 0 unless `with_mass`, and a value below which some are missing, -inf
     if none are.
     """
-    scaled = logits / temperatures.unsqueeze(1)
+    scaled = logits.float() / temperatures.unsqueeze(1)
     values, places = scaled.topk(count, dim=-1)
     limits = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
     if with_mass:

@@ -14,7 +14,7 @@ From how many rows on oneDNN is the faster is measured on the processor that thi
 
 import ctypes
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import ClassVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,14 +30,11 @@ LookUp = Callable[[Tensor, int], Tensor]
 """token_ids [num_tokens], the first id of a vocabulary shard -> [num_tokens, in]: `eager.embedding` with its weight."""
 
 
-class BindLinear(Protocol):
-    """A weight [out, in] -> the product with it. widens: what comes out may be float32 already, rounded before that to
-    the weight's dtype."""
-
-    def __call__(self, weight: Tensor, *, widens: bool = False) -> Linear: ...
+BindLinear = Callable[[Tensor], Linear]
+"""A weight [out, in] -> the product with it."""
 
 
-def bind_plain(weight: Tensor, *, widens: bool = False) -> Linear:
+def bind_plain(weight: Tensor) -> Linear:
     """The eager definition; shares `weight` [out, in]."""
     return lambda x, bias: F.linear(x, weight, bias)
 
@@ -47,20 +44,20 @@ def bind_plain_tied(weight: Tensor, stays: bool) -> tuple[Linear, None]:
     return bind_plain(weight), None
 
 
-def bind(weight: Tensor, *, widens: bool = False, ours: CpuLinear | None = None) -> Linear:
+def bind(weight: Tensor, *, ours: CpuLinear | None = None) -> Linear:
     """A copy of `weight` [out, in], compact or packed, so that the caller can let the plain one go.
 
     ours: the C++ products, where there are any.
     """
-    return _held(weight, widens, ours)[0]
+    return _held(weight, ours)[0]
 
 
 def bind_tied(weight: Tensor, stays: bool, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:
-    """The product with a weight [out, in] in which rows are looked up, too; it may come widened (`BindLinear`).
+    """The product with a weight [out, in] in which rows are looked up, too.
 
     stays: whether others need the plain weight in any case. With a look-up the caller can let it go; None: it cannot.
     """
-    linear, look_up = (None, None) if stays else _held(weight, True, ours)
+    linear, look_up = (None, None) if stays else _held(weight, ours)
     if linear is None or look_up is None:
         return bind_shared(weight, ours), None
     return linear, look_up
@@ -84,13 +81,13 @@ def _of_dtype(ours: CpuLinear | None, weight: Tensor) -> CpuLinear | None:
     return ours if ours is not None and ours.torch_dtype == weight.dtype else None
 
 
-def _held(weight: Tensor, widens: bool, ours: CpuLinear | None) -> tuple[Linear, LookUp | None]:
+def _held(weight: Tensor, ours: CpuLinear | None) -> tuple[Linear, LookUp | None]:
     ours = _of_dtype(ours, weight)
-    bound = None if ours is None else bind_compact(weight, widens=widens, ours=ours)
-    return bound or bind_packed(weight, widens=widens, ours=ours)
+    bound = None if ours is None else bind_compact(weight, ours=ours)
+    return bound or bind_packed(weight, ours=ours)
 
 
-def bind_compact(weight: Tensor, *, widens: bool = False, ours: CpuLinear) -> tuple[Linear, LookUp] | None:
+def bind_compact(weight: Tensor, *, ours: CpuLinear) -> tuple[Linear, LookUp] | None:
     """The product with the compact form, and the look-up in it; None where it is not the best, or cannot be."""
     most = _most_compact(weight, ours)
     held = ours.compact(weight) if most else None
@@ -104,7 +101,7 @@ def bind_compact(weight: Tensor, *, widens: bool = False, ours: CpuLinear) -> tu
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
         if panels is None or x.numel() <= few:
-            return ours.linear_compact(x.contiguous(), held.data_ptr(), bias, size_out, widens)
+            return ours.linear_compact(x.contiguous(), held.data_ptr(), bias, size_out)
         return panels.multiply(x, held.data_ptr(), bias)
 
     def look_up(token_ids: Tensor, start: int) -> Tensor:
@@ -113,7 +110,7 @@ def bind_compact(weight: Tensor, *, widens: bool = False, ours: CpuLinear) -> tu
     return linear, look_up
 
 
-def bind_packed(weight: Tensor, *, widens: bool = False, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:
+def bind_packed(weight: Tensor, *, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:
     """The product with the packed form, and the look-up in it, if our op knows how oneDNN has laid out this weight."""
     packed = _reordered(weight)
     address = None if ours is None else _address_of_panels(weight, packed, ours.panel)
@@ -124,7 +121,7 @@ def bind_packed(weight: Tensor, *, widens: bool = False, ours: CpuLinear | None 
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
         if x.numel() <= few and x.is_contiguous():
-            return product(x, address, bias, size_out, widens)
+            return product(x, address, bias, size_out)
         return _onednn(x, packed, bias)
 
     return linear, lambda token_ids, start: embedding(token_ids, address, size_in, size_out, start)

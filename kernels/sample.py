@@ -79,7 +79,7 @@ def _tile_kernel(
     row = tl.program_id(0).to(tl.int64)
     tile = tl.program_id(1)
     at = tile * BLOCK + tl.arange(0, BLOCK)
-    scores = tl.load(logits + row * logits_row + at, mask=at < LOCAL_VOCAB, other=float("-inf"))
+    scores = tl.load(logits + row * logits_row + at, mask=at < LOCAL_VOCAB, other=float("-inf")).to(tl.float32)
     temperature = tl.load(temperatures + row)
     if temperature != 0:
         first = tl.load(keys + 2 * row).to(tl.uint32, bitcast=True)
@@ -125,8 +125,8 @@ def counter_noise(keys: Tensor, token_ids: Tensor) -> Tensor:
 def sample_shard(logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
     """`eager_sample.sample_shard`, in two passes: the best of each tile of a row, then of the tiles."""
     num_rows, local_vocab = logits.shape
-    assert logits.dtype == temperatures.dtype == torch.float32 and logits.stride(1) == 1 and local_vocab
-    assert temperatures.shape == (num_rows,) and temperatures.is_contiguous()
+    assert logits.stride(1) == 1 and local_vocab
+    assert temperatures.shape == (num_rows,) and temperatures.dtype == torch.float32 and temperatures.is_contiguous()
     assert keys.shape == (num_rows, 2) and keys.dtype == torch.int32 and keys.is_contiguous()
     best_values = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
     best_ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)

@@ -50,7 +50,8 @@ class Stage(nn.Module, ABC):
 
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
-        """Last stage: [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
+        """Last stage: [num_rows, hidden] -> logits of this rank's vocabulary [num_rows, local_vocab], in float32 or
+        the model's dtype."""
 
     @abstractmethod
     def last_hidden(self, hidden: Tensor) -> Tensor:

@@ -1,7 +1,5 @@
 """From token ids to hidden states, and from hidden states to logits: both split over the vocabulary."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -85,7 +83,7 @@ class Embedding(nn.Module):
 
 
 class VocabParallelHead(ParallelLinear):
-    """[num_rows, hidden] -> float32 logits of this rank's vocabulary shard [num_rows, local_vocab].
+    """[num_rows, hidden] -> logits of this rank's vocabulary shard [num_rows, local_vocab], in the model's dtype.
 
     tied: the embedding whose weight it shares, when both are on this stage. The weight is held once, in the form of the
     product where look-ups can read that, else plain.
@@ -93,7 +91,6 @@ class VocabParallelHead(ParallelLinear):
 
     def __init__(self, module: Module, context: Context, tied: VocabParallelEmbedding | None) -> None:
         super().__init__([module], "", context)
-        self._bind_linear = partial(context.ops.bind_linear, widens=True)
         self._bind_tied, self._tied = context.ops.bind_tied_linear, [tied]  # a list: no module of this one
         if tied is not None:
             self.weight = tied.weight
@@ -111,11 +108,12 @@ class VocabParallelHead(ParallelLinear):
             tied.look_up_by(look_up)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias).float()
+        return self.product(x, self.bias)
 
 
 class Head(nn.Module):
-    """The residual stream [num_rows, hidden] -> float32 logits of this rank's vocabulary [num_rows, local_vocab]."""
+    """The residual stream [num_rows, hidden] -> logits of this rank's vocabulary [num_rows, local_vocab]: in the
+    model's dtype, or, where more is done to them, in float32."""
 
     def __init__(self, spec: HeadSpec, context: Context, tied: VocabParallelEmbedding | None) -> None:
         super().__init__()
@@ -129,7 +127,7 @@ class Head(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.linear(self.norm(hidden))
         if self.multiplier != 1.0:
-            logits = logits * self.multiplier
+            logits = logits.float() * self.multiplier
         if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
+            logits = (logits.float() / self.softcap).tanh() * self.softcap
         return logits

@@ -108,9 +108,8 @@ template <class T> struct Product {
   Decoder decoder;
   const T* const* x;
   const T* bias;  // or null
-  void* out;             // of floats where it `widens` what has been rounded
+  T* out;
   long out_size;
-  bool widens;
   long slabs;
 
   static long groups(long rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
@@ -171,29 +170,24 @@ template <class T> struct Product {
 
   // Where those go that `finish` writes: memory that no cache may hold.
   void bring_out(long row, long rows, long column) const {
-    long size = widens ? sizeof(float) : sizeof(T);
-    for (long m = row; m < row + rows; m++) bring<true>((char*)out + (m * out_size + column) * size, PANEL * size);
+    for (long m = row; m < row + rows; m++) bring<true>(out + m * out_size + column, PANEL * sizeof(T));
   }
   // The sums of rows `row`.. and columns `column`.., finished.
   template <int C> void finish(const vfloat (*sums)[C], long row, long rows, long column) const {
-    if (widens || column + C * W > out_size) return finish_others<C>(sums, row, rows, column);
+    if (column + C * W > out_size) return finish_others<C>(sums, row, rows, column);
     for (long m = 0; m < rows; m++)
       for (int c = 0; c < C; c++) {
         vfloat value = bias ? sums[m][c] + load(bias + column + c * W) : sums[m][c];
-        store((T*)out + (row + m) * out_size + column + c * W, value);
+        store(out + (row + m) * out_size + column + c * W, value);
       }
   }
   template <int C> void finish_others(const vfloat (*sums)[C], long row, long rows, long column) const {
     long count = std::min<long>(C * W, out_size - column);
     for (long m = 0; m < rows; m++) {
       long at = (row + m) * out_size + column, i = 0;
-      for (; i + W <= count; i += W) put(at + i, bias ? sums[m][i / W] + load(bias + column + i) : sums[m][i / W]);
-      for (; i < count; i++) put(at + i, bias ? sums[m][i / W][i % W] + load_one(bias + column + i) : sums[m][i / W][i % W]);
+      for (; i + W <= count; i += W) store(out + at + i, bias ? sums[m][i / W] + load(bias + column + i) : sums[m][i / W]);
+      for (; i < count; i++) store(out + at + i, bias ? sums[m][i / W][i % W] + load_one(bias + column + i) : sums[m][i / W][i % W]);
     }
-  }
-  template <class V> void put(long at, V value) const {
-    if (widens) store((float*)out + at, rounded<T>(value));
-    else store((T*)out + at, value);
   }
 };
 
@@ -205,8 +199,7 @@ static void* scratch() {
 }
 
 template <class T>
-static void product(const T* x, const void* compact, const T* bias, void* out, long rows, long in, long out_size, bool widens,
-                    int threads) {
+static void product(const T* x, const void* compact, const T* bias, T* out, long rows, long in, long out_size, int threads) {
   Compact<T> weight(compact, in, out_size);
   long groups = Product<T>::groups(rows), padded = weight.steps * PAIR, slabs = Product<T>::slabs_of(weight, rows);
   int parts = rows < MANY_ROWS ? threads : threads * PARTS;
@@ -215,7 +208,7 @@ static void product(const T* x, const void* compact, const T* bias, void* out, l
     std::vector<T> filled(is_row<T>(in, padded) ? 0 : rows * padded);
     std::vector<const T*> given(rows);
     for (long j = 0; j < rows; j++) given[j] = as_row(x + j * in, in, padded, filled.data() + j * padded);
-    Product<T> product = {weight, Decoder(compact), given.data(), bias, out, out_size, widens, slabs};
+    Product<T> product = {weight, Decoder(compact), given.data(), bias, out, out_size, slabs};
     std::unique_ptr<vfloat[]> partial(groups > 1 && slabs > 1 ? new vfloat[rows * VECTORS] : nullptr);
 #pragma omp for schedule(dynamic) nowait
     for (int part = 0; part < parts; part++) {
@@ -241,14 +234,13 @@ static void product(const T* x, const void* compact, const T* bias, void* out, l
 }
 #endif
 
-// x: [rows, in]; bias: [out_size] or null; out: [rows, out_size], of floats where it `widens` what has been rounded.
-// Contiguous.
+// x: [rows, in]; bias: [out_size] or null; out: [rows, out_size]. Contiguous.
 extern "C" void linear_compact(int dtype, const void* x, const void* compact, const void* bias, void* out, long rows, long in,
-                               long out_size, int widens, int threads) {
+                               long out_size, int threads) {
 #if defined(__AVX512BF16__)
   by_held(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (rows) product((const T*)x, compact, (const T*)bias, out, rows, in, out_size, widens, threads);
+    if (rows) product((const T*)x, compact, (const T*)bias, (T*)out, rows, in, out_size, threads);
   });
 #endif
 }

@@ -128,16 +128,10 @@ static void panel_columns(const typename Step<T>::Row* const* x, long rows, cons
   }
 }
 
-template <class T> static void widen(const T* from, float* to, long first, long last) {
-  long i = first;
-  for (; i + W <= last; i += W) store(to + i, load(from + i));
-  for (; i < last; i++) to[i] = load_one(from + i);
-}
-
-// x: [rows, in]; packed: [panels, steps, PANEL, step]; bias: [out_size] or null; out: [rows, out_size], of floats where it
-// `widens` what has been rounded. Contiguous.
+// x: [rows, in]; packed: [panels, steps, PANEL, step]; bias: [out_size] or null; out: [rows, out_size].
+// Contiguous.
 extern "C" void linear_packed(int dtype, const void* x, const void* packed, const void* bias, void* out, long rows,
-                              long in, long out_size, int widens, int threads) {
+                              long in, long out_size, int threads) {
   by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Row = typename Step<T>::Row;
@@ -148,7 +142,6 @@ extern "C" void linear_packed(int dtype, const void* x, const void* packed, cons
       std::vector<Row> scratch(is_row<T>(in, padded) ? 0 : rows * padded);
       std::vector<const Row*> given(rows);
       for (long j = 0; j < rows; j++) given[j] = as_row((const T*)x + j * in, in, padded, scratch.data() + j * padded);
-      std::vector<T> narrow(widens ? rows * PANEL : 0);  // a panel's columns
 #pragma omp for schedule(static) nowait
       for (int part = 0; part < threads; part++) {
         long begin = 2 * panels * part / threads, end = 2 * panels * (part + 1) / threads;  // in half panels
@@ -157,12 +150,8 @@ extern "C" void linear_packed(int dtype, const void* x, const void* packed, cons
           const T* weight = (const T*)packed + panel * padded * PANEL;
           long first = (half - 2 * panel) * VECTORS / 2, last = (stop - 2 * panel) * VECTORS / 2;
           panel_columns<T>(given.data(), rows, weight, stop < end ? weight + padded * PANEL : nullptr,
-                           bias ? (const T*)bias + column : nullptr, widens ? narrow.data() : (T*)out + column, steps, first,
-                           last, out_size - column, widens ? PANEL : out_size);
-          if (widens)
-            for (long j = 0; j < rows; j++)
-              widen(narrow.data() + j * PANEL, (float*)out + j * out_size + column, first * W,
-                    std::min(last * W, out_size - column));
+                           bias ? (const T*)bias + column : nullptr, (T*)out + column, steps, first, last,
+                           out_size - column, out_size);
           half = stop;
         }
       }

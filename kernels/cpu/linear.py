@@ -18,9 +18,9 @@ class CpuLinear(Functions):
         super().__init__(dtype)
         library = self._library
         self._linear_plain = function(library, "linear_plain", "ipppp" + "lllli")
-        self._linear_packed = function(library, "linear_packed", "ipppp" + "lllii")
+        self._linear_packed = function(library, "linear_packed", "ipppp" + "llli")
         self._embedding_packed = function(library, "embedding_packed", "ippp" + "lllli")
-        self._linear_compact = function(library, "linear_compact", "ipppp" + "lllii")
+        self._linear_compact = function(library, "linear_compact", "ipppp" + "llli")
         self._embedding_compact = function(library, "embedding_compact", "ippp" + "lllli")
         self._expand_compact = function(library, "expand_compact", "ipp" + "lli")
         self._compact_bytes = question(library, "compact_bytes", "ip" + "lll" + "pi")
@@ -47,10 +47,9 @@ class CpuLinear(Functions):
         )
         return out
 
-    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int, widens: bool = False) -> Tensor:
-        """x [..., in] with a weight in panels (`linear.cpp`) at the address `packed`; for few rows. widens: what has
-        been rounded to x's dtype comes as float32."""
-        return self._multiply(self._linear_packed, x, packed, bias, size_out, widens)
+    def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int) -> Tensor:
+        """x [..., in] with a weight in panels (`linear.cpp`) at the address `packed`; for few rows."""
+        return self._multiply(self._linear_packed, x, packed, bias, size_out)
 
     def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor:
         """`eager.embedding` of a weight [rows, size_in] in panels (`linear.cpp`) at the address `packed`."""
@@ -80,11 +79,9 @@ class CpuLinear(Functions):
         self._compact_weight(*given, places.data_ptr(), compact.data_ptr(), num_bytes, self._threads)
         return compact
 
-    def linear_compact(
-        self, x: Tensor, compact: int, bias: Tensor | None, size_out: int, widens: bool = False
-    ) -> Tensor:
+    def linear_compact(self, x: Tensor, compact: int, bias: Tensor | None, size_out: int) -> Tensor:
         """`linear_packed` with a compact weight at that address; for any number of rows."""
-        return self._multiply(self._linear_compact, x, compact, bias, size_out, widens)
+        return self._multiply(self._linear_compact, x, compact, bias, size_out)
 
     def embedding_compact(self, token_ids: Tensor, compact: int, size_in: int, rows: int, start: int) -> Tensor:
         """`embedding_packed` of a compact weight."""
@@ -98,13 +95,10 @@ class CpuLinear(Functions):
         """Writes a compact weight in panels (`linear.cpp`) to the address `packed`."""
         self._expand_compact(self._dtype, compact, packed, size_in, size_out, self._threads)
 
-    def _multiply(
-        self, product: Function, x: Tensor, weight: int, bias: Tensor | None, size_out: int, widens: bool
-    ) -> Tensor:
+    def _multiply(self, product: Function, x: Tensor, weight: int, bias: Tensor | None, size_out: int) -> Tensor:
         assert x.is_contiguous() and (bias is None or bias.is_contiguous())
         size_in = x.shape[-1]
-        widens = widens and x.dtype != torch.float32
-        out = torch.empty(*x.shape[:-1], size_out, dtype=torch.float32 if widens else x.dtype)
+        out = torch.empty(*x.shape[:-1], size_out, dtype=x.dtype)
         rows = x.numel() // size_in
         product(
             self._dtype,
@@ -115,7 +109,6 @@ class CpuLinear(Functions):
             rows,
             size_in,
             size_out,
-            widens,
             self._threads,
         )
         return out

@@ -35,8 +35,8 @@ class CpuOps(Functions):
         self._step: int = library.grouped_step(self._dtype)
         self._combine = function(library, "combine", "ipppp" + "llli")
         self._counter_noise = function(library, "counter_noise", "ppp" + "llli")
-        self._sample_shard = function(library, "sample_shard", "ppppp" + "lllli")
-        self._likeliest = function(library, "likeliest", "ppppp" + "lllii")
+        self._sample_shard = function(library, "sample_shard", "ippppp" + "lllli")
+        self._likeliest = function(library, "likeliest", "ippppp" + "lllii")
         self._draw_filtered = function(library, "draw_filtered", "pppppp" + "lli")
         self._apply_bitmask = function(library, "apply_bitmask", "ppp" + "lllli")
         self._paged_attention = function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
@@ -299,10 +299,11 @@ class CpuOps(Functions):
 
     def sample_shard(self, logits: Tensor, temperatures: Tensor, keys: Tensor, start: int) -> tuple[Tensor, Tensor]:
         assert logits.stride(1) == 1 and temperatures.is_contiguous() and keys.is_contiguous()
-        assert logits.dtype == temperatures.dtype == torch.float32 and keys.dtype == torch.int32
+        assert temperatures.dtype == torch.float32 and keys.dtype == torch.int32
         rows, n = logits.shape
         values, token_ids = torch.empty(rows), torch.empty(rows, dtype=torch.int64)
         self._sample_shard(
+            DTYPES[logits.dtype],
             logits.data_ptr(),
             temperatures.data_ptr(),
             keys.data_ptr(),
@@ -320,11 +321,12 @@ class CpuOps(Functions):
         self, logits: Tensor, temperatures: Tensor, count: int, with_mass: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         assert logits.is_contiguous() and temperatures.is_contiguous()
-        assert logits.dtype == temperatures.dtype == torch.float32
+        assert temperatures.dtype == torch.float32
         rows, n = logits.shape
         values, places = torch.empty(rows, count), torch.empty(rows, count, dtype=torch.int64)
         limits = torch.empty(rows, 2, dtype=torch.float64)
         self._likeliest(
+            DTYPES[logits.dtype],
             logits.data_ptr(),
             temperatures.data_ptr(),
             values.data_ptr(),

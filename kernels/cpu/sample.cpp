@@ -124,14 +124,14 @@ struct Best {
 static inline bool beats(float a, float b) { return a > b || (a != a && b == b); }
 
 // A vector of what is at most n elements, and nothing after them.
-static inline vfloat load_some(const float* p, long n) {
+template <class T> static inline vfloat load_some(const T* p, long n) {
   if (n >= W) return load(p);
   vfloat x = splat(NEVER);
-  std::memcpy(&x, p, 4 * n);
+  for (int i = 0; i < n; i++) x[i] = load_one(p + i);
   return x;
 }
 
-static Best largest(const float* x, long n) {
+template <class T> static Best largest(const T* x, long n) {
   vfloat most[AT_ONCE];
   vint strange = {};
   for (int j = 0; j < AT_ONCE; j++) most[j] = splat(NEVER);
@@ -144,13 +144,15 @@ static Best largest(const float* x, long n) {
   for (int j = 1; j < AT_ONCE; j++) most[0] = max(most[j], most[0]);
   Best best = {any(strange) ? NAN : most[0][0], 0};
   for (int i = 1; i < W; i++) best.value = beats(most[0][i], best.value) ? most[0][i] : best.value;
+  auto is_it = [&](float v) { return v == best.value || v != v; };
   while (best.place + W <= n && !any((vint)(load(x + best.place) == best.value) | strange)) best.place += W;
-  while (best.place < n && !(x[best.place] == best.value || x[best.place] != x[best.place])) best.place++;
+  while (best.place < n && !is_it(load_one(x + best.place))) best.place++;
   return best;
 }
 
 // The noise is made of those tokens only that may win by it over `floor`, a score that some token has.
-static Best best_drawn(const float* logits, float temperature, const uint32_t* key, uint32_t start, long n, float floor) {
+template <class T>
+static Best best_drawn(const T* logits, float temperature, const uint32_t* key, uint32_t start, long n, float floor) {
   vfloat best = splat(NEVER);
   vint places = {};
   vuint strided = ((vuint)lanes() + start) * STRIDE;
@@ -182,8 +184,9 @@ static Best best_drawn(const float* logits, float temperature, const uint32_t* k
 }
 
 // logits: [rows, n], of tokens from `start` on; temperatures: [rows]; keys: [rows, 2]; values, token_ids: [rows].
-extern "C" void sample_shard(const void* logits, const void* temperatures, const void* keys, void* values,
-                             void* token_ids, long rows, long n, long stride, long start, int threads) {
+template <class T>
+static void sample(const T* logits, const float* temperatures, const uint32_t* keys, float* values, int64_t* token_ids, long rows,
+                   long n, long stride, long start, int threads) {
   long tiles = (n + TILE - 1) / TILE;
   std::vector<Best> found(rows * tiles);
 #pragma omp parallel num_threads(threads) if (rows * n > SERIAL)
@@ -193,10 +196,10 @@ extern "C" void sample_shard(const void* logits, const void* temperatures, const
 #pragma omp for
     for (long t = 0; t < rows * tiles; t++) {
       long r = t / tiles, first = t % tiles * TILE, count = n - first < TILE ? n - first : TILE;
-      const float* from = (const float*)logits + r * stride + first;
-      if (float temperature = ((const float*)temperatures)[r]) {
+      const T* from = logits + r * stride + first;
+      if (float temperature = temperatures[r]) {
         floor = r == row ? floor : NEVER, row = r;
-        found[t] = best_drawn(from, temperature, (const uint32_t*)keys + 2 * r, uint32_t(start + first), count, floor);
+        found[t] = best_drawn(from, temperature, keys + 2 * r, uint32_t(start + first), count, floor);
         floor = found[t].value > floor ? found[t].value : floor;
       } else {
         found[t] = largest(from, count);
@@ -208,9 +211,16 @@ extern "C" void sample_shard(const void* logits, const void* temperatures, const
     Best best = found[r * tiles];
     for (long t = 1; t < tiles; t++)
       if (beats(found[r * tiles + t].value, best.value)) best = found[r * tiles + t];
-    ((float*)values)[r] = best.value;
-    ((int64_t*)token_ids)[r] = start + best.place;
+    values[r] = best.value;
+    token_ids[r] = start + best.place;
   }
+}
+
+extern "C" void sample_shard(int dtype, const void* logits, const float* temperatures, const uint32_t* keys, float* values,
+                             int64_t* token_ids, long rows, long n, long stride, long start, int threads) {
+  by_dtype(dtype, [&](auto* type) {
+    sample((decltype(type))logits, temperatures, keys, values, token_ids, rows, n, stride, start, threads);
+  });
 }
 
 // Numbers in the order of the floats, but for NaN, and of equals the first place last.
@@ -264,7 +274,8 @@ static float bound_of(const vfloat* x, long vectors, long count) {
 }
 
 // Of one row: the `count` likeliest over the temperature, in their order; `limits` as `eager_sample.likeliest` has them.
-static void likeliest_of(const float* logits, float temperature, long n, long count, bool with_mass, float* values,
+template <class T>
+static void likeliest_of(const T* logits, float temperature, long n, long count, bool with_mass, float* values,
                          int64_t* places, double* limits) {
   // The maxima of at least 4 * count groups (a lane of some vectors each), as far as there are so many elements: what
   // `count` of them are not below, as many elements are not, and not many more.
@@ -291,7 +302,7 @@ static void likeliest_of(const float* logits, float temperature, long n, long co
     for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++)
       for (uint32_t in = bits_of(may_be(part(v))); in; in &= in - 1) {
         long place = v * W + __builtin_ctz(in);
-        found.push_back(ranked(logits[place] / temperature, place));
+        found.push_back(ranked(load_one(logits + place) / temperature, place));
       }
   }
   long num_found = std::min(count, (long)found.size());
@@ -306,12 +317,14 @@ static void likeliest_of(const float* logits, float temperature, long n, long co
 }
 
 // logits: [rows, n], contiguous; temperatures: [rows]; values, places: [rows, count]; limits: [rows, 2].
-extern "C" void likeliest(const void* logits, const void* temperatures, void* values, void* places, void* limits, long rows,
-                          long n, long count, int with_mass, int threads) {
+extern "C" void likeliest(int dtype, const void* logits, const float* temperatures, float* values, int64_t* places,
+                          double* limits, long rows, long n, long count, int with_mass, int threads) {
+  by_dtype(dtype, [&](auto* type) {
+    auto from = (decltype(type))logits;
 #pragma omp parallel for num_threads(threads) if (rows * n > SERIAL)
-  for (long r = 0; r < rows; r++)
-    likeliest_of((const float*)logits + r * n, ((const float*)temperatures)[r], n, count, with_mass,
-                 (float*)values + r * count, (int64_t*)places + r * count, (double*)limits + 2 * r);
+    for (long r = 0; r < rows; r++)
+      likeliest_of(from + r * n, temperatures[r], n, count, with_mass, values + r * count, places + r * count, limits + 2 * r);
+  });
 }
 
 // Of one row: the place of the token that is drawn, and whether every token that is kept is among the n.

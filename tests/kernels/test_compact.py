@@ -105,8 +105,7 @@ def test_products_of_any_number_of_rows(shape: tuple[int, int], threads: int, bi
             x = torch.randn(rows, size_in).to(dtype)
             exact = F.linear(x.double(), weight.double(), None if added is None else added.double())
             out = ours.linear_compact(x, address, added, size_out)
-            wide = ours.linear_compact(x, address, added, size_out, widens=True)
-            assert out.dtype == dtype and wide.dtype == torch.float32 and torch.equal(out.float(), wide)
+            assert out.dtype == dtype
             scale = x.double().abs() @ weight.double().abs().T
             rounding = torch.finfo(dtype).eps
             assert ((out.double() - exact).abs() <= rounding * exact.abs() + 2**-18 * scale).all()

@@ -127,6 +127,25 @@ def test_noise_that_cannot_win_is_not_made(compiled: Callable[[str, str], Any], 
     assert torch.equal(values, scores.amax(dim=1)) and torch.equal(token_ids, scores.argmax(dim=1))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounded_logits_are_drawn_from_as_they_are(kernel: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Whatever type they come in; the ends of rows, which no vector fills, too."""
+    torch.manual_seed(4)
+    logits = torch.randn(6, 4500, device=device).mul(4).to(dtype)
+    logits[1, 77], logits[2] = NAN, -INF
+    temperatures = torch.tensor([0.0, 0.0, 0.0, 0.8, 1.0, 2.0], device=device)
+    keys = keys_of(6, device)
+    given, wanted = ((x, temperatures, keys, 32000) for x in (logits, logits.float()))
+    torch.testing.assert_close(
+        kernel.sample_shard(*given), kernel.sample_shard(*wanted), rtol=0, atol=0, equal_nan=True
+    )
+    if hasattr(kernel, "likeliest"):
+        some = logits[3:].contiguous()
+        for count in (1, 50, 4500):
+            narrow, wide = (kernel.likeliest(x, temperatures[3:], count, True) for x in (some, some.float()))
+            assert all(torch.equal(a, b) for a, b in zip(narrow, wide, strict=True))
+
+
 @pytest.mark.parametrize(
     ("rows", "n", "count"), [(0, 5, 2), (1, 1, 1), (3, 7, 7), (2, 1000, 1), (5, 1023, 128), (4, 5000, 4999)], ids=str
 )
