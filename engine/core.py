@@ -1,8 +1,8 @@
 """The driver's loop: requests in, steps out to the replicas, tokens back.
 
-One scheduler for each DP replica. `step()` first fills every replica's pipeline (up to `pp_size` steps in flight on
-disjoint sequences), then waits for one step to come back and hands its tokens to their requests. In a pipeline the next
-step of the same sequences goes off before the caller makes outputs of them.
+One scheduler for each DP replica. `step()` first fills every replica's pipeline (up to `pp_size` steps in flight, and
+one more where it looks ahead), then waits for one step to come back and hands its tokens to their requests. In a
+pipeline what comes next goes off before the caller makes outputs of them.
 """
 
 import time

@@ -27,7 +27,7 @@ from .staging import Shapes
 from .step import GivenRows, SampleRequest, StepInput, StepOutput, TokenLogprobs
 
 Head = Callable[[Tensor], Tensor]
-"""Hidden states [num_rows, hidden] to this rank's logits, float32 [num_rows, local_vocab]."""
+"""Hidden states [num_rows, hidden] to this rank's logits [num_rows, local_vocab], float32 or the model's dtype."""
 
 Norm = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to the model's last ones."""
@@ -177,7 +177,7 @@ class Drawing:
             self.unsettled = None
 
     def begin(self, plan: DrawingPlan, arrays: Mapping[str, Tensor], drawn: Tensor) -> None:
-        """Brings histories up to date. drawn: what the last step drew."""
+        """Brings histories up to date. drawn: what the step drew that it is ahead of."""
         self.histories.apply(plan.histories, arrays, drawn)
 
     def __call__(

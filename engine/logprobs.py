@@ -59,7 +59,7 @@ class Logprobs:
     def of_hidden(self, hidden: Tensor, head: Callable[[Tensor], Tensor], targets: Tensor, top: int) -> Tensor:
         """The same of hidden states [num_rows, hidden], of which `head` makes logits: not of all at once."""
         parts = zip(hidden.split(_HIDDEN_AT_ONCE), targets.split(_HIDDEN_AT_ONCE), strict=True)
-        return torch.cat([self(head(rows), of_rows, top) for rows, of_rows in parts])
+        return torch.cat([self(head(rows).float(), of_rows, top) for rows, of_rows in parts])
 
     def normalised(self, logits: Tensor) -> Tensor:
         """Log-probabilities of all of the shard's tokens, float32 as logits [num_rows, local_vocab]."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from .drawing import Drawing, DrawingPlan, Drawn, Head, output_of
 from .drawn_tokens import DrawnTokens
 from .kv_cache import KVCache, copy_blocks
 from .recordings import DecodeRecordings
+from .sampler import Draw
 from .staging import Sent, Staging
 from .step import StepInput, StepOutput
 from .step_arrays import copy_shapes, known_tokens, sequences_of, step_shapes, write_step
@@ -244,7 +245,6 @@ class RunningStep:
         on_end: Callable[[], None],
     ) -> None:
         self._drawn, self._redraw, self._on_end = drawn, redraw, on_end
-        self._output: StepOutput | None = None  # once it is settled
         self._numbers = [] if drawn is None else drawn.numbers
         self._copied: torch.cuda.Event | None = None
         if device.type == "cuda":
@@ -259,20 +259,21 @@ class RunningStep:
         """Waits for what was drawn, and draws again what is not final."""
         if self._copied is not None:
             self._copied.synchronize()
-        if self._drawn is None:
+        if self._drawn is None or self._drawn.draw.filtered is None:
             return
-        drawn, numbers, self._drawn = self._drawn, self._numbers, None
-        complete = numbers[0].tolist()[len(drawn.draw.token_ids) :]
+        complete = self._numbers[0].tolist()[len(self._drawn.draw.token_ids) :]
         if not all(complete):
-            drawn = self._redraw(drawn, complete)
-            numbers = [each.cpu() for each in drawn.numbers]
-        self._output = output_of(drawn, numbers)
+            self._drawn = self._redraw(self._drawn, complete)
+            self._numbers = [each.cpu() for each in self._drawn.numbers]
+        else:
+            self._drawn = replace(self._drawn, draw=Draw(self._drawn.draw.token_ids))
 
     def wait(self) -> StepOutput | None:
         """Its output on the last stage, None on others; called once."""
         self.settle()
+        output = None if self._drawn is None else output_of(self._drawn, self._numbers)
         self._on_end()
-        return self._output
+        return output
 
 
 def _on_its_way(numbers: Tensor) -> Tensor:

@@ -129,6 +129,11 @@ def check_fit(
 
     devices: those of the ranks on this host, from `first_rank` on, which share its memory; draft: a draft model's spec.
     """
+    if config.async_scheduling and config.pp_size > 1 and any(device.type == "cuda" for device in devices):
+        raise ConfigError(
+            f"InferenceConfig.async_scheduling: True needs pp_size=1 on GPUs, and pp_size={config.pp_size}: "
+            f"that many steps run at once"
+        )
     needed, which = _weight_bytes(config, spec, devices, first_rank), "the model"
     if draft is not None:
         needed, which = needed + _draft_bytes(config, draft, devices, first_rank), "the model with its draft model"
@@ -186,18 +191,13 @@ def look_ahead(config: InferenceConfig, ranks: Sequence[RankInfo]) -> bool:
     """Whether steps are scheduled before the tokens of the one before are known.
 
     The driver's work hides behind a GPU's then, or behind other processes'. One rank on a CPU has nothing to hide it
-    behind, and would compute one token too many for each sequence that a stop token ends. Raises ConfigError for stages
-    on GPUs, of which the last does not tell the first what it draws: NCCL's sends wait for who receives.
+    behind, and would compute one token too many for each sequence that a stop token ends. The last of several stages on
+    GPUs does not tell the first what it draws: NCCL's sends wait for who receives.
     """
     is_gpu = any(rank.device.startswith("cuda") for rank in ranks)
-    if config.pp_size > 1 and is_gpu:
-        if config.async_scheduling:
-            raise ConfigError(
-                f"InferenceConfig.async_scheduling: True needs pp_size=1 on GPUs, and pp_size={config.pp_size}: "
-                f"that many steps run at once"
-            )
-        return False
-    return config.async_scheduling if config.async_scheduling is not None else config.world_size > 1 or is_gpu
+    if config.async_scheduling is not None:
+        return config.async_scheduling
+    return config.pp_size == 1 if is_gpu else config.world_size > 1
 
 
 def check_backend_name(where: str, name: str) -> None:

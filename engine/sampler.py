@@ -37,7 +37,7 @@ class Settings:
 
     def __init__(self, samples: Sequence[SampleRequest], most_candidates: int) -> None:
         self.of = [sample.settings for sample in samples]
-        self._samples = samples
+        self._samples: Sequence[SampleRequest] = samples  # until the arrays are there
         self.is_greedy = not any(s.temperature for s in samples)
         self.forces = any(s.forced >= 0 for s in samples)  # some rows' tokens are given
         self.filtered = [  # rows with top-k, top-p or min-p
@@ -81,10 +81,8 @@ class Settings:
             host["filters"][2] = [s.min_p for s in filtered]
 
     def take(self, arrays: Mapping[str, Tensor]) -> None:
-        """Keeps its arrays, out of a step's, whose memory on a GPU is the next one's too."""
-        self.arrays = {
-            name: arrays[name] if arrays[name].device.type == "cpu" else arrays[name].clone() for name in self.shapes
-        }
+        """Keeps its arrays out of a step's, whose memory on a GPU is the next one's too, and else holds much more."""
+        self.arrays, self._samples = {name: arrays[name].clone() for name in self.shapes}, ()
 
 
 def _heat(sample: SampleRequest) -> float:

@@ -156,7 +156,7 @@ class Scheduler:
                 self._next_step += 1
                 return step
         step = self._schedule(latest=self._next_step + 1 - self.num_stages)
-        if step is None and self.look_ahead and self.num_stages > 1:
+        if step is None and self.max_in_flight > self.num_stages > 1:
             step = self._schedule(latest=self._next_step)  # it will wait, but for no driver
         return step
 
@@ -260,7 +260,8 @@ class Scheduler:
             goes_on = sequence.num_output_tokens + 1 < sequence.max_tokens
             knows = sequence.num_scheduled_tokens == sequence.num_tokens and not self._needs_host(sequence)
             may_be = sequence.last_step <= chosen.latest and chosen.ahead_of in (0, sequence.last_step)
-            return int(goes_on and knows and may_be)
+            # Who waits for blocks may be waiting for this one to be in no step.
+            return int(goes_on and knows and may_be and not chosen.is_short_of_blocks)
         return sequence.num_tokens - sequence.num_scheduled_tokens
 
     def _needs_host(self, sequence: Sequence) -> bool:

@@ -48,7 +48,7 @@ def likeliest(logits: Tensor, temperatures: Tensor, count: int, with_mass: bool)
     [num_rows, 2]: the log-sum-exp over the row, 0 unless `with_mass`, and a value below which some are missing, -inf
     if none are.
     """
-    scaled = logits.float() / temperatures.unsqueeze(1)
+    scaled = logits / temperatures.unsqueeze(1)  # in float32, by the temperatures'
     values, places = scaled.topk(count, dim=-1)
     limits = torch.zeros(len(logits), 2, dtype=torch.float64, device=logits.device)
     if with_mass:

@@ -83,14 +83,18 @@ class Embedding(nn.Module):
 
 
 class VocabParallelHead(ParallelLinear):
-    """[num_rows, hidden] -> logits of this rank's vocabulary shard [num_rows, local_vocab], in the model's dtype.
+    """[num_rows, hidden] -> logits of this rank's vocabulary shard [num_rows, local_vocab].
 
-    tied: the embedding whose weight it shares, when both are on this stage. The weight is held once, in the form of the
+    widens: they come in float32, for more is done to them; else in the model's dtype, which they are rounded to. tied:
+    the embedding whose weight it shares, when both are on this stage. The weight is held once, in the form of the
     product where look-ups can read that, else plain.
     """
 
-    def __init__(self, module: Module, context: Context, tied: VocabParallelEmbedding | None) -> None:
+    def __init__(
+        self, module: Module, context: Context, tied: VocabParallelEmbedding | None, widens: bool = False
+    ) -> None:
         super().__init__([module], "", context)
+        self._widens = widens
         self._bind_tied, self._tied = context.ops.bind_tied_linear, [tied]  # a list: no module of this one
         if tied is not None:
             self.weight = tied.weight
@@ -108,7 +112,8 @@ class VocabParallelHead(ParallelLinear):
             tied.look_up_by(look_up)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.product(x, self.bias)
+        logits = self.product(x, self.bias)
+        return logits.float() if self._widens else logits
 
 
 class Head(nn.Module):
@@ -121,13 +126,14 @@ class Head(nn.Module):
         if spec.projection is not None:
             steps.append(ColumnParallelLinear([spec.projection], "", context))
         self.norm = nn.Sequential(*steps)
-        self.linear = VocabParallelHead(spec.linear, context, tied)
         self.multiplier, self.softcap = spec.multiplier, spec.softcap
+        widens = self.multiplier != 1.0 or self.softcap is not None
+        self.linear = VocabParallelHead(spec.linear, context, tied, widens)
 
     def forward(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.linear(self.norm(hidden))
         if self.multiplier != 1.0:
-            logits = logits.float() * self.multiplier
+            logits = logits * self.multiplier
         if self.softcap is not None:
-            logits = (logits.float() / self.softcap).tanh() * self.softcap
+            logits = (logits / self.softcap).tanh() * self.softcap
         return logits

@@ -208,7 +208,7 @@ def _head(spec: GenericSpec, parts: Parts, context: Context, rows: Any) -> Vocab
     weight, bias = (spec.tied.get(name, name) for name in (f"{spec.lm_head}.weight", f"{spec.lm_head}.bias"))
     (tensor,) = parts[weight]
     module = Module(spec.lm_head, tensor.dims, tensor.shape, bias in parts)
-    head = VocabParallelHead(module, context, rows if spec.tied_embeddings else None)
+    head = VocabParallelHead(module, context, rows if spec.tied_embeddings else None, widens=True)
     for pieces in head.pieces.values():
         pieces[:] = [replace(piece, tensor=spec.tied.get(piece.tensor, piece.tensor)) for piece in pieces]
     return head

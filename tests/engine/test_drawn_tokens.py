@@ -8,12 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from meshlm.config import ConfigError, InferenceConfig
+from meshlm import InferenceConfig, InferenceEngine, SamplingParams
+from meshlm.config import ConfigError
 from meshlm.engine.drawn_tokens import DrawnTokens
-from meshlm.engine.plan import look_ahead
+from meshlm.engine.plan import check_fit, look_ahead
 from meshlm.engine.rank_info import RankInfo
 from meshlm.engine.step import SampleRequest, StepInput
 from meshlm.mesh.collectives import Communicator
+from tiny import make_llama
 
 CPU = torch.device("cpu")
 
@@ -91,11 +93,26 @@ def test_what_nobody_needs_does_not_pile_up() -> None:
 
 
 def test_a_mended_draw_takes_the_place_of_the_first() -> None:
-    alone = DrawnTokens(None, 2, CPU)
-    alone.keep(1, torch.tensor([3]))
-    alone.keep(1, torch.tensor([4]))
-    alone.tell(1)
-    assert alone.of(step(2, ahead_of=1)).tolist() == [4]
+    first, last = both(Wire())
+    first.expect(step(1))
+    last.keep(1, torch.tensor([3]))
+    last.keep(1, torch.tensor([4]))
+    last.tell(1)
+    assert last.of(step(2, ahead_of=1)).tolist() == first.of(step(2, ahead_of=1)).tolist() == [4]
+
+
+def test_a_mended_draw_reaches_the_first_stage() -> None:
+    """Of a flat distribution the likeliest tokens are too few for top-p: the step ahead needs the right one."""
+    model = make_llama(vocab_size=700, initializer_range=0.02)
+    params = [SamplingParams(temperature=1.0, top_p=p, max_tokens=12, ignore_eos=True) for p in (1.0, 0.97, 0.9, 0.01)]
+    prompts = [[5, 6, 7], list(range(10, 40)), [99] * 9, [1]]
+    outputs = []
+    for fields in ({}, {"pp_size": 2}):
+        config = InferenceConfig(device="cpu", dtype="float32", num_kv_blocks=64, block_size=4, **fields)
+        with InferenceEngine(model, config) as engine:
+            assert engine._core.replicas[0].scheduler.look_ahead == bool(fields)
+            outputs.append([output.token_ids for output in engine.generate(prompts, params, progress=False)])
+    assert outputs[0] == outputs[1]
 
 
 def rank(device: str) -> RankInfo:
@@ -122,8 +139,9 @@ def test_who_looks_ahead(fields: dict[str, Any], device: str, looks: bool) -> No
 
 
 def test_stages_on_gpus_do_not_look_ahead() -> None:
+    config = InferenceConfig(pp_size=2, async_scheduling=True)
     with pytest.raises(ConfigError) as error:
-        look_ahead(InferenceConfig(pp_size=2, async_scheduling=True), [rank("cuda:0"), rank("cuda:1")])
+        check_fit(config, cast(Any, None), [torch.device("cuda:0"), torch.device("cuda:1")])
     assert str(error.value) == (
         "InferenceConfig.async_scheduling: True needs pp_size=1 on GPUs, and pp_size=2: that many steps run at once"
     )

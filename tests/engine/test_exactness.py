@@ -369,6 +369,8 @@ def test_async_scheduling(fields: dict[str, int], demo_model: Path, reference: R
     chats = range(15, 20)
     heeded = GREEDY.model_copy(update={"ignore_eos": False})
     with running(demo_model, async_scheduling=True, **fields) as engine:
+        scheduler = engine._core.replicas[0].scheduler
+        assert scheduler.max_in_flight == scheduler.num_stages + 1
         params = [SHORT] * len(FEW) + [heeded] * len(chats)
         prompts = [reference.prompts[index] for index in (*FEW, *chats)]
         outputs = [list(token_ids) for token_ids in generate(engine, prompts, params)]

@@ -106,3 +106,18 @@ def test_of_hidden_states_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     found = on_ranks(1, lambda tp: Logprobs(tp, [(0, 50)]).of_hidden(hidden, logits, targets, 3))[0]
     assert sizes == [4, 4, 3]
     check(found, hidden @ head, targets, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_of_hidden_states_whose_logits_are_rounded(dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(6)
+    hidden, head = torch.randn(11, 8, generator=random), torch.randn(8, 50, generator=random)
+    targets = torch.randint(50, (11,), generator=random)
+    found = on_ranks(
+        1, lambda tp: Logprobs(tp, [(0, 50)]).of_hidden(hidden, lambda rows: (rows @ head).to(dtype), targets, 3)
+    )[0]
+    wide = on_ranks(
+        1,
+        lambda tp: Logprobs(tp, [(0, 50)]).of_hidden(hidden, lambda rows: (rows @ head).to(dtype).float(), targets, 3),
+    )[0]
+    assert torch.equal(found, wide)

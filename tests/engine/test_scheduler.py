@@ -517,6 +517,23 @@ def test_a_step_is_ahead_of_one_other() -> None:
     assert counts(fourth) == {"b": 1} and fourth.input.ahead_of == second.input.step_id
 
 
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_who_is_ahead_can_be_preempted(num_stages: int) -> None:
+    """A request of a higher priority waits for its blocks for no longer than the steps in flight take."""
+    scheduler = make(num_blocks=4, num_stages=num_stages, look_ahead=True, enable_prefix_caching=False)
+    low = add(scheduler, "low", range(10), max_tokens=100, priority=1)
+    flight = deque([next_step(scheduler), next_step(scheduler)])
+    high = add(scheduler, "high", range(20, 28), max_tokens=9)
+    for _ in range(3):
+        step = flight.popleft()
+        back(scheduler, step, (7,) * len(step.input.samples))
+        while (following := scheduler.schedule()) is not None and len(flight) < scheduler.max_in_flight:
+            flight.append(following)
+        if high.status is SequenceStatus.RUNNING:
+            break
+    assert high.status is SequenceStatus.RUNNING and low.status is SequenceStatus.WAITING
+
+
 def test_chunks_of_a_prompt_follow_each_other_through_the_stages() -> None:
     scheduler = make(num_stages=2, look_ahead=True, max_num_batched_tokens=4)
     add(scheduler, "a", range(10), max_tokens=9)
@@ -966,6 +983,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.known[sequence].append(drawn[first + i])
             first += 1 + len(drafts)
         self.drawn[given.step_id] = tuple(drawn)
+        while len(self.drawn) > self.scheduler.num_stages + 1:  # as `DrawnTokens`
+            del self.drawn[min(self.drawn)]
         rows = [range(asked.row, asked.row + len(asked.targets)) for asked in given.given]
         return StepOutput(
             step_id=given.step_id,

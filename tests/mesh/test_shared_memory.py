@@ -143,6 +143,28 @@ def test_many_letters_arrive_in_order(group: list[SharedMemory], monkeypatch: py
     assert on_each(size, work) == [True] * size
 
 
+def test_a_mailbox_that_is_never_empty_goes_on(group: list[SharedMemory], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader may leave some letters lying, always: what it has read makes room, around the end too."""
+    monkeypatch.setattr(shared_memory, "_BOX_BYTES", 1 << 14)
+    size = len(group)
+    pair = group_of(size)
+    letters = [torch.full((5 + 97 * i % 400,), float(i)) for i in range(2000)]  # up to a tenth of it
+
+    def work(rank: int) -> bool:
+        if rank:
+            return True
+        for number, letter in enumerate(letters):  # one thread writes and reads: nobody else could make room
+            pair[0].send(letter, 1)
+            if number >= 3:
+                found = torch.empty_like(letters[number - 3])
+                pair[1].receive(found, 0)
+                if not torch.equal(found, letters[number - 3]):
+                    return False
+        return True
+
+    assert on_each(size, work) == [True] * size
+
+
 def test_nobody_runs_ahead(group: list[SharedMemory]) -> None:
     """A rank that is slow at any moment still finds what belongs to its own collective."""
     size = len(group)
