@@ -336,13 +336,13 @@ int shm_send(Group* group, const char* data, long bytes, int dst, long timeout_n
     int64_t now = std::min(group->box_bytes, bytes);
     uint32_t sent = box.sent.value.load();
     if (Status status = group->wait(box.received, sent - kLetters + 1, dst, timeout_ns)) return status;
-    // A letter lies in one piece: behind the last, or at the beginning wherever that is free, so that few pages are ever
-    // touched. Those under way lie from the oldest to `offset`, around the end where that is not above.
+    // A letter lies in one piece: behind the last, or at the beginning where it does not fit before the end. Those under
+    // way lie from the oldest to `offset`, around the end where that is not above.
     int64_t &offset = group->next[dst], size = std::max<int64_t>(64, (now + 63) / 64 * 64);
     for (uint32_t received; (received = box.received.value.load()) != sent;) {
       const int64_t oldest = box.letters[received % kLetters].offset;
+      if (offset + size <= (offset > oldest ? group->box_bytes : oldest)) goto behind;
       if (offset > oldest && size <= oldest) break;
-      if (offset > oldest ? offset + size <= group->box_bytes : offset + size <= oldest) goto behind;
       if (Status status = group->wait(box.received, received + 1, dst, timeout_ns)) return status;
     }
     offset = 0;

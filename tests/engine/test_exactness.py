@@ -418,16 +418,19 @@ def first_logits(model: Path, prompts: list[list[int]], **fields: Any) -> torch.
     "backend", ["cpu", pytest.param("triton", marks=pytest.mark.cuda), pytest.param("flash", marks=pytest.mark.cuda)]
 )
 def test_bfloat16_logits(backend: str, demo_model: Path, prompts: list[list[int]]) -> None:
-    """As near to float32 as eager's are: bfloat16 alone costs that much, and a mistake in a mask far more."""
-    few = [prompts[index] for index in FEW]
+    """As near to float32 as eager's are: bfloat16 alone costs that much, and a mistake in a mask far more.
+
+    What it costs one prompt is chance, 0.04 to 0.6 by what is rounded where: many are asked.
+    """
+    many = [prompt[: -(-len(prompt) * part // 4)] for part in (4, 3, 2) for prompt in prompts]
     device = "cpu" if backend == "cpu" else "cuda:0"
     own = {"attention_backend": backend, **({"block_size": None} if backend == "flash" else {})}
     try:
-        ours = first_logits(demo_model, few, device=device, dtype="bfloat16", **own)
+        ours = first_logits(demo_model, many, device=device, dtype="bfloat16", **own)
     except ValueError as reason:
         pytest.skip(str(reason))
-    exact = first_logits(demo_model, few, device=device, attention_backend="eager")
-    eager = first_logits(demo_model, few, device=device, dtype="bfloat16", attention_backend="eager")
+    exact = first_logits(demo_model, many, device=device, attention_backend="eager")
+    eager = first_logits(demo_model, many, device=device, dtype="bfloat16", attention_backend="eager")
     assert (eager - exact).abs().max() < 2
     assert (ours - exact).abs().mean() < 1.25 * (eager - exact).abs().mean()
     assert (ours - exact).abs().max() < 1.5 * (eager - exact).abs().max()

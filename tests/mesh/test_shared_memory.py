@@ -143,22 +143,25 @@ def test_many_letters_arrive_in_order(group: list[SharedMemory], monkeypatch: py
     assert on_each(size, work) == [True] * size
 
 
-def test_a_mailbox_that_is_never_empty_goes_on(group: list[SharedMemory], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader may leave some letters lying, always: what it has read makes room, around the end too."""
+@pytest.mark.parametrize(("unread", "sizes"), [(3, 1), (3, 400), (60, 1), (60, 20), (1, 1300)], ids=str)
+def test_a_mailbox_that_is_never_empty_goes_on(
+    unread: int, sizes: int, group: list[SharedMemory], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader may leave some letters lying, always: a sender waits for no room that there is."""
     monkeypatch.setattr(shared_memory, "_BOX_BYTES", 1 << 14)
     size = len(group)
     pair = group_of(size)
-    letters = [torch.full((5 + 97 * i % 400,), float(i)) for i in range(2000)]  # up to a tenth of it
+    letters = [torch.full((5 + 97 * i % sizes,), float(i)) for i in range(2000)]
 
     def work(rank: int) -> bool:
         if rank:
             return True
         for number, letter in enumerate(letters):  # one thread writes and reads: nobody else could make room
             pair[0].send(letter, 1)
-            if number >= 3:
-                found = torch.empty_like(letters[number - 3])
+            if number >= unread:
+                found = torch.empty_like(letters[number - unread])
                 pair[1].receive(found, 0)
-                if not torch.equal(found, letters[number - 3]):
+                if not torch.equal(found, letters[number - unread]):
                     return False
         return True
 

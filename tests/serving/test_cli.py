@@ -246,8 +246,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "meshlm generate: error: --dtype: 'int4' is not valid: must be one of 'auto', 'float32', ",
         ),
         (
-            ["chat", "model", "--async-scheduling", "--pp-size", "2"],
-            "meshlm chat: error: --async-scheduling needs --pp-size=1, and --pp-size=2: that many",
+            ["chat", "model", "--kv-memory-bytes", "1000", "--num-kv-blocks", "9"],
+            "meshlm chat: error: --kv-memory-bytes=1000 and --num-kv-blocks=9 each fix the size of the KV cache: ",
         ),
         (
             ["generate", "model", "a", "--stop-token-ids", "x"],

@@ -182,7 +182,8 @@ def test_half_precision_is_close_to_transformers(dtype: str) -> None:
         engine.generate(PROMPTS[2], SamplingParams(temperature=0, max_tokens=1), progress=False)
     with torch.inference_mode():
         exact = model.float()(torch.tensor([PROMPTS[2]])).logits[0, -1]
-    torch.testing.assert_close(seen[0][0], exact, atol=0.05 * exact.abs().max().item(), rtol=0)
+    assert seen[0].dtype == getattr(torch, dtype)
+    torch.testing.assert_close(seen[0][0].float(), exact, atol=0.05 * exact.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize(
