@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .cpu import CpuLinear
 from .crossover import ROWS, streamed_rows
+from .eager import Activation
 
 Linear = Callable[[Tensor, Tensor | None], Tensor]
 """x [num_tokens, in], or with more dimensions before, bias [out] or None -> [num_tokens, out]."""
@@ -32,11 +33,19 @@ LookUp = Callable[[Tensor, int], Tensor]
 
 BindLinear = Callable[[Tensor], Linear]
 """A weight [out, in] -> the product with it."""
+BindGatedLinear = Callable[[Tensor, str], Linear]
+"""A weight [gate and up, in] and a kind -> `eager.gated_activation` of the product with it."""
 
 
 def bind_plain(weight: Tensor) -> Linear:
     """The eager definition; shares `weight` [out, in]."""
     return lambda x, bias: F.linear(x, weight, bias)
+
+
+def bind_plain_gated(weight: Tensor, kind: str, *, gated_activation: Callable[[str], Activation]) -> Linear:
+    """`bind_plain`, and the activation."""
+    activation = gated_activation(kind)
+    return lambda x, bias: activation(F.linear(x, weight, bias))
 
 
 def bind_plain_tied(weight: Tensor, stays: bool) -> tuple[Linear, None]:
@@ -50,6 +59,19 @@ def bind(weight: Tensor, *, ours: CpuLinear | None = None) -> Linear:
     ours: the C++ products, where there are any.
     """
     return _held(weight, ours)[0]
+
+
+def bind_gated(
+    weight: Tensor, kind: str, *, ours: CpuLinear | None, gated_activation: Callable[[str], Activation]
+) -> Linear:
+    """A product as in `bind`, and the activation: as one op where the weight is held compact."""
+    own, activation = _of_dtype(ours, weight), gated_activation(kind)
+    if own is not None and own.gates(kind, len(weight)):
+        bound = bind_compact(own.in_turns(weight), ours=own, gate=(kind, activation))
+        if bound is not None:
+            return bound[0]
+    linear = bind(weight, ours=ours)
+    return lambda x, bias: activation(linear(x, bias))
 
 
 def bind_tied(weight: Tensor, stays: bool, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:
@@ -87,8 +109,13 @@ def _held(weight: Tensor, ours: CpuLinear | None) -> tuple[Linear, LookUp | None
     return bound or bind_packed(weight, ours=ours)
 
 
-def bind_compact(weight: Tensor, *, ours: CpuLinear) -> tuple[Linear, LookUp] | None:
-    """The product with the compact form, and the look-up in it; None where it is not the best, or cannot be."""
+def bind_compact(
+    weight: Tensor, *, ours: CpuLinear, gate: tuple[str, Activation] | None = None
+) -> tuple[Linear, LookUp] | None:
+    """The product with the compact form, and the look-up in it; None where it is not the best, or cannot be.
+
+    gate: the kind, and the op, of an activation that follows; the weight has gate and up `CpuLinear.in_turns` then.
+    """
     most = _most_compact(weight, ours)
     held = ours.compact(weight) if most else None
     if held is None:
@@ -98,11 +125,13 @@ def bind_compact(weight: Tensor, *, ours: CpuLinear) -> tuple[Linear, LookUp] | 
         return None
     size_out, size_in = weight.shape
     few = most * size_in
+    kind, activation = gate or (None, None)
 
     def linear(x: Tensor, bias: Tensor | None) -> Tensor:
         if panels is None or x.numel() <= few:
-            return ours.linear_compact(x.contiguous(), held.data_ptr(), bias, size_out)
-        return panels.multiply(x, held.data_ptr(), bias)
+            return ours.linear_compact(x.contiguous(), held.data_ptr(), bias, size_out, kind)
+        out = panels.multiply(x, held.data_ptr(), bias, in_turns=kind is not None)
+        return out if activation is None else activation(out)
 
     def look_up(token_ids: Tensor, start: int) -> Tensor:
         return ours.embedding_compact(token_ids, held.data_ptr(), size_in, size_out, start)
@@ -147,9 +176,9 @@ class _Panels:
             found = cls._all[ours, weight.shape] = cls(weight, ours)
         return found
 
-    def multiply(self, x: Tensor, compact: int, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, compact: int, bias: Tensor | None, in_turns: bool = False) -> Tensor:
         assert self.address is not None
-        self._ours.expand(compact, self.address, self._size_out, self._size_in)
+        self._ours.expand(compact, self.address, self._size_out, self._size_in, in_turns)
         return _onednn(x, self.packed, bias)
 
 

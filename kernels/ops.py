@@ -19,6 +19,7 @@ class Ops:
 
     name: str
     bind_linear: linear.BindLinear
+    bind_gated_linear: linear.BindGatedLinear
     # of an embedding's weight, and whether that stays
     bind_tied_linear: Callable[[Tensor, bool], tuple[linear.Linear, linear.LookUp | None]]
     rms_norm: Callable[..., Tensor]  # ...: the last argument has a default
@@ -44,6 +45,7 @@ class Ops:
 EAGER = Ops(
     name="eager",
     bind_linear=linear.bind_plain,
+    bind_gated_linear=partial(linear.bind_plain_gated, gated_activation=eager.gated_activation),
     bind_tied_linear=linear.bind_plain_tied,
     rms_norm=eager.rms_norm,
     add_rms_norm=eager.add_rms_norm,
@@ -84,6 +86,7 @@ def select_ops(device: torch.device, dtype: torch.dtype) -> Ops:
         ops,
         name=f"{ops.name}, {'packed' if products is None or not products.compacts else 'compact'} linear",
         bind_linear=partial(linear.bind, ours=products),
+        bind_gated_linear=partial(linear.bind_gated, ours=products, gated_activation=ops.gated_activation),
         bind_tied_linear=partial(linear.bind_tied, ours=products),
     )
 
@@ -99,6 +102,7 @@ def _compiled(compiled: CpuOps) -> Ops:
         head_layer_norm=compiled.head_layer_norm,
         activation=compiled.activation,
         gated_activation=compiled.gated_activation,
+        bind_gated_linear=partial(linear.bind_plain_gated, gated_activation=compiled.gated_activation),
         rotary_store_kv=compiled.rotary_store_kv,
         store_kv=compiled.store_kv,
         route=compiled.route,

@@ -3,6 +3,8 @@
 This imports triton, which not every machine has and no CPU needs: `ops.select_ops` imports it late.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from . import eager_sample, linear
@@ -28,6 +30,7 @@ def draw_filtered(values: Tensor, token_ids: Tensor, limits: Tensor, filters: Te
 TRITON = Ops(
     name="triton",
     bind_linear=linear.bind_plain,
+    bind_gated_linear=partial(linear.bind_plain_gated, gated_activation=gated_activation),
     bind_tied_linear=linear.bind_plain_tied,
     rms_norm=rms_norm,
     add_rms_norm=add_rms_norm,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Ops
+from ..kernels.eager import activation_kind
 from ..kernels.linear import Linear
 from ..mesh.collectives import Communicator
 from ..policies import Dim, Module, NormSpec
@@ -97,6 +98,21 @@ class ColumnParallelLinear(ParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)
+
+
+class ActivatedLinear(ParallelLinear):
+    """``activation(up(x))`` or, gated, ``activation(gate(x)) * up(x)``: [num_tokens, in] -> [num_tokens, local out]."""
+
+    def __init__(self, gate: Module | None, up: Module, activation: str, prefix: str, context: Context) -> None:
+        super().__init__([up] if gate is None else [gate, up], prefix, context)
+        kind, ops = activation_kind(activation), context.ops
+        self._activation = ops.activation(kind) if gate is None else None
+        if gate is not None:
+            self._bind_linear = lambda weight: ops.bind_gated_linear(weight, kind)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.product(x, self.bias)
+        return out if self._activation is None else self._activation(out)
 
 
 class RowParallelLinear(ParallelLinear):

@@ -157,21 +157,19 @@ class SharedExpert(LoadedModule):
         if spec.gate is not None:
             self.pieces["gate"] = [Piece(f"{prefix}{spec.gate}.weight", ((0, 1), hidden))]
             self.gate = _blank((1, h), slices.dtype)
-        self.activation = ops.gated_activation(activation_kind(moe.activation))
-        self._bind_linear = ops.bind_linear
-        self.gate_up_product: Linear
+        self._bind_up, self._bind_down = ops.bind_gated_linear, ops.bind_linear
+        self._kind = activation_kind(moe.activation)
+        self.up_product: Linear  # activated
         self.down_product: Linear
 
     def bind(self) -> None:
         assert self.gate_up is not None and self.down is not None
-        self.gate_up_product, self.down_product = (
-            self._bind_linear(self.gate_up.data),
-            self._bind_linear(self.down.data),
-        )
+        self.up_product = self._bind_up(self.gate_up.data, self._kind)
+        self.down_product = self._bind_down(self.down.data)
         self.gate_up = self.down = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.down_product(self.activation(self.gate_up_product(x, self.gate_up_bias)), self.down_bias)
+        out = self.down_product(self.up_product(x, self.gate_up_bias), self.down_bias)
         return out if self.gate is None else out * torch.sigmoid(x @ self.gate.T)
 
 

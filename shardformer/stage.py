@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import Ops
-from ..kernels.eager import activation_kind
 from ..policies import DecoderSpec, LatentSpec, LayerSpec, MLPSpec, Module, MoESpec, MultiHeadSpec, Residual
 from .attention import PagedAttention, RotaryTable
 from .backends import AttentionMetadata
@@ -16,7 +15,7 @@ from .base import Stage, pick
 from .embedding import Embedding, Head
 from .latent_attention import LatentAttention
 from .linear import (
-    ColumnParallelLinear,
+    ActivatedLinear,
     Context,
     PartialLinear,
     PostNorm,
@@ -34,14 +33,11 @@ class MLP(nn.Module):
 
     def __init__(self, spec: MLPSpec, prefix: str, context: Context, partial: bool = False) -> None:
         super().__init__()
-        inputs = [spec.up] if spec.gate is None else [spec.gate, spec.up]
-        bind = context.ops.activation if spec.gate is None else context.ops.gated_activation
-        self.up = ColumnParallelLinear(inputs, prefix, context)
+        self.up = ActivatedLinear(spec.gate, spec.up, spec.activation, prefix, context)
         self.down = (PartialLinear if partial else RowParallelLinear)(spec.down, prefix, context)
-        self.activation = bind(activation_kind(spec.activation))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.activation(self.up(x)))
+        return self.down(self.up(x))
 
 
 ATTENTIONS: dict[type, Callable[..., nn.Module]] = {MultiHeadSpec: PagedAttention, LatentSpec: LatentAttention}

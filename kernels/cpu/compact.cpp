@@ -92,8 +92,9 @@ extern "C" void compact_weight(int dtype, const void* weight, long in, long out_
   });
 }
 
-// to: [panels, steps of `Step<T>::N` elements, PANEL, N], padded with zeros.
-extern "C" void expand_compact(int dtype, const void* compact, void* to, long in, long out_size, int threads) {
+// to: [panels, steps of `Step<T>::N` elements, PANEL, N], padded with zeros. halves: in how many the panels come in turns: 1, or
+// 2 of a gated product, whose second follows the first in `to`.
+extern "C" void expand_compact(int dtype, const void* compact, void* to, long in, long out_size, long halves, int threads) {
 #if defined(__AVX512BF16__)
   by_held(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -102,7 +103,7 @@ extern "C" void expand_compact(int dtype, const void* compact, void* to, long in
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < c.panels; panel++) {
       const uint8_t* from = c.panel(panel);
-      T* out = (T*)to + panel * c.steps * PAIR * PANEL;
+      T* out = (T*)to + (panel % halves * (c.panels / halves) + panel / halves) * c.steps * PAIR * PANEL;
       for (long s = 0; s < c.steps; s++, from += STEP<T>) {
         __m512i first = load_as<__m512i>(from), last = load_as<__m512i>(from + LINE), places = load_as<__m512i>(from + 2 * LINE);
         __m512i vectors[VECTORS] = {decoder.vector<0>(first, places), decoder.vector<1>(first, places),

@@ -3,11 +3,15 @@
 // Up to MOST_ROWS rows are multiplied while a panel is decoded, in registers. Of more, the first ones decode it and keep it in
 // the core's own cache for the others; meanwhile the next panel is brought near, evenly. What a thread does is counted in
 // groups of rows of a panel, so that threads have as much to do whatever the sizes are.
+//
+// Of a gated product, panels of gate and of up come in turns: what is made of the first is kept, as it would be written, until
+// the other's is there, and the activation of both is all that is written.
 #include <cstdlib>
 #include <memory>
 #include <utility>
 #include <vector>
 
+#include "activation.h"
 #include "calls.h"
 #include "compact.h"
 
@@ -109,8 +113,10 @@ template <class T> struct Product {
   const T* const* x;
   const T* bias;  // or null
   T* out;
-  long out_size;
+  long out_size;  // of a row of `out`
   long slabs;
+  Gate<T> gate;  // or null
+  T* gates;      // [rows, PANEL]: of a gated product, what the gate's panel gave
 
   static long groups(long rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
   // In how many parts a panel is kept, one after the other.
@@ -130,7 +136,7 @@ template <class T> struct Product {
       if (column < 0 || column >= C * W) continue;
       for (long m = 0; m < rows; m++) sums[m][column / W][column % W] += load_one(x[m] + rare->at()) * rare->value();
     }
-    finish<C>(sums, 0, rows, panel * PANEL + first * W);
+    finish<C>(sums, 0, rows, panel, first);
   }
 
   // Rows first..last times a panel; next: the one that follows, or null; partial: [rows, VECTORS], if there are
@@ -149,10 +155,10 @@ template <class T> struct Product {
         int lines = next ? (ahead.stride + LINE - 1) / LINE : 0;
         auto multiply = group ? tile_of<T, KEPT>(rows, lines) : tile_of<T, KEEP>(rows, lines);
         Steps<T> steps = {weight.panel(panel) + begin * STEP<T>, kept, end - begin, 0};
-        if (slab + 1 == slabs) bring_out(row, rows, panel * PANEL);
+        if (slab + 1 == slabs) bring_out(row, rows, panel);
         multiply(x + row, begin * PAIR, decoder, steps, ahead, slab > 0, sums);
         if (!group) put_rare(panel, begin * PAIR, end * PAIR, kept, x + row, rows, sums);
-        if (slab + 1 == slabs) finish<VECTORS>(sums, row, rows, panel * PANEL);
+        if (slab + 1 == slabs) finish<VECTORS>(sums, row, rows, panel, 0);
       }
     }
   }
@@ -168,18 +174,32 @@ template <class T> struct Product {
     }
   }
 
+  bool is_gate(long panel) const { return gate && panel % 2 == 0; }
+  // Of what is written.
+  long column(long panel) const { return (gate ? panel / 2 : panel) * PANEL; }
+
   // Where those go that `finish` writes: memory that no cache may hold.
-  void bring_out(long row, long rows, long column) const {
-    for (long m = row; m < row + rows; m++) bring<true>(out + m * out_size + column, PANEL * sizeof(T));
+  void bring_out(long row, long rows, long panel) const {
+    for (long m = row; m < row + rows && !is_gate(panel); m++) bring<true>(out + m * out_size + column(panel), PANEL * sizeof(T));
   }
-  // The sums of rows `row`.. and columns `column`.., finished.
-  template <int C> void finish(const vfloat (*sums)[C], long row, long rows, long column) const {
-    if (column + C * W > out_size) return finish_others<C>(sums, row, rows, column);
-    for (long m = 0; m < rows; m++)
-      for (int c = 0; c < C; c++) {
-        vfloat value = bias ? sums[m][c] + load(bias + column + c * W) : sums[m][c];
-        store(out + (row + m) * out_size + column + c * W, value);
-      }
+  // The sums of rows `row`.. and of C vectors of a panel from `first` on, finished.
+  template <int C> void finish(const vfloat (*sums)[C], long row, long rows, long panel, int first) const {
+    const long at = column(panel) + first * W;
+    if (gate) return finish_gated<C>(sums, row, rows, panel, first);
+    if (at + C * W > out_size) return finish_others<C>(sums, row, rows, at);
+    for (long m = 0; m < rows; m++) finish_row<C>(sums[m], bias ? bias + at : nullptr, out + (row + m) * out_size + at);
+  }
+  template <int C> static void finish_row(const vfloat* sums, const T* bias, T* to) {
+    for (int c = 0; c < C; c++) store(to + c * W, bias ? sums[c] + load(bias + c * W) : sums[c]);
+  }
+  template <int C> void finish_gated(const vfloat (*sums)[C], long row, long rows, long panel, int first) const {
+    const long at = column(panel) + first * W;
+    const T* b = bias ? bias + at + (is_gate(panel) ? 0 : out_size) : nullptr;
+    for (long m = 0; m < rows; m++) {
+      T up[C * W], *kept = gates + (row + m) * PANEL + first * W;
+      finish_row<C>(sums[m], b, is_gate(panel) ? kept : up);
+      if (!is_gate(panel)) gate(kept, up, out + (row + m) * out_size + at, C * W);
+    }
   }
   template <int C> void finish_others(const vfloat (*sums)[C], long row, long rows, long column) const {
     long count = std::min<long>(C * W, out_size - column);
@@ -199,34 +219,41 @@ static void* scratch() {
 }
 
 template <class T>
-static void product(const T* x, const void* compact, const T* bias, T* out, long rows, long in, long out_size, int threads) {
-  Compact<T> weight(compact, in, out_size);
+static void product(const T* x, const void* compact, const T* bias, T* out, long rows, long in, long size, Gate<T> gate,
+                    int threads) {
+  Compact<T> weight(compact, in, size);
   long groups = Product<T>::groups(rows), padded = weight.steps * PAIR, slabs = Product<T>::slabs_of(weight, rows);
   int parts = rows < MANY_ROWS ? threads : threads * PARTS;
-#pragma omp parallel num_threads(threads) if (in * out_size > SERIAL)
+  const long together = gate ? 2 : 1, count = weight.panels / together;  // panels that a thread takes one after the other
+#pragma omp parallel num_threads(threads) if (in * size > SERIAL)
   {
     std::vector<T> filled(is_row<T>(in, padded) ? 0 : rows * padded);
     std::vector<const T*> given(rows);
     for (long j = 0; j < rows; j++) given[j] = as_row(x + j * in, in, padded, filled.data() + j * padded);
-    Product<T> product = {weight, Decoder(compact), given.data(), bias, out, out_size, slabs};
+    std::unique_ptr<T[]> gates(gate ? new T[rows * PANEL] : nullptr);
+    Product<T> product = {weight, Decoder(compact), given.data(), bias, out, size / together, slabs, gate, gates.get()};
     std::unique_ptr<vfloat[]> partial(groups > 1 && slabs > 1 ? new vfloat[rows * VECTORS] : nullptr);
 #pragma omp for schedule(dynamic) nowait
     for (int part = 0; part < parts; part++) {
       if (groups == 1) {  // by halves of panels
-        long end = 2 * weight.panels * (part + 1) / parts;
-        for (long half = 2 * weight.panels * part / parts; half < end;) {
+        long end = 2 * count * (part + 1) / parts;
+        for (long half = 2 * count * part / parts; half < end;) {
           bool whole = half % 2 == 0 && half + 1 < end;
-          if (whole) product.template few<VECTORS>(rows, half / 2, 0);
-          else product.template few<VECTORS / 2>(rows, half / 2, half % 2 * VECTORS / 2);
+          for (long panel = half / 2 * together; panel < (half / 2 + 1) * together; panel++)
+            if (whole) product.template few<VECTORS>(rows, panel, 0);
+            else product.template few<VECTORS / 2>(rows, panel, half % 2 * VECTORS / 2);
           half += whole ? 2 : 1;
         }
       } else {
-        long total = weight.panels * groups, end = total * (part + 1) / parts;
+        long total = count * groups, end = total * (part + 1) / parts;
         for (long unit = total * part / parts; unit < end;) {
-          long panel = unit / groups, group = unit % groups, stop = std::min(groups, group + end - unit);
+          long index = unit / groups, group = unit % groups, stop = std::min(groups, group + end - unit);
           unit += stop - group;
-          const uint8_t* next = unit < end ? weight.panel(panel + 1) : nullptr;
-          product.many(rows * group / groups, rows * stop / groups, panel, next, (T*)scratch(), partial.get());
+          for (long panel = index * together; panel < (index + 1) * together; panel++) {
+            bool goes_on = unit < end || panel + 1 < (index + 1) * together;
+            const uint8_t* next = goes_on ? weight.panel(panel + 1) : nullptr;
+            product.many(rows * group / groups, rows * stop / groups, panel, next, (T*)scratch(), partial.get());
+          }
         }
       }
     }
@@ -234,13 +261,14 @@ static void product(const T* x, const void* compact, const T* bias, T* out, long
 }
 #endif
 
-// x: [rows, in]; bias: [out_size] or null; out: [rows, out_size]. Contiguous.
-extern "C" void linear_compact(int dtype, const void* x, const void* compact, const void* bias, void* out, long rows, long in,
-                               long out_size, int threads) {
+// x: [rows, in]; bias: [size] or null; out: [rows, size], or, gated by an activation of this `kind`, [rows, size / 2]; kind:
+// -1 for none. Contiguous.
+extern "C" void linear_compact(int dtype, int kind, const void* x, const void* compact, const void* bias, void* out, long rows,
+                               long in, long size, int threads) {
 #if defined(__AVX512BF16__)
   by_held(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (rows) product((const T*)x, compact, (const T*)bias, (T*)out, rows, in, out_size, threads);
+    if (rows) product((const T*)x, compact, (const T*)bias, (T*)out, rows, in, size, gate_of<T>(kind), threads);
   });
 #endif
 }

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..eager import KINDS
 from .functions import Function, Functions, address, function, question
 
 _WORTH = 1 / 32  # of a weight's bytes: what rare elements may take; of more, decoding takes longer than it saves
@@ -20,9 +21,9 @@ class CpuLinear(Functions):
         self._linear_plain = function(library, "linear_plain", "ipppp" + "lllli")
         self._linear_packed = function(library, "linear_packed", "ipppp" + "llli")
         self._embedding_packed = function(library, "embedding_packed", "ippp" + "lllli")
-        self._linear_compact = function(library, "linear_compact", "ipppp" + "llli")
+        self._linear_compact = function(library, "linear_compact", "iipppp" + "llli")
         self._embedding_compact = function(library, "embedding_compact", "ippp" + "lllli")
-        self._expand_compact = function(library, "expand_compact", "ipp" + "lli")
+        self._expand_compact = function(library, "expand_compact", "ipp" + "llli")
         self._compact_bytes = question(library, "compact_bytes", "ip" + "lll" + "pi")
         self._compact_weight = function(library, "compact_weight", "ip" + "lll" + "pp" + "li")
         step: int = library.grouped_step(self._dtype)
@@ -49,7 +50,7 @@ class CpuLinear(Functions):
 
     def linear_packed(self, x: Tensor, packed: int, bias: Tensor | None, size_out: int) -> Tensor:
         """x [..., in] with a weight in panels (`linear.cpp`) at the address `packed`; for few rows."""
-        return self._multiply(self._linear_packed, x, packed, bias, size_out)
+        return self._multiply(self._linear_packed, (), x, packed, bias, size_out, size_out)
 
     def embedding_packed(self, token_ids: Tensor, packed: int, size_in: int, rows: int, start: int) -> Tensor:
         """`eager.embedding` of a weight [rows, size_in] in panels (`linear.cpp`) at the address `packed`."""
@@ -79,9 +80,24 @@ class CpuLinear(Functions):
         self._compact_weight(*given, places.data_ptr(), compact.data_ptr(), num_bytes, self._threads)
         return compact
 
-    def linear_compact(self, x: Tensor, compact: int, bias: Tensor | None, size_out: int) -> Tensor:
-        """`linear_packed` with a compact weight at that address; for any number of rows."""
-        return self._multiply(self._linear_compact, x, compact, bias, size_out)
+    def linear_compact(
+        self, x: Tensor, compact: int, bias: Tensor | None, size_out: int, kind: str | None = None
+    ) -> Tensor:
+        """`linear_packed` with a compact weight at that address; for any number of rows.
+
+        kind: of an activation by which the product is gated (`eager.gated_activation`), rounded in between as two ops
+        round: x [..., in] -> [..., size_out / 2]. The weight has gate and up `in_turns`, the bias one after the other.
+        """
+        gate, columns = (-1, size_out) if kind is None else (KINDS.index(kind), size_out // 2)
+        return self._multiply(self._linear_compact, (gate,), x, compact, bias, size_out, columns)
+
+    def gates(self, kind: str, size_out: int) -> bool:
+        """Whether `linear_compact` takes that kind with a weight [size_out, in]."""
+        return kind != "swiglu_oai" and size_out % (2 * self.panel[0]) == 0
+
+    def in_turns(self, weight: Tensor) -> Tensor:
+        """Of a weight [gate and up, in] a copy with a panel's height of each in turns."""
+        return weight.unflatten(0, (2, -1, self.panel[0])).transpose(0, 1).flatten(0, 2)
 
     def embedding_compact(self, token_ids: Tensor, compact: int, size_in: int, rows: int, start: int) -> Tensor:
         """`embedding_packed` of a compact weight."""
@@ -91,17 +107,30 @@ class CpuLinear(Functions):
         )
         return out
 
-    def expand(self, compact: int, packed: int, size_out: int, size_in: int) -> None:
-        """Writes a compact weight in panels (`linear.cpp`) to the address `packed`."""
-        self._expand_compact(self._dtype, compact, packed, size_in, size_out, self._threads)
+    def expand(self, compact: int, packed: int, size_out: int, size_in: int, in_turns: bool = False) -> None:
+        """Writes a compact weight in panels (`linear.cpp`) to the address `packed`, gate first.
 
-    def _multiply(self, product: Function, x: Tensor, weight: int, bias: Tensor | None, size_out: int) -> Tensor:
+        in_turns: how it is held.
+        """
+        self._expand_compact(self._dtype, compact, packed, size_in, size_out, 2 if in_turns else 1, self._threads)
+
+    def _multiply(
+        self,
+        product: Function,
+        options: tuple[int, ...],
+        x: Tensor,
+        weight: int,
+        bias: Tensor | None,
+        size_out: int,
+        columns: int,
+    ) -> Tensor:
         assert x.is_contiguous() and (bias is None or bias.is_contiguous())
         size_in = x.shape[-1]
-        out = torch.empty(*x.shape[:-1], size_out, dtype=x.dtype)
+        out = torch.empty(*x.shape[:-1], columns, dtype=x.dtype)
         rows = x.numel() // size_in
         product(
             self._dtype,
+            *options,
             x.data_ptr(),
             weight,
             address(bias),

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meshlm.kernels import linear
-from meshlm.kernels.cpu import CpuLinear, Unavailable
+from meshlm.kernels import eager, linear
+from meshlm.kernels.cpu import CpuLinear, CpuOps, Unavailable
+from meshlm.kernels.eager import KINDS
 
 
 def has_bfloat16_products() -> bool:
@@ -131,3 +132,46 @@ def test_a_bound_weight_is_laid_out_for_more_rows_than_are_ours(
     assert list(linear._Panels._all) == [(ours, (192, 96))]
     del products, product
     assert not linear._Panels._all
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(128, 64), (384, 27), (640, 96), (128, 5000)], ids=str)
+def test_a_gated_product_is_two_ops_in_one(shape: tuple[int, int], threads: int, bias: bool, ours: CpuLinear) -> None:
+    """Rounded where they round: equal to the bit, but for rare elements, whose turn in a sum depends on the threads."""
+    torch.manual_seed(0)
+    (size_out, size_in), before = shape, torch.get_num_threads()
+    dtype = ours.torch_dtype
+    weight = (torch.randn(shape).sign() * (0.01 + torch.rand(shape))).to(dtype)
+    added = torch.randn(size_out).to(dtype) if bias else None
+    torch.set_num_threads(threads)
+    try:
+        ours = CpuLinear(dtype)
+        plain, gated = held(ours, weight), held(ours, ours.in_turns(weight))
+        for rows in (0, 1, 2, 6, 7, 9, 13, 40, 201, 431):
+            x = torch.randn(rows, size_in).to(dtype)
+            gate_up = ours.linear_compact(x, plain.data_ptr(), added, size_out)
+            for kind in KINDS[:-1]:
+                out = ours.linear_compact(x, gated.data_ptr(), added, size_out, kind)
+                assert torch.equal(out, CpuOps(dtype).gated_activation(kind)(gate_up))
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", ["silu", "swiglu_oai"])
+@pytest.mark.parametrize("size_out", [384, 200])
+@pytest.mark.parametrize("most", [0, 4, 1024])
+def test_every_bound_form_is_gated(
+    most: int, size_out: int, kind: str, ours: CpuLinear, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one op, after oneDNN's product of the same weight, or of one that cannot be had as one op."""
+    monkeypatch.setattr(linear, "streamed_rows", lambda *_: most)
+    dtype = ours.torch_dtype
+    ops, weight, bias = CpuOps(dtype), (0.1 * torch.randn(size_out, 96)).to(dtype), torch.randn(size_out).to(dtype)
+    weight.view(-1)[torch.randperm(weight.numel())[:9]] = 2.0**-30  # rare ones ..
+    weight.view(-1)[torch.randperm(weight.numel())[:9]] = 7.0  # .. of which some show
+    product = linear.bind_gated(weight.clone(), kind, ours=ours, gated_activation=ops.gated_activation)
+    for rows in (1, 3, 5, 60):
+        x = torch.randn(rows, 96).to(dtype)
+        expected = eager.gated_activation(kind)(F.linear(x, weight, bias))
+        torch.testing.assert_close(product(x, bias), expected, rtol=4e-2, atol=4e-2)

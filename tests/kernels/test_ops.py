@@ -4,6 +4,7 @@ import subprocess
 import sys
 import types
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,13 @@ def test_every_op_has_a_kernel() -> None:
     pytest.importorskip("triton")
     from meshlm.kernels.triton_ops import TRITON
 
-    torchs_own = {"name", "bind_linear", "bind_tied_linear", "likeliest"}
+    torchs_own = {"name", "bind_linear", "bind_gated_linear", "bind_tied_linear", "likeliest"}
     for field in fields(TRITON):
         bound, eager = getattr(TRITON, field.name), getattr(ops.EAGER, field.name)
         if field.name not in torchs_own:
             assert bound is not eager and bound.__name__ == eager.__name__ == field.name
+    assert isinstance(TRITON.bind_gated_linear, partial)
+    assert TRITON.bind_gated_linear.keywords == {"gated_activation": TRITON.gated_activation}
 
 
 def test_without_triton_the_eager_ops_run(monkeypatch: pytest.MonkeyPatch) -> None:
