@@ -262,11 +262,11 @@ class RunningStep:
         if self._drawn is None or self._drawn.draw.filtered is None:
             return
         complete = self._numbers[0].tolist()[len(self._drawn.draw.token_ids) :]
+        drawn, numbers = replace(self._drawn, draw=Draw(self._drawn.draw.token_ids)), self._numbers
         if not all(complete):
-            self._drawn = self._redraw(self._drawn, complete)
-            self._numbers = [each.cpu() for each in self._drawn.numbers]
-        else:
-            self._drawn = replace(self._drawn, draw=Draw(self._drawn.draw.token_ids))
+            drawn = self._redraw(self._drawn, complete)
+            numbers = [each.cpu() for each in drawn.numbers]
+        self._drawn, self._numbers = drawn, numbers  # both or, interrupted, neither: it is called again
 
     def wait(self) -> StepOutput | None:
         """Its output on the last stage, None on others; called once."""

@@ -66,7 +66,7 @@ def bind_gated(
 ) -> Linear:
     """A product as in `bind`, and the activation: as one op where the weight is held compact."""
     own, activation = _of_dtype(ours, weight), gated_activation(kind)
-    if own is not None and own.gates(kind, len(weight)):
+    if own is not None and own.compacts and own.gates(kind, len(weight)):
         bound = bind_compact(own.in_turns(weight), ours=own, gate=(kind, activation))
         if bound is not None:
             return bound[0]

@@ -31,7 +31,7 @@ REDUCED = {  # what can be reduced; whatever has bytes can be copied
 _OPERATIONS = {"sum": 0, "max": 1, "min": 2}
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-w")
 _SLOT_BYTES = 512 << 10  # what a rank brings to one round of a collective
-_BOX_BYTES = 64 << 20  # what can be under way to a peer that is late; as much of it is touched as has ever been
+_BOX_BYTES = 64 << 20  # what can be under way to a peer that is late; touched bit by bit while it is never empty
 TOKEN_BYTES = 16
 _SPIN_NS, _SPIN_CROWDED_NS = 200_000, 0  # of a wait, with a core for each rank and without
 
