@@ -42,10 +42,14 @@ def bind_plain(weight: Tensor) -> Linear:
     return lambda x, bias: F.linear(x, weight, bias)
 
 
+def followed(linear: Linear, activation: Activation) -> Linear:
+    """Both, one after the other."""
+    return lambda x, bias: activation(linear(x, bias))
+
+
 def bind_plain_gated(weight: Tensor, kind: str, *, gated_activation: Callable[[str], Activation]) -> Linear:
     """`bind_plain`, and the activation."""
-    activation = gated_activation(kind)
-    return lambda x, bias: activation(F.linear(x, weight, bias))
+    return followed(bind_plain(weight), gated_activation(kind))
 
 
 def bind_plain_tied(weight: Tensor, stays: bool) -> tuple[Linear, None]:
@@ -66,12 +70,10 @@ def bind_gated(
 ) -> Linear:
     """A product as in `bind`, and the activation: as one op where the weight is held compact."""
     own, activation = _of_dtype(ours, weight), gated_activation(kind)
-    if own is not None and own.compacts and own.gates(kind, len(weight)):
-        bound = bind_compact(own.in_turns(weight), ours=own, gate=(kind, activation))
-        if bound is not None:
-            return bound[0]
-    linear = bind(weight, ours=ours)
-    return lambda x, bias: activation(linear(x, bias))
+    if own is None or not own.compacts or not own.gates(kind, len(weight)):
+        return followed(bind(weight, ours=ours), activation)
+    compact = bind_compact(own.in_turns(weight), ours=own, gate=(kind, activation))
+    return followed(bind_packed(weight, ours=own)[0], activation) if compact is None else compact[0]
 
 
 def bind_tied(weight: Tensor, stays: bool, ours: CpuLinear | None = None) -> tuple[Linear, LookUp | None]:

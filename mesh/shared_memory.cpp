@@ -329,6 +329,20 @@ int shm_broadcast(Group* group, char* data, long bytes, int src, long timeout_ns
 
 int shm_barrier(Group* group, long timeout_ns) { return group->exchange(nullptr, 0, timeout_ns); }
 
+// Moves `next` to where a letter of `size` bytes goes, in one piece, once there is room: behind the last, or at the beginning
+// where it does not fit before the end. Those under way lie from the oldest to `next`, around the end where that is not above.
+static Status find_room(Group* group, Mailbox& box, int64_t size, int dst, long timeout_ns) {
+  int64_t& next = group->next[dst];
+  for (uint32_t received, sent = box.sent.value.load(); (received = box.received.value.load()) != sent;) {
+    const int64_t oldest = box.letters[received % kLetters].offset;
+    if (next + size <= (next > oldest ? group->box_bytes : oldest)) return kDone;
+    if (next > oldest && size <= oldest) break;
+    if (Status status = group->wait(box.received, received + 1, dst, timeout_ns)) return status;
+  }
+  next = 0;
+  return kDone;
+}
+
 // Returns when the bytes are in the mailbox, which takes what is sent until it is full.
 int shm_send(Group* group, const char* data, long bytes, int dst, long timeout_ns) {
   Mailbox& box = group->box(group->rank, dst);
@@ -336,17 +350,9 @@ int shm_send(Group* group, const char* data, long bytes, int dst, long timeout_n
     int64_t now = std::min(group->box_bytes, bytes);
     uint32_t sent = box.sent.value.load();
     if (Status status = group->wait(box.received, sent - kLetters + 1, dst, timeout_ns)) return status;
-    // A letter lies in one piece: behind the last, or at the beginning where it does not fit before the end. Those under
-    // way lie from the oldest to `offset`, around the end where that is not above.
-    int64_t &offset = group->next[dst], size = std::max<int64_t>(64, (now + 63) / 64 * 64);
-    for (uint32_t received; (received = box.received.value.load()) != sent;) {
-      const int64_t oldest = box.letters[received % kLetters].offset;
-      if (offset + size <= (offset > oldest ? group->box_bytes : oldest)) goto behind;
-      if (offset > oldest && size <= oldest) break;
-      if (Status status = group->wait(box.received, received + 1, dst, timeout_ns)) return status;
-    }
-    offset = 0;
-  behind:
+    const int64_t size = std::max<int64_t>(64, (now + 63) / 64 * 64);
+    if (Status status = find_room(group, box, size, dst, timeout_ns)) return status;
+    int64_t& offset = group->next[dst];
     std::memcpy(group->letters(group->rank, dst) + offset, data, now);
     box.letters[sent % kLetters] = {offset, now};
     offset += size;

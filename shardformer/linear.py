@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..kernels import Ops
 from ..kernels.eager import activation_kind
-from ..kernels.linear import Linear
+from ..kernels.linear import Linear, followed
 from ..mesh.collectives import Communicator
 from ..policies import Dim, Module, NormSpec
 from .shard import Range, Shards
@@ -100,19 +100,16 @@ class ColumnParallelLinear(ParallelLinear):
         return self.product(x, self.bias)
 
 
-class ActivatedLinear(ParallelLinear):
+class ActivatedLinear(ColumnParallelLinear):
     """``activation(up(x))`` or, gated, ``activation(gate(x)) * up(x)``: [num_tokens, in] -> [num_tokens, local out]."""
 
     def __init__(self, gate: Module | None, up: Module, activation: str, prefix: str, context: Context) -> None:
         super().__init__([up] if gate is None else [gate, up], prefix, context)
         kind, ops = activation_kind(activation), context.ops
-        self._activation = ops.activation(kind) if gate is None else None
-        if gate is not None:
+        if gate is None:
+            self._bind_linear = lambda weight: followed(ops.bind_linear(weight), ops.activation(kind))
+        else:
             self._bind_linear = lambda weight: ops.bind_gated_linear(weight, kind)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.product(x, self.bias)
-        return out if self._activation is None else self._activation(out)
 
 
 class RowParallelLinear(ParallelLinear):

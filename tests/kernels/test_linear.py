@@ -27,6 +27,13 @@ def streamed(dtype: torch.dtype) -> list[Callable[[torch.Tensor], linear.Linear]
     return bound
 
 
+def streamed_or_skip(dtype: torch.dtype) -> list[Callable[[torch.Tensor], linear.Linear]]:
+    """The same, where oneDNN is there for the other rows."""
+    if (reason := linear.why_plain(CPU, dtype)) is not None:
+        pytest.skip(reason)
+    return streamed(dtype) or pytest.skip("needs a compiler")
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (1, 64, 48), (3, 7, 5), (17, 130, 33), (4, 576, 960), (6, 1100, 130)], ids=str
@@ -51,8 +58,7 @@ def test_every_bound_form_is_the_product(dtype: torch.dtype, shape: tuple[int, i
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_any_number_of_rows_is_streamed(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Up to the most that are multiplied at once, and more; on this processor oneDNN's layout must be known."""
-    if not (forms := streamed(dtype)) or linear.why_plain(CPU, dtype) is not None:
-        pytest.skip("needs a compiler and oneDNN")
+    forms = streamed_or_skip(dtype)
     monkeypatch.setattr(linear, "streamed_rows", lambda *_: 100)
     weight = torch.randn(200, 96).to(dtype)
     for bind in forms:
@@ -68,8 +74,7 @@ def test_any_number_of_rows_is_streamed(dtype: torch.dtype, monkeypatch: pytest.
 @pytest.mark.parametrize("shape", [(200, 96), (64, 48), (130, 7), (1, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_a_tied_weight_is_looked_up_where_it_is_multiplied(dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    if not streamed(dtype) or linear.why_plain(CPU, dtype) is not None:
-        pytest.skip("needs a compiler and oneDNN")
+    streamed_or_skip(dtype)
     weight = torch.randn(shape).to(dtype)
     product, look_up = linear.bind_tied(weight, False, CpuLinear(dtype))
     x = torch.randn(3, shape[1]).to(dtype)
@@ -84,8 +89,7 @@ def test_a_tied_weight_is_looked_up_where_it_is_multiplied(dtype: torch.dtype, s
 
 
 def test_another_layout_is_not_streamed() -> None:
-    if not streamed(torch.float32) or linear.why_plain(CPU, torch.float32) is not None:
-        pytest.skip("needs a compiler and oneDNN")
+    streamed_or_skip(torch.float32)
     weight = torch.randn(100, 100)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
     panel = CpuLinear(torch.float32).panel
