@@ -242,10 +242,11 @@ template <class F> static inline void by_dtype(int dtype, F f) {
 
 constexpr long LINE = 64;  // bytes, of a cache
 
-// Brings memory near, to be read or written. Inlined in any case: GCC takes a function that does no more for one without
-// effect, and drops its calls.
-template <bool WRITE = false> __attribute__((always_inline)) static inline void bring(const void* memory, long num_bytes) {
+// Brings memory near, to be read or written. The asm stands for an effect: GCC takes a function that does no more than prefetch
+// for one without any, and drops its calls.
+template <bool WRITE = false> static inline void bring(const void* memory, long num_bytes) {
   for (long i = 0; i < num_bytes; i += LINE) __builtin_prefetch((const char*)memory + i, WRITE, 2);
+  asm volatile("");
 }
 
 // Work below which a second thread costs more than it brings, in elements.
