@@ -1,5 +1,6 @@
 // What both forms of paged_attention.cpp stand on: the arguments, where a sequence's keys and values lie, the scores.
 #pragma once
+#include <algorithm>
 #include <cmath>
 
 #include "vector.h"
@@ -39,10 +40,10 @@ template <class T> struct Cache {
   // Where the tokens `first` to `first + count` lie.
   void find(long first, int count, const T** key, const T** value) const {
     long block = first / block_size, within = first % block_size;
-    for (int n = 0; n < count; n++) {
-      const long slot = table[block] * block_size + within;
-      key[n] = keys + slot * row, value[n] = values + slot * value_row;
-      if (++within == block_size) within = 0, block++;
+    for (int n = 0; n < count; block++, within = 0) {
+      const long slot = table[block] * block_size + within, stop = std::min<long>(count, n + block_size - within);
+      const T *k = keys + slot * row, *v = values + slot * value_row;
+      for (; n < stop; n++, k += row, v += value_row) key[n] = k, value[n] = v;
     }
   }
 };

@@ -72,16 +72,13 @@ static inline void put(bfloat16* to, const vfloat* weights) {
 struct ManyTask { long sequence, kv_head, row; int rows; };
 
 template <class T, int V>
-void pack_queries(const Arguments& a, const Rows& rows, const ManyTask& task, Tile<T>& tile) {
+void pack_queries(const Arguments& a, const long* place, Tile<T>& tile) {
   typedef Step<T> S;
   const int steps = a.head_dim / S::N;
   for (int first = 0; first < V * W; first += W) {
     const typename S::Row* from[W];
-    for (int r = 0; r < W; r++) {
-      const long row = task.row + std::min(first + r, task.rows - 1);
-      from[r] = as_row((const T*)a.query + rows.place(row) * a.head_dim, a.head_dim, a.head_dim,
-                       tile.keys + r * a.head_dim);
-    }
+    for (int r = 0; r < W; r++)
+      from[r] = as_row((const T*)a.query + place[first + r] * a.head_dim, a.head_dim, a.head_dim, tile.keys + r * a.head_dim);
     for (int step = 0; step < steps; step += W) {
       const int count = std::min(W, steps - step);
       vfloat square[W] = {};  // a step as one lane
@@ -107,6 +104,17 @@ template <class T> void pack_values(const T* const* values, int count, int value
         if (n + 1 < count) pair |= widened(values[n + 1] + i) << 16;
         std::memcpy(to + i * N, &pair, sizeof pair);
       }
+}
+
+// `count` keys as `Step` reads them, the last one again up to a multiple of `multiple`: in place, or converted.
+template <class T>
+static const typename Step<T>::Row* const* rows_of(const T** keys, int count, int multiple, int head_dim,
+                                                   typename Step<T>::Row* scratch, const typename Step<T>::Row** converted) {
+  const int padded = (count + multiple - 1) / multiple * multiple;
+  std::fill(keys + count, keys + padded, keys[count - 1]);
+  if constexpr (std::is_same_v<T, typename Step<T>::Row>) return keys;
+  for (int n = 0; n < padded; n++) converted[n] = as_row(keys[n], head_dim, head_dim, scratch + n * head_dim);
+  return converted;
 }
 
 // The running softmax over `count` scores of each row, of which the highest are given; decay: what earlier weights shrink
@@ -148,39 +156,43 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
   const long before = a.key_lens[task.sequence] - (a.query_starts[task.sequence + 1] - rows.start);
   alignas(64) int32_t position[ROWS];
   alignas(64) float slope[ROWS] = {}, maxima[ROWS];
+  long place[ROWS];
+  long query = task.row / rows.group, in_group = task.row % rows.group;
   for (int r = 0; r < V * W; r++) {  // rows beyond the last are as the last, and are not written
-    const long row = task.row + std::min(r, task.rows - 1);
-    position[r] = before + row / rows.group;
-    if (a.alibi_slopes) slope[r] = a.alibi_slopes[rows.head(row)];
-    maxima[r] = a.sinks ? a.sinks[rows.head(row)] * LOG2_E : LOWEST;  // a sink is as a first key without value
+    const long head = rows.kv_head * rows.group + in_group;
+    place[r] = (rows.start + query) * rows.heads + head;
+    position[r] = before + query;
+    if (a.alibi_slopes) slope[r] = a.alibi_slopes[head];
+    maxima[r] = a.sinks ? a.sinks[head] * LOG2_E : LOWEST;  // a sink is as a first key without value
+    if (r + 1 < task.rows && ++in_group == rows.group) in_group = 0, query++;
   }
-  pack_queries<T, V>(a, rows, task, tile);
+  pack_queries<T, V>(a, place, tile);
   std::fill_n(tile.out, value_dim * ROWS, 0.0f);
   vfloat maximum[V], total[V], decay[V];
   for (int v = 0; v < V; v++) maximum[v] = load(maxima + v * W), total[v] = splat(a.sinks ? 1 : 0);
 
   const T *keys[TILE_KEYS], *values[TILE_KEYS];
-  const typename S::Row *key_rows[TILE_KEYS], *value_rows[J];
+  const typename S::Row *converted[TILE_KEYS], *value_rows[J];
   const long first_query = position[0], last_query = position[V * W - 1], stop = last_query + 1;
   for (long start = a.window ? std::max(0l, first_query - a.window + 1) : 0; start < stop; start += TILE_KEYS) {
     const int count = std::min<long>(TILE_KEYS, stop - start);
     cache.find(start, count, keys, values);
-    for (int n = 0; n < TILE_KEYS; n++)
-      key_rows[n] = n < count ? as_row(keys[n], head_dim, head_dim, tile.keys + n * head_dim) : key_rows[count - 1];
-    const bool hides = start + count - 1 > first_query || (a.window && start <= last_query - a.window);
-    const bool changes = hides || a.changes_scores();
+    const typename S::Row* const* key_rows = rows_of(keys, count, J, head_dim, tile.keys, converted);
+    // From which key on scores are to be changed: else the last ones, which some rows do not see.
+    const bool all = a.changes_scores() || (a.window && start <= last_query - a.window);
+    const int changed = all ? 0 : std::clamp<long>(first_query + 1 - start, 0, count) / J * J;
     vfloat highest[V];
     for (int v = 0; v < V; v++) highest[v] = splat(-INFINITY);
     for (int n = 0; n < count; n += J)
       multiply<T, V, J>(tile.scores + n * ROWS, key_rows + n, S::N, tile.query, head_dim / S::N, nullptr,
-                        changes ? nullptr : highest);
-    for (int n = 0; changes && n < count; n++)
+                        n < changed ? highest : nullptr);
+    for (int n = changed; n < count; n++)
       for (int v = 0; v < V; v++) {
         float* s = tile.scores + n * ROWS + v * W;
         const vint key = vint{} + int32_t(start + n);
-        const vfloat changed = score(a, load(s), load_as<vint>(position + v * W), key, load(slope + v * W));
-        store(s, changed);
-        highest[v] = max(highest[v], changed);
+        const vfloat x = score(a, load(s), load_as<vint>(position + v * W), key, load(slope + v * W));
+        store(s, x);
+        highest[v] = max(highest[v], x);
       }
     weigh<T, V>(tile, count, to_exponent, highest, maximum, total, decay);
     pack_values(values, count, value_dim, tile.values);
@@ -197,7 +209,7 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
       for (int j = 0; j < W; j++) square[j] = load(tile.out + (i + j) * ROWS + v * W) * inverse;
       transpose(square);
       for (int r = 0; r < std::min(W, task.rows - v * W); r++)
-        store((T*)a.out + rows.place(task.row + v * W + r) * value_dim + i, square[r]);
+        store((T*)a.out + place[v * W + r] * value_dim + i, square[r]);
     }
   }
 }
