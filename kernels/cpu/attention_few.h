@@ -8,7 +8,7 @@
 #include "product.h"
 
 constexpr int FEW = 8;    // rows, at most
-constexpr int KEYS = 64;  // taken at a time
+constexpr int KEYS = 32;  // taken at a time
 
 // The softmax over some of the keys, to base 2, not yet divided: of each row of each KV head value_dim sums, then
 struct Partial {
@@ -55,17 +55,68 @@ template <class T> static inline vfloat dots(const T* query, const T* const* key
   return sums_of<W / 2>(sums, std::make_integer_sequence<int, W>());
 }
 
+// Keys and values that are taken together.
+template <class T> struct KeyTile {
+  long start;
+  int count = 0;
+  const T *keys[KEYS], *values[KEYS];  // of the task's first KV head
+
+  // The first of [from, stop), which is not empty.
+  void find(const Cache<T>& cache, long from, long stop) {
+    start = from, count = std::min<long>(KEYS, stop - from);
+    cache.find(start, count, keys, values);
+    for (int n = count; n % W; n++) keys[n] = keys[count - 1];  // so that W are taken at once
+  }
+};
+
+// Lines of the tile that follows, which come near evenly while one is worked on: a memory that is asked for more than it gives
+// drops what it is asked for, and what it gives while it is not asked is lost. Work is counted in what takes about as long.
+template <class T> class Approach {
+ public:
+  static constexpr int dots(int head_dim) { return head_dim; }  // of W keys
+  static constexpr int softmax() { return 4 * KEYS; }           // of a row
+  static constexpr int value(int rows) { return rows + 1; }     // a vector of one
+
+  // Of `heads` KV heads, while as many with `rows` each are worked on.
+  Approach(const Arguments& a, const KeyTile<T>& now, const KeyTile<T>& next, long heads, int rows) : next(next) {
+    key_bytes = heads * a.head_dim * sizeof(T), value_bytes = heads * (a.value_row / a.kv_heads) * sizeof(T);
+    const char* key = (const char*)next.keys[0];
+    const bool in_keys = next.count && key <= (const char*)next.values[0] && (const char*)next.values[0] < key + key_bytes;
+    count = in_keys ? next.count : 2 * next.count;
+    const long lines = next.count * ((key_bytes + LINE - 1) / LINE + (value_bytes + LINE - 1) / LINE);
+    const long work = heads * (rows * ((now.count + W - 1) / W * dots(a.head_dim) + softmax()) +
+                               now.count * (a.value_dim / W) * value(rows));
+    rate = (lines * UNIT + work - 1) / work;
+  }
+  // So much has been worked.
+  void after(int work) {
+    for (credit += work * rate; credit >= UNIT && at < count; credit -= UNIT) {
+      const bool is_key = at < next.count;
+      __builtin_prefetch((const char*)(is_key ? next.keys[at] : next.values[at - next.count]) + offset);
+      offset += LINE;
+      if (offset >= (is_key ? key_bytes : value_bytes)) offset = 0, at++;
+    }
+    asm volatile("");  // see `bring`
+  }
+
+ private:
+  static constexpr long UNIT = 1 << 16;
+  const KeyTile<T>& next;
+  long key_bytes, value_bytes, rate, credit = 0, offset = 0;
+  int at = 0, count;  // rows: keys, then values
+};
+
 // Adds `count` values times weights to what decays: C vectors, from element i on, of R rows from `first` on. The values
-// lie `offset` elements after `values`; as many after `ahead` come near.
+// lie `offset` elements after `values`.
 template <class T, int R, int C>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const T* const* values,
-                              const T* const* ahead, long offset, int count, int i, const float* decay) {
+                              Approach<T>& next, long offset, int count, int i, const float* decay) {
   vfloat sums[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = load(to.out(first + r) + i + c * W) * decay[r];
   for (int n = 0; n < count; n++) {
     const T* from = values[n] + offset + i;
-    bring(ahead[n] + offset + i, C * W * sizeof(T));
+    next.after(C * next.value(R));
     vfloat value[C];
     for (int c = 0; c < C; c++) value[c] = load(from + c * W);
     for (int r = 0; r < R; r++) {
@@ -81,7 +132,7 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
 #if defined(__AVX512BF16__)
 template <int R>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const bfloat16* const* values,
-                              const bfloat16* const* ahead, long offset, int count, long i, const float* decay) {
+                              Approach<bfloat16>& next, long offset, int count, long i, const float* decay) {
   // Element k of 32 lies in lane LOW[k] of low pairs or high ones: unpacking takes fours of each quarter in turns.
   static const __m512i first16 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   static const __m512i last16 = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -94,7 +145,7 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
   for (int n = 0; n < count; n += 2) {
     const __m512i a = load_as<__m512i>(values[n] + offset + i);
     const __m512i b = n + 1 < count ? load_as<__m512i>(values[n + 1] + offset + i) : _mm512_setzero_si512();
-    for (int each = n; each < n + 2; each++) bring(ahead[each] + offset + i, 2 * W * sizeof(bfloat16));
+    next.after(4 * next.value(R));
     const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
     for (int r = 0; r < R; r++) {
       const __m512i pair = _mm512_set1_epi32(load_as<int32_t>(pairs[r] + n));
@@ -110,21 +161,6 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
 }
 #endif
 
-// Keys and values that are taken together.
-template <class T> struct KeyTile {
-  long start;
-  int count = 0;
-  const T *keys[KEYS], *values[KEYS];  // of the task's first KV head
-
-  // The first of [from, stop), which is not empty.
-  void find(const Cache<T>& cache, long from, long stop) {
-    start = from, count = std::min<long>(KEYS, stop - from);
-    cache.find(start, count, keys, values);
-    for (int n = count; n % W; n++) keys[n] = keys[count - 1];  // so that W are taken at once
-    for (int n = count; n < KEYS; n++) values[n] = values[count - 1];  // so that all can be brought near
-  }
-};
-
 // The queries of one KV head.
 template <class T, int R> struct Queries {
   const T* row[R];
@@ -132,27 +168,24 @@ template <class T, int R> struct Queries {
   float slope[R];
 };
 
-// R rows of the task's KV head `head` with a tile. next: the one that follows, which comes near meanwhile: few lines at
-// a time, keys with keys and values with values, so that memory is never waited for and never idle.
+// R rows of the task's KV head `head` with a tile. next: what comes near meanwhile.
 template <class T, int R>
 static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries, long head, const KeyTile<T>& tile,
-                               const KeyTile<T>& next, const Partial& to) {
+                               Approach<T>& next, const Partial& to) {
   constexpr int C = W == 16 && R <= 6 ? 4 : R <= 4 ? 2 : 1;
   const int head_dim = a.head_dim, value_dim = a.value_dim, padded = (tile.count + W - 1) / W * W;
   const long first = head * R, keys_at = head * a.head_dim, values_at = head * (a.value_row / a.kv_heads);
   const float to_exponent = a.to_exponent();
   alignas(64) float weights[R][KEYS];
-  float decay[R];
-  const int parts = padded / W * R;
-  int brought = 0;
-  for (int n = 0, part = 1; n < padded; n += W)
-    for (int r = 0; r < R; r++, part++) {
-      for (; brought < next.count * part / parts; brought++) bring(next.keys[brought] + keys_at, head_dim * sizeof(T));
+  alignas(64) float decay[(R + W - 1) / W * W] = {};
+  float totals[R];
+  for (int n = 0; n < padded; n += W)
+    for (int r = 0; r < R; r++) {
+      next.after(next.dots(head_dim));
       store(weights[r] + n, dots(queries.row[r], tile.keys + n, keys_at, head_dim));
     }
-  const T* const* ahead = next.count ? next.values : tile.values;
-  for (int n = tile.count; n < next.count; n++) bring(ahead[n] + values_at, value_dim * sizeof(T));
   for (int r = 0; r < R; r++) {
+    next.after(next.softmax());
     const long position = queries.position[r];
     vfloat highest = splat(-INFINITY);
     for (int n = 0; n < padded; n += W) {
@@ -166,24 +199,25 @@ static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries,
     const float maximum = std::max(to.maximum(first + r), greatest(highest) * to_exponent);
     vfloat total = {};
     for (int n = 0; n < padded; n += W) {
-      const vfloat weight = power_of_2(load(weights[r] + n) * to_exponent - maximum);
+      const vfloat weight = power_of_2<Step<T>::N == 2>(load(weights[r] + n) * to_exponent - maximum);
       store(weights[r] + n, weight);
       total += weight;
     }
-    decay[r] = std::exp2(to.maximum(first + r) - maximum);
-    to.total(first + r) = to.total(first + r) * decay[r] + sum(total);
+    decay[r] = to.maximum(first + r) - maximum, totals[r] = sum(total);
     to.maximum(first + r) = maximum;
   }
+  for (int r = 0; r < R; r += W) store(decay + r, power_of_2(load(decay + r)));
+  for (int r = 0; r < R; r++) to.total(first + r) = to.total(first + r) * decay[r] + totals[r];
   int i = 0;
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16>)
     for (; i + 2 * W <= value_dim; i += 2 * W)
-      add_values<R>(to, first, weights, tile.values, ahead, values_at, tile.count, long(i), decay);
+      add_values<R>(to, first, weights, tile.values, next, values_at, tile.count, long(i), decay);
 #endif
   for (; i + C * W <= value_dim; i += C * W)
-    add_values<T, R, C>(to, first, weights, tile.values, ahead, values_at, tile.count, i, decay);
+    add_values<T, R, C>(to, first, weights, tile.values, next, values_at, tile.count, i, decay);
   for (; i < value_dim; i += W)
-    add_values<T, R, 1>(to, first, weights, tile.values, ahead, values_at, tile.count, i, decay);
+    add_values<T, R, 1>(to, first, weights, tile.values, next, values_at, tile.count, i, decay);
 }
 
 // The keys that a task takes.
@@ -229,7 +263,8 @@ void attend_few(const Arguments& a, const FewTask& task, const FewTask* followin
       if (beyond.first < beyond.stop)
         next.find(Cache<T>(a, following->sequence, following->kv_head), beyond.first, beyond.stop);
     }
-    for (long h = 0; h < heads; h++) attend_tile(a, queries[h], h, tiles[now], next, to);
+    Approach<T> approach(a, tiles[now], next, heads, R);
+    for (long h = 0; h < heads; h++) attend_tile(a, queries[h], h, tiles[now], approach, to);
   }
 }
 

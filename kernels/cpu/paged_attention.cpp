@@ -33,7 +33,7 @@ template <class T> void attend(const Arguments& a) {
   long few_keys = 0, parts = 0;
   for (long s = 0; s < a.num_seqs; s++)
     if ((a.query_starts[s + 1] - a.query_starts[s]) * group <= FEW) few_keys += a.key_lens[s] * a.kv_heads;
-  const long share = std::max<long>(4 * KEYS, few_keys / (4 * a.threads));  // keys of a task, so that all threads work
+  const long share = std::max<long>(8 * KEYS, few_keys / (4 * a.threads));  // keys of a task, so that all threads work
   for (long s = 0; s < a.num_seqs; s++) {
     const long rows = (a.query_starts[s + 1] - a.query_starts[s]) * group;
     if (rows > FEW) {
