@@ -126,6 +126,9 @@ extern "C" void expand_compact(int dtype, const void* compact, void* to, long in
 #endif
 }
 
+// Elements of 16 bits that lie 16 steps ahead.
+template <class T> constexpr long AHEAD = 16 * STEP<T> / 2;
+
 // Rows of a weight [rows, in]: token_ids [count], less `start`; out: [count, in]; zeros for a row that is not there.
 extern "C" void embedding_compact(int dtype, const int64_t* token_ids, const void* compact, void* out, long count, long in,
                                   long rows, long start, int threads) {
@@ -141,13 +144,14 @@ extern "C" void embedding_compact(int dtype, const int64_t* token_ids, const voi
         std::fill(to, to + in, T{});
         continue;
       }
+      const uint8_t* from = c.panel(panel);
       for (long i = 0; i < in; i++) {
-        const uint16_t* step = (const uint16_t*)(c.panel(panel) + i / PAIR * STEP<T>);
-        long word = column % 16 * PAIR + i % PAIR;
-        uint16_t rest = step[vector / 2 * 32 + word];
-        if (vector & 1) rest = rest << 8 | rest >> 8;
-        uint32_t bits = uint32_t((rest & 0x807f) | table[step[64 + word] >> 4 * vector & 15]) << 16;
-        if (sizeof(T) == 4) bits |= step[96 + vector * 32 + word];
+        const uint16_t* step = (const uint16_t*)(from + i / PAIR * STEP<T>) + column % 16 * PAIR + i % PAIR;
+        const uint16_t *rest = step + vector / 2 * 32, *place = step + 64, *lower = step + 96 + vector * 32;
+        if (i % PAIR == 0) bring(rest + AHEAD<T>, 1), bring(place + AHEAD<T>, 1);
+        const uint16_t upper = vector & 1 ? *rest << 8 | *rest >> 8 : *rest;
+        uint32_t bits = uint32_t((upper & 0x807f) | table[*place >> 4 * vector & 15]) << 16;
+        if (sizeof(T) == 4) bits |= *lower;
         put(to + i, bits);
       }
       for (const Rare* rare = c.rare(panel); rare->place != Rare::none; rare++)
