@@ -80,11 +80,12 @@ static inline bool any(vint mask) {
 #endif
 }
 
-// Of each lane, whether it is set.
-static inline uint32_t bits_of(vint mask) {
+// Of each lane, whether it is not below the bound.
+static inline uint32_t not_below(vfloat x, vfloat bound) {
 #if defined(__AVX512F__)
-  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+  return _mm512_cmp_ps_mask((__m512)x, (__m512)bound, _CMP_GE_OQ);
 #else
+  vint mask = x >= bound;
   uint32_t bits = 0;
   for (int i = 0; i < W; i++) bits |= uint32_t(mask[i] != 0) << i;
   return bits;
@@ -131,7 +132,8 @@ template <class T> static inline vfloat load_some(const T* p, long n) {
   return x;
 }
 
-template <class T> static Best largest(const T* x, long n) {
+// NaN if there is one.
+template <class T> static float largest(const T* x, long n) {
   vfloat most[AT_ONCE];
   vint strange = {};
   for (int j = 0; j < AT_ONCE; j++) most[j] = splat(NEVER);
@@ -141,13 +143,17 @@ template <class T> static Best largest(const T* x, long n) {
       strange |= v != v;
       most[j] = max(v, most[j]);
     }
+  if (any(strange)) return NAN;
   for (int j = 1; j < AT_ONCE; j++) most[0] = max(most[j], most[0]);
-  Best best = {any(strange) ? NAN : most[0][0], 0};
-  for (int i = 1; i < W; i++) best.value = beats(most[0][i], best.value) ? most[0][i] : best.value;
-  auto is_it = [&](float v) { return v == best.value || v != v; };
-  while (best.place + W <= n && !any((vint)(load(x + best.place) == best.value) | strange)) best.place += W;
-  while (best.place < n && !is_it(load_one(x + best.place))) best.place++;
-  return best;
+  return greatest(most[0]);
+}
+
+// Where the first one is, which there is.
+template <class T> static long find(const T* x, long n, float value) {
+  long place = 0;
+  while (value == value && place + W <= n && !any(load(x + place) == value)) place += W;
+  for (float v; v = load_one(x + place), v != value && (v == v || value == value);) place++;
+  return place;
 }
 
 // The noise is made of those tokens only that may win by it over `floor`, a score that some token has.
@@ -202,17 +208,18 @@ static void sample(const T* logits, const float* temperatures, const uint32_t* k
         found[t] = best_drawn(from, temperature, keys + 2 * r, uint32_t(start + first), count, floor);
         floor = found[t].value > floor ? found[t].value : floor;
       } else {
-        found[t] = largest(from, count);
+        found[t] = {largest(from, count), 0};  // its place is looked for if it is the row's
       }
-      found[t].place += first;
     }
   }
   for (long r = 0; r < rows; r++) {
-    Best best = found[r * tiles];
+    const Best* of_row = &found[r * tiles];
+    long tile = 0;
     for (long t = 1; t < tiles; t++)
-      if (beats(found[r * tiles + t].value, best.value)) best = found[r * tiles + t];
-    values[r] = best.value;
-    token_ids[r] = start + best.place;
+      if (beats(of_row[t].value, of_row[tile].value)) tile = t;
+    values[r] = of_row[tile].value;
+    token_ids[r] = start + tile * TILE + of_row[tile].place;
+    if (!temperatures[r]) token_ids[r] += find(logits + r * stride + tile * TILE, n - tile * TILE, values[r]);
   }
 }
 
@@ -254,23 +261,52 @@ struct Mass {
   }
 };
 
-// Numbers in the order of the floats, and back.
-template <class I> static inline I in_order(I bits) { return bits ^ (bits >> 31 & 0x7FFFFFFF); }
+// Where a float stands in the order of all, and which stands there.
+static inline int32_t place_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits ^ (bits >> 31 & 0x7FFFFFFF);
+}
+static inline float at_place(int32_t place) {
+  int32_t bits = place ^ (place >> 31 & 0x7FFFFFFF);
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
 
 // What at least `count` of the elements are not below, and not many more. There are as many, and no NaN.
 static float bound_of(const vfloat* x, long vectors, long count) {
-  int64_t low = in_order(int32_t(0xFF800000)), high = INT32_MAX;  // from -inf on: enough are not below `low`
+  int64_t low = place_of(NEVER), high = place_of(-NEVER) + 1;  // from -inf on: enough are not below `low`
   while (high - low > 1) {
     int64_t middle = (low + high) >> 1;
+    const vfloat bound = splat(at_place(middle));
     long above = 0;
-    for (long v = 0; v < vectors; v++) above += __builtin_popcount(bits_of(in_order((vint)x[v]) >= int32_t(middle)));
+    for (long v = 0; v < vectors; v++) above += __builtin_popcount(not_below(x[v], bound));
     (above >= count ? low : high) = middle;
     if (above >= count && above <= count + count / 8) break;
   }
-  int32_t bits = in_order(int32_t(low));
-  float bound;
-  std::memcpy(&bound, &bits, 4);
-  return bound;
+  return at_place(low);
+}
+
+typedef uint64_t vlong __attribute__((vector_size(4 * W)));
+
+// Puts the `count` greatest first, in their order; all are different, and none is 0.
+static void sort_greatest(std::vector<uint64_t>& x, long count) {
+  constexpr long FEW = 512, N = W / 2;  // of so few, counting for each how many are greater is faster
+  const long size = x.size();
+  if (size > FEW) {
+    std::nth_element(x.begin(), x.begin() + count, x.end(), std::greater<uint64_t>());
+    std::sort(x.begin(), x.begin() + count, std::greater<uint64_t>());
+    return;
+  }
+  uint64_t given[FEW + N] = {};
+  std::copy(x.begin(), x.end(), given);
+  for (long i = 0; i < size; i += N) {
+    const vlong some = load_as<vlong>(given + i);
+    vlong greater = {};
+    for (long j = 0; j < size; j++) greater -= (vlong)(given[j] > some);
+    for (long k = 0; k < N && i + k < size; k++) x[greater[k]] = some[k];
+  }
 }
 
 // Of one row: the `count` likeliest over the temperature, in their order; `limits` as `eager_sample.likeliest` has them.
@@ -288,26 +324,28 @@ static void likeliest_of(const T* logits, float temperature, long n, long count,
     long stop = std::min(num_groups, b + block);
     vfloat most = splat(NEVER);
     for (long g = b; g < stop; g++) {
-      vfloat own = splat(NEVER);
-      for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++) own = max(part(v), own);
-      maxima[g] = own, most = max(own, most);
+      vfloat own = splat(NEVER), other = own;  // two, for speed
+      long v = g * size, end = std::min(vectors, (g + 1) * size);
+      for (; v + 2 <= end; v += 2) own = max(part(v), own), other = max(part(v + 1), other);
+      if (v < end) own = max(part(v), own);
+      maxima[g] = max(other, own), most = max(maxima[g], most);
     }
     if (with_mass) mass.add(most, b * size, std::min(vectors, stop * size), part);
   }
   float least = count < num_groups * W ? bound_of(maxima.data(), num_groups, count) : NEVER;
-  auto may_be = [&](vfloat x) { return (x >= least) & (x > NEVER); };
+  const vfloat bound = splat(std::max(least, std::numeric_limits<float>::lowest()));  // above NEVER
   std::vector<uint64_t> found;
+  found.reserve(2 * count);
   for (long g = 0; g < num_groups; g++) {
-    if (!any(may_be(maxima[g]))) continue;
+    if (!not_below(maxima[g], bound)) continue;
     for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++)
-      for (uint32_t in = bits_of(may_be(part(v))); in; in &= in - 1) {
+      for (uint32_t in = not_below(part(v), bound); in; in &= in - 1) {
         long place = v * W + __builtin_ctz(in);
         found.push_back(ranked(load_one(logits + place) / temperature, place));
       }
   }
   long num_found = std::min(count, (long)found.size());
-  std::nth_element(found.begin(), found.begin() + num_found, found.end(), std::greater<uint64_t>());
-  std::sort(found.begin(), found.begin() + num_found, std::greater<uint64_t>());
+  sort_greatest(found, num_found);
   for (long i = 0; i < count; i++) {
     values[i] = i < num_found ? value_of(found[i]) : NEVER;
     places[i] = i < num_found ? uint32_t(~found[i]) : 0;
