@@ -157,7 +157,7 @@ class PagedAttention(nn.Module):
         """x: [num_tokens, hidden]; rotaries: the model's, of which the layer has one or none; wanted: tokens for which
         the result is needed, None: all. Returns [num_wanted, hidden]."""
         qkv = self.qkv(x).view(-1, self.num_heads + 2 * self.num_kv_heads, self.head_dim)
-        query, key, value = qkv.split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        query, key, value = qkv.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         if self.norms is not None:
             query, key = self.norms(query, key)
         query = self._store(query, key, value, rotaries, metadata)
@@ -174,7 +174,7 @@ class PagedAttention(nn.Module):
         if self.rotary is None:
             self.store_kv(key, value, key_cache, value_cache, slots)
             return query.contiguous()
-        cos, sin = rotaries[self.rotary].cos, rotaries[self.rotary].sin
+        table = rotaries[self.rotary]
         return self.rotary_store_kv(
-            query, key, value, cos, sin, metadata.positions, key_cache, value_cache, slots, self.interleaved
+            query, key, value, table.cos, table.sin, metadata.positions, key_cache, value_cache, slots, self.interleaved
         )

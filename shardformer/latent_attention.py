@@ -104,10 +104,10 @@ class LatentAttention(nn.Module):
         query, rotary_query = query.split(self.query_parts, dim=-1)
         query = torch.cat((rotary_query, self.expansion.queries(query)), dim=-1)
         key = torch.cat((rotary_key, self.latent_norm(latent)), dim=-1).unsqueeze(1)
-        cos, sin = rotaries[self.rotary].cos, rotaries[self.rotary].sin
+        table = rotaries[self.rotary]
         key_cache, value_cache, slots = self.key_cache, self.value_cache, metadata.slots
         query = self.rotary_store_kv(
-            query, key, None, cos, sin, metadata.positions, key_cache, value_cache, slots, self.interleaved
+            query, key, None, table.cos, table.sin, metadata.positions, key_cache, value_cache, slots, self.interleaved
         )
         latents = self.backend.forward(query, key_cache, value_cache, metadata.plans[self.backend.plan_key])
         return self.out(self.expansion(pick(latents, wanted)).flatten(1))

@@ -157,7 +157,7 @@ class PipelineStage(Stage):
         if self.embedding is not None:
             x = self.embedding(x, metadata.positions)
         residual: Tensor | None = None
-        rotaries: Any = self.rotaries
+        rotaries: Any = (*self.rotaries,)  # a ModuleList looks an item up by its name, each time
         last = len(self.layers) - 1 if self.is_last else None
         for number, layer in enumerate(self.layers):
             x, residual = layer(x, residual, rotaries, metadata, metadata.wanted if number == last else None)
