@@ -69,28 +69,30 @@ template <class T> struct KeyTile {
   }
 };
 
+// What parts of the work on a tile take, in a common measure.
+constexpr long cost_of_dots(int head_dim) { return head_dim; }                            // of W keys, with a query
+constexpr long cost_of_softmax() { return 4 * KEYS; }                                     // of a row
+constexpr long cost_of_values(long vectors, int rows) { return vectors * (rows + 1); }
+
 // Lines of the tile that follows, which come near evenly while one is worked on: a memory that is asked for more than it gives
-// drops what it is asked for, and what it gives while it is not asked is lost. Work is counted in what takes about as long.
+// drops what it is asked for, and what it gives while it is not asked is lost.
 template <class T> class Approach {
  public:
-  static constexpr int dots(int head_dim) { return head_dim; }  // of W keys
-  static constexpr int softmax() { return 4 * KEYS; }           // of a row
-  static constexpr int value(int rows) { return rows + 1; }     // a vector of one
-
-  // Of `heads` KV heads, while as many with `rows` each are worked on.
-  Approach(const Arguments& a, const KeyTile<T>& now, const KeyTile<T>& next, long heads, int rows) : next(next) {
-    key_bytes = heads * a.head_dim * sizeof(T), value_bytes = heads * (a.value_row / a.kv_heads) * sizeof(T);
-    const char* key = (const char*)next.keys[0];
-    const bool in_keys = next.count && key <= (const char*)next.values[0] && (const char*)next.values[0] < key + key_bytes;
-    count = in_keys ? next.count : 2 * next.count;
-    const long lines = next.count * ((key_bytes + LINE - 1) / LINE + (value_bytes + LINE - 1) / LINE);
-    const long work = heads * (rows * ((now.count + W - 1) / W * dots(a.head_dim) + softmax()) +
-                               now.count * (a.value_dim / W) * value(rows));
+  // now: with `heads` KV heads of `rows` each; next: with `next_heads`, or empty.
+  Approach(const Arguments& a, const KeyTile<T>& now, long heads, int rows, const KeyTile<T>& next, long next_heads)
+      : next(next), count(next.count) {
+    if (!count) return;
+    key_bytes = next_heads * a.head_dim * sizeof(T), value_bytes = next_heads * (a.value_row / a.kv_heads) * sizeof(T);
+    const char *key = (const char*)next.keys[0], *value = (const char*)next.values[0];
+    long lines = count * lines_of(key_bytes);
+    if (value < key || value >= key + key_bytes) lines += count * lines_of(value_bytes), count *= 2;  // else in the keys
+    const long work = heads * (rows * ((now.count + W - 1) / W * cost_of_dots(a.head_dim) + cost_of_softmax()) +
+                               cost_of_values(now.count * (a.value_dim / W), rows));
     rate = (lines * UNIT + work - 1) / work;
   }
-  // So much has been worked.
-  void after(int work) {
-    for (credit += work * rate; credit >= UNIT && at < count; credit -= UNIT) {
+  // So much has been done.
+  void after(long cost) {
+    for (credit += cost * rate; credit >= UNIT && at < count; credit -= UNIT) {
       const bool is_key = at < next.count;
       __builtin_prefetch((const char*)(is_key ? next.keys[at] : next.values[at - next.count]) + offset);
       offset += LINE;
@@ -101,8 +103,9 @@ template <class T> class Approach {
 
  private:
   static constexpr long UNIT = 1 << 16;
+  static long lines_of(long bytes) { return (bytes + LINE - 1) / LINE; }
   const KeyTile<T>& next;
-  long key_bytes, value_bytes, rate, credit = 0, offset = 0;
+  long key_bytes = 0, value_bytes = 0, rate = 0, credit = 0, offset = 0;
   int at = 0, count;  // rows: keys, then values
 };
 
@@ -110,13 +113,13 @@ template <class T> class Approach {
 // lie `offset` elements after `values`.
 template <class T, int R, int C>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const T* const* values,
-                              Approach<T>& next, long offset, int count, int i, const float* decay) {
+                              Approach<T>& approach, long offset, int count, int i, const float* decay) {
   vfloat sums[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) sums[r][c] = load(to.out(first + r) + i + c * W) * decay[r];
   for (int n = 0; n < count; n++) {
     const T* from = values[n] + offset + i;
-    next.after(C * next.value(R));
+    approach.after(cost_of_values(C, R));
     vfloat value[C];
     for (int c = 0; c < C; c++) value[c] = load(from + c * W);
     for (int r = 0; r < R; r++) {
@@ -132,7 +135,7 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
 #if defined(__AVX512BF16__)
 template <int R>
 static inline void add_values(const Partial& to, long first, const float (*weights)[KEYS], const bfloat16* const* values,
-                              Approach<bfloat16>& next, long offset, int count, long i, const float* decay) {
+                              Approach<bfloat16>& approach, long offset, int count, long i, const float* decay) {
   // Element k of 32 lies in lane LOW[k] of low pairs or high ones: unpacking takes fours of each quarter in turns.
   static const __m512i first16 = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   static const __m512i last16 = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
@@ -145,7 +148,7 @@ static inline void add_values(const Partial& to, long first, const float (*weigh
   for (int n = 0; n < count; n += 2) {
     const __m512i a = load_as<__m512i>(values[n] + offset + i);
     const __m512i b = n + 1 < count ? load_as<__m512i>(values[n + 1] + offset + i) : _mm512_setzero_si512();
-    next.after(4 * next.value(R));
+    approach.after(cost_of_values(4, R));
     const __m512i l = _mm512_unpacklo_epi16(a, b), h = _mm512_unpackhi_epi16(a, b);
     for (int r = 0; r < R; r++) {
       const __m512i pair = _mm512_set1_epi32(load_as<int32_t>(pairs[r] + n));
@@ -168,10 +171,10 @@ template <class T, int R> struct Queries {
   float slope[R];
 };
 
-// R rows of the task's KV head `head` with a tile. next: what comes near meanwhile.
+// R rows of the task's KV head `head` with a tile. approach: what comes near meanwhile.
 template <class T, int R>
 static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries, long head, const KeyTile<T>& tile,
-                               Approach<T>& next, const Partial& to) {
+                               Approach<T>& approach, const Partial& to) {
   constexpr int C = W == 16 && R <= 6 ? 4 : R <= 4 ? 2 : 1;
   const int head_dim = a.head_dim, value_dim = a.value_dim, padded = (tile.count + W - 1) / W * W;
   const long first = head * R, keys_at = head * a.head_dim, values_at = head * (a.value_row / a.kv_heads);
@@ -181,11 +184,11 @@ static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries,
   float totals[R];
   for (int n = 0; n < padded; n += W)
     for (int r = 0; r < R; r++) {
-      next.after(next.dots(head_dim));
+      approach.after(cost_of_dots(head_dim));
       store(weights[r] + n, dots(queries.row[r], tile.keys + n, keys_at, head_dim));
     }
   for (int r = 0; r < R; r++) {
-    next.after(next.softmax());
+    approach.after(cost_of_softmax());
     const long position = queries.position[r];
     vfloat highest = splat(-INFINITY);
     for (int n = 0; n < padded; n += W) {
@@ -212,12 +215,12 @@ static inline void attend_tile(const Arguments& a, const Queries<T, R>& queries,
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, bfloat16>)
     for (; i + 2 * W <= value_dim; i += 2 * W)
-      add_values<R>(to, first, weights, tile.values, next, values_at, tile.count, long(i), decay);
+      add_values<R>(to, first, weights, tile.values, approach, values_at, tile.count, long(i), decay);
 #endif
   for (; i + C * W <= value_dim; i += C * W)
-    add_values<T, R, C>(to, first, weights, tile.values, next, values_at, tile.count, i, decay);
+    add_values<T, R, C>(to, first, weights, tile.values, approach, values_at, tile.count, i, decay);
   for (; i < value_dim; i += W)
-    add_values<T, R, 1>(to, first, weights, tile.values, next, values_at, tile.count, i, decay);
+    add_values<T, R, 1>(to, first, weights, tile.values, approach, values_at, tile.count, i, decay);
 }
 
 // The keys that a task takes.
@@ -256,14 +259,16 @@ void attend_few(const Arguments& a, const FewTask& task, const FewTask* followin
   for (long start = range.first; start < range.stop; start += KEYS, now = 1 - now) {
     KeyTile<T>& next = tiles[1 - now];
     next.count = 0;
+    long next_heads = heads;
     if (start + KEYS < range.stop) {
       next.find(cache, start + KEYS, range.stop);
     } else if (following) {
       const KeyRange beyond(a, *following);
+      next_heads = following->kv_heads;
       if (beyond.first < beyond.stop)
         next.find(Cache<T>(a, following->sequence, following->kv_head), beyond.first, beyond.stop);
     }
-    Approach<T> approach(a, tiles[now], next, heads, R);
+    Approach<T> approach(a, tiles[now], heads, R, next, next_heads);
     for (long h = 0; h < heads; h++) attend_tile(a, queries[h], h, tiles[now], approach, to);
   }
 }

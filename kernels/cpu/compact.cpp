@@ -147,11 +147,15 @@ extern "C" void embedding_compact(int dtype, const int64_t* token_ids, const voi
       const uint8_t* from = c.panel(panel);
       for (long i = 0; i < in; i++) {
         const uint16_t* step = (const uint16_t*)(from + i / PAIR * STEP<T>) + column % 16 * PAIR + i % PAIR;
-        const uint16_t *rest = step + vector / 2 * 32, *place = step + 64, *lower = step + 96 + vector * 32;
+        const uint16_t *rest = step + vector / 2 * 32, *place = step + 64;
         if (i % PAIR == 0) bring(rest + AHEAD<T>, 1), bring(place + AHEAD<T>, 1);
         const uint16_t upper = vector & 1 ? *rest << 8 | *rest >> 8 : *rest;
         uint32_t bits = uint32_t((upper & 0x807f) | table[*place >> 4 * vector & 15]) << 16;
-        if (sizeof(T) == 4) bits |= *lower;
+        if constexpr (sizeof(T) == 4) {
+          const uint16_t* lower = step + 96 + vector * 32;
+          if (i % PAIR == 0) bring(lower + AHEAD<T>, 1);
+          bits |= *lower;
+        }
         put(to + i, bits);
       }
       for (const Rare* rare = c.rare(panel); rare->place != Rare::none; rare++)

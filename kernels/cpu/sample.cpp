@@ -80,8 +80,8 @@ static inline bool any(vint mask) {
 #endif
 }
 
-// Of each lane, whether it is not below the bound.
-static inline uint32_t not_below(vfloat x, vfloat bound) {
+// Of each lane, whether it reaches the bound.
+static inline uint32_t reaching(vfloat x, vfloat bound) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask((__m512)x, (__m512)bound, _CMP_GE_OQ);
 #else
@@ -148,12 +148,13 @@ template <class T> static float largest(const T* x, long n) {
   return greatest(most[0]);
 }
 
-// Where the first one is, which there is.
+// Where the first one is, of any NaN if it is one; 0 if there is none.
 template <class T> static long find(const T* x, long n, float value) {
+  auto is_it = [&](float v) { return v == value || (v != v && value != value); };
   long place = 0;
   while (value == value && place + W <= n && !any(load(x + place) == value)) place += W;
-  for (float v; v = load_one(x + place), v != value && (v == v || value == value);) place++;
-  return place;
+  while (place < n && !is_it(load_one(x + place))) place++;
+  return place < n ? place : 0;
 }
 
 // The noise is made of those tokens only that may win by it over `floor`, a score that some token has.
@@ -212,8 +213,9 @@ static void sample(const T* logits, const float* temperatures, const uint32_t* k
       }
     }
   }
+#pragma omp parallel for num_threads(threads) if (rows * TILE > 4 * SERIAL)
   for (long r = 0; r < rows; r++) {
-    const Best* of_row = &found[r * tiles];
+    const Best* of_row = found.data() + r * tiles;
     long tile = 0;
     for (long t = 1; t < tiles; t++)
       if (beats(of_row[t].value, of_row[tile].value)) tile = t;
@@ -281,7 +283,7 @@ static float bound_of(const vfloat* x, long vectors, long count) {
     int64_t middle = (low + high) >> 1;
     const vfloat bound = splat(at_place(middle));
     long above = 0;
-    for (long v = 0; v < vectors; v++) above += __builtin_popcount(not_below(x[v], bound));
+    for (long v = 0; v < vectors; v++) above += __builtin_popcount(reaching(x[v], bound));
     (above >= count ? low : high) = middle;
     if (above >= count && above <= count + count / 8) break;
   }
@@ -292,7 +294,7 @@ typedef uint64_t vlong __attribute__((vector_size(4 * W)));
 
 // Puts the `count` greatest first, in their order; all are different, and none is 0.
 static void sort_greatest(std::vector<uint64_t>& x, long count) {
-  constexpr long FEW = 512, N = W / 2;  // of so few, counting for each how many are greater is faster
+  constexpr long FEW = 16 * W, N = W / 2;  // of so few, counting for each how many are greater is faster
   const long size = x.size();
   if (size > FEW) {
     std::nth_element(x.begin(), x.begin() + count, x.end(), std::greater<uint64_t>());
@@ -337,9 +339,9 @@ static void likeliest_of(const T* logits, float temperature, long n, long count,
   std::vector<uint64_t> found;
   found.reserve(2 * count);
   for (long g = 0; g < num_groups; g++) {
-    if (!not_below(maxima[g], bound)) continue;
+    if (!reaching(maxima[g], bound)) continue;
     for (long v = g * size; v < std::min(vectors, (g + 1) * size); v++)
-      for (uint32_t in = not_below(part(v), bound); in; in &= in - 1) {
+      for (uint32_t in = reaching(part(v), bound); in; in &= in - 1) {
         long place = v * W + __builtin_ctz(in);
         found.push_back(ranked(load_one(logits + place) / temperature, place));
       }
