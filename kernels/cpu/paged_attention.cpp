@@ -19,9 +19,9 @@
 
 namespace {
 
-// KV heads that a task of the decode form takes together, so that what it reads of a token is worth a row of memory.
+// KV heads that a task of the decode form takes together: what it reads of a token is in one piece, up to a page.
 template <class T> int heads_together(const Arguments& a) {
-  return std::clamp<long>(1024 / (a.head_dim * sizeof(T)), 1, a.kv_heads);
+  return std::clamp<long>(4096 / (a.head_dim * sizeof(T)), 1, a.kv_heads);
 }
 
 template <class T> void attend(const Arguments& a) {
