@@ -24,7 +24,7 @@ from .logits_rules import LogitsPlan, LogitsRules
 from .logprobs import Logprobs
 from .sampler import Draw, Draws, Sampler
 from .staging import Shapes
-from .step import GivenRows, SampleRequest, StepInput, StepOutput, TokenLogprobs
+from .step import GivenRows, SampleRequest, SampleSettings, StepInput, StepOutput, TokenLogprobs
 
 Head = Callable[[Tensor], Tensor]
 """Hidden states [num_rows, hidden] to this rank's logits [num_rows, local_vocab], float32 or the model's dtype."""
@@ -153,22 +153,23 @@ class Drawing:
         histories, draws = self.histories.plan(step.histories), self.sampler.plan(samples)
         if draws.settings.are_plain:
             return DrawingPlan(step, draws, histories, self.rules.plan(()), (), [], [])  # as most steps are
-        rules = self.rules.plan([(sample.slot, sample.position) for sample in samples])
-        beams = [number for number, sample in enumerate(samples) if sample.num_candidates]
+        rules = self.rules.plan([(sample.settings.slot, sample.position) for sample in samples])
+        beams = [number for number, sample in enumerate(samples) if sample.settings.num_candidates]
         masked = set(() if step.masks is None else step.masks.samples)
-        limited = [number for number, sample in enumerate(samples) if self._is_limited(sample, number in masked)]
+        limited = [n for n, sample in enumerate(samples) if self._is_limited(sample.settings, n in masked)]
         return DrawingPlan(step, draws, histories, rules, self._told(samples), beams, limited)
 
-    def _is_limited(self, sample: SampleRequest, is_masked: bool) -> bool:
-        if sample.slot < 0 or sample.forced >= 0 or sample.num_candidates:
+    def _is_limited(self, settings: SampleSettings, is_masked: bool) -> bool:
+        if settings.slot < 0 or settings.forced >= 0 or settings.num_candidates:
             return False
-        return is_masked or self.histories.spec(sample.slot).allowed is not None
+        return is_masked or self.histories.spec(settings.slot).allowed is not None
 
     def _told(self, samples: Sequence[SampleRequest]) -> tuple[Told, ...]:
         """Those with any number together, for the largest; but those with all tokens, which are sorted, apart."""
-        some = [n for n, s in enumerate(samples) if s.logprobs is not None and s.logprobs >= 0]
-        all_of = [n for n, s in enumerate(samples) if s.logprobs == -1]
-        groups = [Told(some, max(samples[n].logprobs or 0 for n in some))] if some else []
+        asked = [sample.settings.logprobs for sample in samples]
+        some = [n for n, logprobs in enumerate(asked) if logprobs is not None and logprobs >= 0]
+        all_of = [n for n, logprobs in enumerate(asked) if logprobs == -1]
+        groups = [Told(some, max(asked[n] or 0 for n in some))] if some else []
         return (*groups, *([Told(all_of, self.vocab_size)] if all_of else []))
 
     def settle(self) -> None:
@@ -208,7 +209,7 @@ class Drawing:
             best = self.tp.all_gather(logits.index_select(0, arrays["limited"]).amax(dim=1)).amax(dim=0)
         beams = None
         if plan.beams:
-            most = max(sample.num_candidates for sample in samples)
+            most = max(sample.settings.num_candidates for sample in samples)
             beams = self.logprobs.likeliest(logits.index_select(0, arrays["beams"]), most)
         draw = self.sampler(logits, plan.draws, arrays)
         rows = [arrays[f"told_{number}"] for number in range(len(plan.told))]
@@ -245,10 +246,10 @@ def output_of(drawn: Drawn, numbers: Sequence[Tensor]) -> StepOutput:
     logprobs: list[TokenLogprobs | None] = [None] * len(samples)
     for told in plan.told:
         for number, row in zip(told.samples, next(rest).tolist(), strict=True):
-            logprobs[number] = _token_logprobs(row, samples[number].logprobs)
+            logprobs[number] = _token_logprobs(row, samples[number].settings.logprobs)
     if plan.beams:
         for number, row in zip(plan.beams, next(rest).tolist(), strict=True):
-            logprobs[number] = _token_logprobs([0.0, 0.0, *row], samples[number].num_candidates)
+            logprobs[number] = _token_logprobs([0.0, 0.0, *row], samples[number].settings.num_candidates)
     scores = [tuple(_token_logprobs(row, g.logprobs) for row in next(rest).tolist()) for g in given]
     pooled = tuple(next(rest).numpy().tobytes() for _ in plan.step.pooled)
     best = next(rest).tolist() if plan.limited else []

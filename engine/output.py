@@ -1,6 +1,6 @@
 """What a request gives back."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp
 from typing import Any, TypeVar
@@ -15,6 +15,52 @@ def snapshot(kind: type[T], **fields: Any) -> T:
     made = object.__new__(kind)
     made.__dict__.update(fields)
     return made
+
+
+class _Later:
+    """A field that a `snapshot` may have, under a name with an underscore before it, as a function and its arguments:
+    it is made when it is first asked for, and found from then on before this is."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, made: Any, kind: type) -> Any:
+        fields = {} if made is None else made.__dict__
+        given = fields.get(f"_{self.name}")
+        if given is not None:
+            function, *args = given
+            fields[self.name] = function(*args)
+            fields.pop(f"_{self.name}", None)  # another thread may have been as fast
+        if self.name not in fields:
+            raise AttributeError(f"{kind.__name__} has no {self.name}")
+        return fields[self.name]
+
+
+def later(*names: str) -> Callable[[type[T]], type[T]]:
+    """Lets a dataclass have fields that are `_Later`: who asks for text alone does not pay for the rest in each step.
+
+    What they are made of may grow meanwhile, but not change.
+    """
+
+    def decorate(kind: type[T]) -> type[T]:
+        for name in names:
+            setattr(kind, name, _Later(name))
+        kind.__getstate__ = settle  # type: ignore[method-assign,assignment]  # a copy is whole
+        return kind
+
+    return decorate
+
+
+def settle(made: Any) -> dict[str, Any]:
+    """Makes all fields that are `_Later` now; gives all fields."""
+    for kind in vars(type(made)).values():
+        if isinstance(kind, _Later):
+            getattr(made, kind.name)
+    return dict(made.__dict__)
+
+
+def part(of: Sequence[T], start: int, stop: int) -> tuple[T, ...]:
+    return tuple(of[start:stop])
 
 
 @dataclass(frozen=True)
@@ -33,6 +79,7 @@ class RequestTimings:
         return (self.token_s[-1] - self.token_s[0]) / count if count > 0 else None
 
 
+@later("token_ids")
 @dataclass(frozen=True)
 class CompletionOutput:
     """One completion of a request."""
@@ -48,6 +95,7 @@ class CompletionOutput:
     error: str | None = None  # why, if finish_reason is "error"
 
 
+@later("timings")
 @dataclass(frozen=True)
 class RequestOutput:
     """A request's state so far; its end once `finished`."""

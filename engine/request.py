@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from ..config import SamplingParams
 from .beam_search import BeamSearch, num_candidates
 from .detokenizer import Detokenizer
-from .output import CompletionOutput, RequestOutput, RequestTimings, snapshot
+from .output import CompletionOutput, RequestOutput, RequestTimings, part, settle, snapshot
 from .prompts import PreparedRequest
 from .sequence import SampleSpec, Sequence
 
@@ -24,11 +24,11 @@ class Completion:
         """A snapshot, with what is new since the last one. tells: with log-probabilities."""
         sequence, text = self.sequence, self.detokenizer.text if self.detokenizer else ""
         delta, self.num_emitted = text[self.num_emitted :], len(text)
-        return snapshot(
+        output = snapshot(
             CompletionOutput,
             index=index,
             text=text,
-            token_ids=tuple(sequence.output_token_ids),
+            _token_ids=(part, sequence.token_ids, sequence.num_prompt_tokens, sequence.num_tokens),
             finish_reason=sequence.finish_reason,
             stop_reason=self.stop_reason if sequence.finish_reason == "stop" else None,
             delta=delta,
@@ -36,6 +36,9 @@ class Completion:
             cumulative_logprob=self.cumulative_logprob if tells else self.beam_logprob,
             error=sequence.error,
         )
+        if output.finish_reason is not None:
+            settle(output)
+        return output
 
     @property
     def cumulative_logprob(self) -> float:
@@ -77,12 +80,15 @@ class Request:
 
     @property
     def timings(self) -> RequestTimings:
-        return snapshot(
-            RequestTimings,
+        return self._timings(time.monotonic(), len(self.token_s))
+
+    def _timings(self, now_s: float, num_tokens: int) -> RequestTimings:
+        """As they were at `now_s`, the first completion having `num_tokens`."""
+        return RequestTimings(
             queue_s=None if self.scheduled_s is None else self.scheduled_s - self.arrival_s,
-            ttft_s=self.token_s[0] if self.token_s else None,
-            total_s=time.monotonic() - self.arrival_s,
-            token_s=tuple(self.token_s),
+            ttft_s=self.token_s[0] if num_tokens else None,
+            total_s=now_s - self.arrival_s,
+            token_s=part(self.token_s, 0, num_tokens),
         )
 
     def output(self) -> RequestOutput:
@@ -91,7 +97,7 @@ class Request:
         for completion in self.completions:
             num_drafted += completion.sequence.num_drafted
             num_accepted += completion.sequence.num_accepted
-        return snapshot(
+        output = snapshot(
             RequestOutput,
             request_id=self.request_id,
             index=self.index,
@@ -100,12 +106,15 @@ class Request:
             num_cached_tokens=first.num_cached_tokens or 0,
             outputs=self._outputs(),
             finished=self.ended,
-            timings=self.timings,
+            _timings=(self._timings, time.monotonic(), len(self.token_s)),
             prompt_logprobs=None if params.prompt_logprobs is None else (None, *first.prompt_scores),
             pooled=tuple(first.pooled_parts),
             num_drafted=num_drafted,
             num_accepted=num_accepted,
         )
+        if output.finished:  # it may be kept for long, and the request is not
+            settle(output)
+        return output
 
     def _outputs(self) -> tuple[CompletionOutput, ...]:
         params, chosen = self.params, self.completions

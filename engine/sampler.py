@@ -16,39 +16,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels import Ops
 from ..mesh.collectives import Communicator
 from ..shardformer.shard import Range
+from .noise import Noise
 from .staging import Shapes
-from .step import SampleRequest
+from .step import SampleRequest, SampleSettings
 
 _CANDIDATES = 128  # where no top-k says how many there are
 _SPARE = 24  # beside those of top-k, for equals of the last
 _REDRAWN_AT_ONCE = 8  # rows: with up to the whole vocabulary for candidates, they take much memory
 _NEVER = float("-inf")
+_STEPS_AHEAD = 16  # for which noise is made at once, while a batch stays as it is
 _COLDEST = 1e-6  # temperatures below it are taken for it: greedy but for equals, and no logit overflows
 
 
 class Settings:
     """How a batch's tokens are drawn; mostly the same for many steps, and then what is made of it is there already."""
 
-    def __init__(self, samples: Sequence[SampleRequest], most_candidates: int) -> None:
-        self.of = [sample.settings for sample in samples]
-        self._samples: Sequence[SampleRequest] = samples  # until the arrays are there
-        self.is_greedy = not any(s.temperature for s in samples)
-        self.forces = any(s.forced >= 0 for s in samples)  # some rows' tokens are given
+    def __init__(self, of: Sequence[SampleSettings], most_candidates: int) -> None:
+        self.of = of
+        self.is_greedy = not any(s.temperature for s in of)
+        self.seeds = np.array([s.seed for s in of], np.uint64)
+        self.forces = any(s.forced >= 0 for s in of)  # some rows' tokens are given
         self.filtered = [  # rows with top-k, top-p or min-p
-            r for r, s in enumerate(samples) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
+            r for r, s in enumerate(of) if s.temperature and s.forced < 0 and (s.top_k or s.top_p < 1 or s.min_p)
         ]
-        filtered = [samples[r] for r in self.filtered]
+        filtered = [of[r] for r in self.filtered]
         self.needs_mass = any(s.top_p < 1 and not s.top_k for s in filtered)
         count = max((s.top_k + _SPARE if s.top_k else _CANDIDATES for s in filtered), default=0)
         self.num_candidates = min(count, most_candidates)  # of each rank, for a filtered row
         # Nothing shapes their logits beside the model, and nothing is told of these.
-        self.are_plain = not any(s.slot >= 0 or s.logprobs is not None or s.num_candidates for s in samples)
+        self.are_plain = not any(s.slot >= 0 or s.logprobs is not None or s.num_candidates for s in of)
         self.arrays: dict[str, Tensor] = {}  # those of `shapes`, on the device, once they are there
 
     @property
@@ -68,11 +71,11 @@ class Settings:
     def write(self, host: Mapping[str, Any]) -> None:
         """Fills what `shapes` has made room for."""
         if not self.is_greedy:
-            host["temperatures"][:] = [_heat(s) for s in self._samples]
+            host["temperatures"][:] = [_heat(s) for s in self.of]
         if self.forces:
-            host["forced"][:] = [s.forced for s in self._samples]
+            host["forced"][:] = [s.forced for s in self.of]
         if self.filtered:
-            filtered = [self._samples[row] for row in self.filtered]
+            filtered = [self.of[row] for row in self.filtered]
             host["temperatures"][self.filtered] = 0.0
             host["filtered"][:] = self.filtered
             host["filtered_temperatures"][:] = [_heat(s) for s in filtered]
@@ -82,32 +85,44 @@ class Settings:
 
     def take(self, arrays: Mapping[str, Tensor]) -> None:
         """Keeps its arrays out of a step's, whose memory on a GPU is the next one's too, and else holds much more."""
-        self.arrays, self._samples = {name: arrays[name].clone() for name in self.shapes}, ()
+        self.arrays = {name: arrays[name].clone() for name in self.shapes}
 
 
-def _heat(sample: SampleRequest) -> float:
-    return max(sample.temperature, _COLDEST) if sample.temperature else 0.0
+def _heat(settings: SampleSettings) -> float:
+    return max(settings.temperature, _COLDEST) if settings.temperature else 0.0
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What a step draws, as arrays that are still on the host; made by `Sampler.plan`."""
+    """What a step draws; made by `Sampler.plan`. What of it is new is still on the host, as arrays."""
 
-    samples: Sequence[SampleRequest]
     settings: Settings
-    are_new: bool  # the settings, which no step has brought to the device
+    are_new: bool  # the settings
+    positions: Sequence[int] = ()  # of the tokens, if there is noise
+    noise: Noise | None = None
+
+    @property
+    def _new_noise(self) -> Noise | None:
+        return None if self.noise is None or self.noise.is_there else self.noise
 
     @property
     def shapes(self) -> Shapes:
         shapes = self.settings.shapes if self.are_new else {}
-        return shapes if self.settings.is_greedy else {**shapes, "keys": (torch.int32, (len(self.samples), 2))}
+        return shapes if self._new_noise is None else {**shapes, **self._new_noise.shapes}
 
     def write(self, host: Mapping[str, Any]) -> None:
         """Fills what `shapes` has made room for."""
-        if not self.settings.is_greedy:
-            host["keys"][:] = [s.key for s in self.samples]
+        if self._new_noise is not None:
+            self._new_noise.write(host)
         if self.are_new:
             self.settings.write(host)
+
+    def take(self, arrays: Mapping[str, Tensor]) -> None:
+        """Keeps what is new, for the steps that follow."""
+        if self._new_noise is not None:
+            self._new_noise.take(arrays)
+        if self.are_new:
+            self.settings.take(arrays)
 
 
 @dataclass(frozen=True)
@@ -160,26 +175,32 @@ class Sampler:
         self.tp, self.device = tp, device
         self.start, self.stop = vocabulary[tp.rank]
         self.largest_shard = max(stop - start for start, stop in vocabulary)
-        self._settings: Settings | None = None  # of the last step
+        self._last: Draws | None = None  # the last step's
         self._zeros = torch.zeros(0, device=device), torch.zeros(0, 2, dtype=torch.int32, device=device)
         self.sample_shard, self.likeliest, self.draw_filtered = ops.sample_shard, ops.likeliest, ops.draw_filtered
 
     def plan(self, samples: Sequence[SampleRequest]) -> Draws:
         """What drawing takes, for the host to send to the device."""
-        if self._settings is not None and self._settings.of == [sample.settings for sample in samples]:
-            return Draws(samples, self._settings, are_new=False)
-        return Draws(samples, Settings(samples, self.largest_shard), are_new=True)
+        of, last = [sample.settings for sample in samples], self._last
+        are_new = last is None or last.settings.of != of
+        settings = Settings(of, self.largest_shard) if last is None or are_new else last.settings
+        if settings.is_greedy:
+            return Draws(settings, are_new)
+        positions = [sample.position for sample in samples]
+        noise = None if last is None or are_new else last.noise
+        if noise is None or not noise.has(positions):
+            noise = Noise(settings.seeds, positions, 1 if are_new else _STEPS_AHEAD)
+        return Draws(settings, are_new, positions, noise)
 
     def __call__(self, logits: Tensor, draws: Draws, arrays: Mapping[str, Tensor]) -> Draw:
         """logits: [num_rows, local_vocab], contiguous, a row for each sample, of any float dtype; arrays: those of
         `draws`, on the device."""
-        settings = draws.settings
-        if draws.are_new:
-            settings.take(arrays)
-            self._settings = settings
-        if settings.is_greedy:
+        settings, noise = draws.settings, draws.noise
+        draws.take(arrays)
+        self._last = draws
+        if noise is None:
             return Draw(self._forced(self._best(logits, *self._of_greedy(len(logits))), settings))
-        keys, temperatures = arrays["keys"], settings.arrays["temperatures"]
+        keys, temperatures = noise.keys(draws.positions), settings.arrays["temperatures"]
         if not settings.filtered:
             return Draw(self._forced(self._best(logits, temperatures, keys), settings))
         rows = settings.arrays["filtered"]

@@ -6,7 +6,7 @@ from enum import Enum
 from typing import Any, Protocol
 
 from .logits_spec import LogitsSpec
-from .step import TokenLogprobs
+from .step import SampleSettings, TokenLogprobs
 
 
 class SequenceStatus(Enum):
@@ -85,6 +85,7 @@ class Sequence:
     order: int = field(init=False, default=0)  # of arrival
     slot: int | None = field(init=False, default=None)  # on the last stage's ranks, while it runs
     num_told_tokens: int = field(init=False, default=0)  # of its tokens, in that slot
+    settings: SampleSettings | None = field(init=False, default=None)  # with which its last token was drawn
     drafts: tuple[int, ...] = field(init=False, default=())  # guessed tokens in the step in flight
     num_drafted: int = field(init=False, default=0)  # guesses so far, and how many were right; forced tokens are none
     num_accepted: int = field(init=False, default=0)

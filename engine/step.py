@@ -10,16 +10,10 @@ from .logits_spec import LogitsSpec
 MAX_DRAFTS = 256  # tokens of a step, guessed or forced, that have rows of logits beside one for each sequence
 
 
-class SampleRequest(NamedTuple):  # made for each token: a dataclass takes four times as long
-    """One row of logits, and how a token is drawn from it.
+class SampleSettings(NamedTuple):
+    """How a sequence's next token is drawn: mostly as the one before, and then the very same object."""
 
-    A sequence has several in a step whose tokens go on with some that were guessed, one after each, or whose prompt
-    has several continuations: each is drawn as if it were alone.
-    """
-
-    row: int  # index in the step's token_ids: the token after which it comes
-    position: int  # of the drawn token: how many come before it
-    key: tuple[int, int]  # two int32 words for the noise, from (seed, request, position)
+    seed: int  # of its noise
     temperature: float  # 0: greedy
     top_k: int  # 0: off
     top_p: float  # 1: off
@@ -29,10 +23,17 @@ class SampleRequest(NamedTuple):  # made for each token: a dataclass takes four 
     logprobs: int | None = None  # how many of the likeliest tokens are told with their log-probabilities; -1: all
     num_candidates: int = 0  # of a beam: so many of its best continuations are told
 
-    @property
-    def settings(self) -> tuple[Any, ...]:
-        """All but where it is drawn, and with which noise: mostly what it was for the token before."""
-        return self[3:]
+
+class SampleRequest(NamedTuple):  # made for each token: a dataclass takes four times as long
+    """One row of logits, and how a token is drawn from it.
+
+    A sequence has several in a step whose tokens go on with some that were guessed, one after each, or whose prompt
+    has several continuations: each is drawn as if it were alone.
+    """
+
+    row: int  # index in the step's token_ids: the token after which it comes
+    position: int  # of the drawn token: how many come before it
+    settings: SampleSettings
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 from .sequence import Sequence
-from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, StepInput, drawn_before
-
-_MASK64 = (1 << 64) - 1
+from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, SampleSettings, StepInput, drawn_before
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,8 @@ class StepRows:
         if has_rules:
             self._tell(sequence, sequence.drafted, None)
         sample = _sample_request(sequence, row, sequence.num_tokens + len(sequence.drafted))
-        self.samples.append(sample._replace(slot=sample.slot if has_rules else -1, logprobs=None))
+        slot = sample.settings.slot if has_rules else -1
+        self.samples.append(sample._replace(settings=sample.settings._replace(slot=slot, logprobs=None)))
         self.draws.append((sequence, ()))
 
     def _mask(self, sequence: Sequence) -> None:
@@ -122,26 +121,24 @@ class StepRows:
 
 
 def _sample_request(sequence: Sequence, row: int, position: int) -> SampleRequest:
-    sample, num_output = sequence.sample, position - sequence.num_prompt_tokens
-    return SampleRequest(
-        row,
-        position,
-        noise_key(sample.seed, position) if sample.temperature else (0, 0),
+    num_output, slot = position - sequence.num_prompt_tokens, -1 if sequence.slot is None else sequence.slot
+    forced = sequence.forced[num_output] if num_output < len(sequence.forced) else -1
+    settings = sequence.settings
+    if settings is None or settings.slot != slot or settings.forced != forced:
+        settings = sequence.settings = _settings_of(sequence, slot, forced)
+    return SampleRequest(row, position, settings)
+
+
+def _settings_of(sequence: Sequence, slot: int, forced: int) -> SampleSettings:
+    sample = sequence.sample
+    return SampleSettings(
+        sample.seed if sample.temperature else 0,
         sample.temperature,
         sample.top_k,
         sample.top_p,
         sample.min_p,
-        -1 if sequence.slot is None else sequence.slot,
-        sequence.forced[num_output] if num_output < len(sequence.forced) else -1,
+        slot,
+        forced,
         sequence.logprobs,
         sequence.num_candidates,
     )
-
-
-def noise_key(seed: int, position: int) -> tuple[int, int]:
-    """Two int32 words for the noise of one position: splitmix64 (Steele et al. 2014), the position its counter."""
-    z = (seed + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
-    z ^= z >> 31
-    return (z & 0xFFFFFFFF) - (1 << 31), (z >> 32) - (1 << 31)

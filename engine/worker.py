@@ -33,7 +33,7 @@ from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss
 from .model_runner import ModelRunner, RunningStep
 from .rank_info import DraftInfo, RankInfo
 from .spinning import spin_guard
-from .step import MAX_DRAFTS, SampleRequest, StepInput
+from .step import MAX_DRAFTS, SampleRequest, SampleSettings, StepInput
 
 
 class Worker:
@@ -125,9 +125,8 @@ class Worker:
         before = torch.cuda.memory_allocated(self.device)
         ends = [stop - 1 for stop in accumulate(query_lens)]
         rows = [*ends, *range(min(MAX_DRAFTS, config.max_num_batched_tokens - num_seqs))]
-        samples = tuple(
-            SampleRequest(row, position=1, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0, key=(0, 0)) for row in rows
-        )
+        settings = SampleSettings(seed=0, temperature=1.0, top_k=0, top_p=0.9, min_p=0.0)
+        samples = tuple(SampleRequest(row, position=1, settings=settings) for row in rows)
         tables = tuple(array("i", range(-(-count // self.block_size))) for count in query_lens)
         token_ids = array("q", bytes(8 * sum(query_lens)))
         self.launch(StepInput(0, token_ids, tuple(query_lens), (0,) * num_seqs, tables, samples)).wait()

@@ -13,7 +13,7 @@ from meshlm.config import ConfigError
 from meshlm.engine.drawn_tokens import DrawnTokens
 from meshlm.engine.plan import check_fit, look_ahead
 from meshlm.engine.rank_info import RankInfo
-from meshlm.engine.step import SampleRequest, StepInput
+from meshlm.engine.step import SampleRequest, SampleSettings, StepInput
 from meshlm.mesh.collectives import Communicator
 from tiny import make_llama
 
@@ -48,7 +48,7 @@ class Wire:
 
 
 def step(step_id: int, num_samples: int = 1, ahead_of: int = 0) -> StepInput:
-    sample = SampleRequest(0, position=1, key=(0, 0), temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)
+    sample = SampleRequest(0, 1, SampleSettings(seed=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0))
     return StepInput(
         step_id, array("q", [1]), (1,), (0,), (array("i", [0]),), (sample,) * num_samples, ahead_of=ahead_of
     )

@@ -341,6 +341,7 @@ def test_step_by_step(engine: InferenceEngine) -> None:
             seen[output.request_id].append(output)
     assert [seen[one][-1].token_ids, seen[two][-1].token_ids] == expected
     assert [len(output.token_ids) for output in seen[one]] == [1, 2, 3, 4, 5, 6]
+    assert [len(output.timings.token_s) for output in seen[one]] == [1, 2, 3, 4, 5, 6]
     assert "".join(output.delta for output in seen[two]) == seen[two][-1].text
     assert engine.step() == []
 

@@ -12,14 +12,14 @@ from meshlm.engine.drawing import DrawingPlan, Drawn
 from meshlm.engine.histories import HistoryWrites
 from meshlm.engine.model_runner import RunningStep
 from meshlm.engine.sampler import Draw, Draws, Filtered, Settings
-from meshlm.engine.step import SampleRequest, StepInput
+from meshlm.engine.step import SampleRequest, SampleSettings, StepInput
 
 NOT_FINAL, FINAL = 5, 77
 
 
 def drawn(interrupts: Callable[[], None]) -> Drawn:
     """A token that is to be drawn again, from candidates that did not suffice."""
-    sample = SampleRequest(0, 1, (0, 0), 1.0, 0, 0.9, 0.0)
+    sample = SampleRequest(0, 1, SampleSettings(0, 1.0, 0, 0.9, 0.0))
     step = StepInput(1, array("q", [1]), (1,), (0,), (array("i", [0]),), (sample,))
     plan = DrawingPlan(
         step, Draws((sample,), Settings((sample,), 100), True), HistoryWrites(array("q"), array("q")), None, (), [], []

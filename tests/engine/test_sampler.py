@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from meshlm.engine.noise import Noise
 from meshlm.engine.sampler import Sampler
 from meshlm.engine.staging import Staging
-from meshlm.engine.step import SampleRequest
-from meshlm.engine.step_rows import noise_key
+from meshlm.engine.step import SampleRequest, SampleSettings
 from meshlm.kernels import eager_sample, select_ops
 from meshlm.shardformer.shard import Range, even_split
 from shards import on_ranks, splits
@@ -67,8 +68,9 @@ def sample_shard(noise: Any, logits: Tensor, temperatures: Tensor, keys: Tensor,
 
 
 def request(row: int = 0, temperature: float = 0.0, **values: Any) -> SampleRequest:
-    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "key": noise_key(0, row)}
-    return SampleRequest(row=row, position=0, temperature=temperature, **{**defaults, **values})
+    defaults = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0}
+    position = values.pop("position", row)
+    return SampleRequest(row, position, SampleSettings(temperature=temperature, **{**defaults, **values}))
 
 
 # ---- greedy ---------------------------------------------------------------------------------------------------------
@@ -110,16 +112,21 @@ def test_forced_ids_are_drawn_in_their_rows_alone(values: dict[str, Any]) -> Non
 # ---- which tokens remain --------------------------------------------------------------------------------------------
 
 
-def favour(keys: Tensor, token_ids: Tensor) -> Tensor:
-    """Noise with which row r draws token `keys[r, 0]`, if it may be drawn at all."""
-    return (token_ids.expand(len(keys), -1) == keys[:, :1]).float() * 1e6
+def favour(count: int) -> Callable[[Tensor, Tensor], Tensor]:
+    """Noise with which row r of `count` draws token r, if it may be drawn at all."""
+    noise = Noise(np.zeros(count, np.uint64), range(count), 1)
+    host = {name: np.empty(shape, np.int32) for name, (_, shape) in noise.shapes.items()}
+    noise.write(host)
+    words = torch.from_numpy(host["keys"][0, :count, 0])  # by which a row is known, wherever it is drawn
+    assert len(words.unique()) == count
+    return lambda keys, token_ids: (words[token_ids.long()] == keys[:, :1]).float() * 1e6
 
 
 def kept(logits: Tensor, shards: Sequence[Range] | None = None, **values: Any) -> set[int]:
     """The tokens of one row of logits that can be drawn, each tried."""
     vocab_size = len(logits)
-    samples = [request(r, key=(r, 0), **values) for r in range(vocab_size)]
-    drawn = draw(logits.expand(vocab_size, -1), samples, shards, noise=favour)
+    samples = [request(r, **values) for r in range(vocab_size)]
+    drawn = draw(logits.expand(vocab_size, -1), samples, shards, noise=favour(vocab_size))
     return {token for row, token in enumerate(drawn) if row == token}
 
 
@@ -243,7 +250,7 @@ def test_draws_have_the_exact_probabilities(values: dict[str, Any]) -> None:
     """Chi-square; the bound is that of p = 1e-4 for as many degrees of freedom as there are tokens, at most 8."""
     logits = torch.tensor([0.3, 2.0, -1.0, 1.1, 0.0, -2.5, 1.6, 0.9])
     count = 30_000
-    samples = [request(r, key=noise_key(17 + r // 100, r % 100), **values) for r in range(count)]
+    samples = [request(r, seed=17 + r // 100, position=r % 100, **values) for r in range(count)]
     drawn = draw(logits.expand(count, -1), samples, [(0, 3), (3, 4), (4, 8)])
     seen = torch.bincount(torch.tensor(drawn), minlength=8).double()
     filters = {name: value for name, value in values.items() if name != "temperature"}
@@ -264,7 +271,7 @@ def mixed(count: int) -> list[SampleRequest]:
         {"temperature": 1.2, "min_p": 0.01, "top_k": 400},
         {"temperature": 3.0, "forced": 3},
     ]
-    return [request(r, key=noise_key(r % 7, r), **kinds[r % len(kinds)]) for r in range(count)]
+    return [request(r, seed=r % 7, **kinds[r % len(kinds)]) for r in range(count)]
 
 
 def test_the_same_ids_on_any_shards() -> None:

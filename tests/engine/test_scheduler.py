@@ -20,8 +20,7 @@ from meshlm.engine.logits_spec import LogitsSpec
 from meshlm.engine.scheduler import ScheduledStep, Scheduler
 from meshlm.engine.sequence import EXPECTED_TOKENS, SampleSpec, Sequence, SequenceStatus
 from meshlm.engine.speculation.speculator import DrafterSpeculator, DraftModelSpeculator
-from meshlm.engine.step import StepOutput, TokenLogprobs, drawn_before
-from meshlm.engine.step_rows import noise_key
+from meshlm.engine.step import SampleSettings, StepOutput, TokenLogprobs, drawn_before
 
 
 def make(num_blocks: int = 64, block_size: int = 4, **values: Any) -> Scheduler:
@@ -557,24 +556,16 @@ def test_new_sequences_fill_a_stage_that_would_idle() -> None:
     assert [counts(first), counts(second)] == [{"a": 4}, {"b": 4}]
 
 
-# ---- noise ----------------------------------------------------------------------------------------------------------
+# ---- samples --------------------------------------------------------------------------------------------------------
 
 
-def test_noise_keys_are_two_int32_words_all_different() -> None:
-    keys = {noise_key(seed, position) for seed in (0, 1, 2, 2**63 - 1, 2**63) for position in range(2000)}
-    assert len(keys) == 10000
-    assert all(-(2**31) <= word < 2**31 for key in keys for word in key)
-    assert noise_key(5, 9) == noise_key(5, 9)
-
-
-def test_sampled_requests_carry_their_key_and_greedy_ones_none() -> None:
+def test_sampled_requests_carry_their_seed_and_greedy_ones_none() -> None:
     scheduler = make()
-    add(scheduler, "greedy", [1, 2])
+    add(scheduler, "greedy", [1, 2], sample=SampleSpec(seed=5))
     add(scheduler, "sampled", [1, 2, 3], sample=SampleSpec(0.5, 7, 0.9, 0.1, seed=11))
     greedy, sampled = next_step(scheduler).input.samples
-    assert (greedy.temperature, greedy.key) == (0.0, (0, 0))
-    assert (sampled.temperature, sampled.top_k, sampled.top_p, sampled.min_p) == (0.5, 7, 0.9, 0.1)
-    assert sampled.key == noise_key(11, 3)
+    assert greedy == (1, 2, SampleSettings(0, 0.0, 0, 1.0, 0.0))
+    assert sampled == (4, 3, SampleSettings(11, 0.5, 7, 0.9, 0.1))
 
 
 # ---- as a whole -----------------------------------------------------------------------------------------------------
@@ -966,12 +957,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             if fails_after(sequence, tokens_before):
                 errors.append((number, "failed"))
             if sequence.logits is not None:
-                spec, tokens = self.slots[sample.slot]
+                spec, tokens = self.slots[sample.settings.slot]
                 assert spec is sequence.logits
                 assert not spec.needs_history or tuple(tokens[: sample.position]) == tokens_before
             drawn.append((guess if given.model else draw)(sequence, tokens_before))
-            told.append(likeliest(tokens_before) if sample.num_candidates else None)
-            assert sample.forced in (-1, drawn[-1])
+            told.append(likeliest(tokens_before) if sample.settings.num_candidates else None)
+            assert sample.settings.forced in (-1, drawn[-1])
         if given.model:
             return StepOutput(given.step_id, tuple(drawn))
         first = 0

@@ -10,7 +10,7 @@ import torch
 from meshlm.engine import staging
 from meshlm.engine.drawing import Drawing
 from meshlm.engine.staging import HostRing, Staging, num_bytes, views
-from meshlm.engine.step import SampleRequest, StepInput, drawn_before
+from meshlm.engine.step import SampleRequest, SampleSettings, StepInput, drawn_before
 from meshlm.engine.step_arrays import known_tokens, sequences_of, step_shapes, token_shapes, write_step
 from meshlm.kernels import select_ops
 from meshlm.kernels.batch import PagedBatch
@@ -90,7 +90,7 @@ def test_a_ring_of_one_while_nothing_is_under_way() -> None:
 
 
 def sample(row: int) -> SampleRequest:
-    return SampleRequest(row, position=1, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, key=(0, 0))
+    return SampleRequest(row, 1, SampleSettings(seed=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0))
 
 
 def step_of(query_lens: Any, contexts: Any, tables: Any, samples: Any) -> StepInput:
