@@ -12,13 +12,15 @@ goes by how many different things it calls. So a step's numbers are written stra
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..kernels.cpu import Pool, Tape, lent, recording
+from ..kernels.batch import PagedBatch
+from ..kernels.cpu import Extent, Pool, Tape, VaryingTape, lent, recording
 from ..mesh.collectives import Communicator
+from ..shardformer.backends import AttentionMetadata
 from ..shardformer.base import Stage
 from .drawing import Head
 from .recordings import DecodeRecordings
@@ -26,7 +28,10 @@ from .staging import Sent
 from .step import StepInput, drawn_before
 from .step_arrays import token_shapes
 
+T = TypeVar("T")
+
 LARGEST = 64  # sequences: with more, a step is long beside what its calls take
+MOST_TOKENS = 2048  # of a step with prompts: the same
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class DecodeTapes(DecodeRecordings):
         self._inputs: dict[int, dict[str, Any]] = {}
         self._flat_tables: Any = memoryview(self._tables.view(-1).numpy())  # type: ignore[arg-type]
         self.spoiled: str | None = None  # why this stage's steps cannot be replayed
+        self._prompts: VaryingTape | None = None  # what steps of others than decodes begin with
+        self._most_tokens = MOST_TOKENS
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -98,7 +105,7 @@ class DecodeTapes(DecodeRecordings):
         self._heads[size] = _Head(tape, lent(logits)) if tape.is_one_call else self._stage.logits
         return logits
 
-    def _on_tape(self, function: Callable[[], Tensor]) -> tuple[Tape, Tensor]:
+    def _on_tape(self, function: Callable[[], T]) -> tuple[Tape, T]:
         """What it calls, and what it gives."""
         tape = Tape(self._pool)
         self._tp.record_on(tape.do)
@@ -107,6 +114,38 @@ class DecodeTapes(DecodeRecordings):
                 return tape, function()
         finally:
             self._tp.record_on(None)
+
+    # ---- steps with prompts -------------------------------------------------------------------------------------
+
+    def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """All but the end of it is replayed, once as many tokens were recorded."""
+        num_tokens, stage = len(x), self._stage
+        batch = next(iter(metadata.plans.values()))
+        if not 1 < num_tokens <= self._most_tokens or not isinstance(batch, PagedBatch):
+            return super().run(x, metadata)
+        x = stage.embed(x, metadata)
+        extent = Extent(num_tokens, *batch.block_tables.shape)
+        inputs = {
+            "x": x,
+            "positions": metadata.positions,
+            "slots": metadata.slots,
+            "block_tables": batch.block_tables,
+            "query_starts": batch.query_starts,
+            "key_lens": batch.key_lens,
+        }
+        if self._prompts is not None and num_tokens <= self._prompts.most_tokens:
+            begun = self._prompts.replay(extent, inputs)
+        else:
+            self._prompts = None  # what it holds is there for the next
+            tape, begun = self._on_tape(lambda: [*stage.begin(x, metadata)])
+            try:
+                self._prompts = VaryingTape(tape, extent, inputs, begun)
+            except ValueError:  # with fewer it may be: some products are torch's of many rows alone
+                self._most_tokens = num_tokens // 2
+        h, residual = begun
+        assert h is not None
+        hidden = stage.end(h, residual, metadata)
+        return hidden.clone() if hidden is h else hidden  # it is sent while the next step is replayed
 
 
 @dataclass(frozen=True)

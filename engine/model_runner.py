@@ -140,7 +140,7 @@ class ModelRunner:
         else:
             x = torch.empty(step.num_tokens, stage.spec.hidden_size, dtype=stage.dtype, device=stage.device)
             waited = self._receive(x)
-        return stage(x, metadata), waited
+        return (stage(x, metadata) if self.graphs is None else self.graphs.run(x, metadata)), waited
 
     def _replay(self, step: StepInput, size: int, sent: Sent) -> tuple[Tensor, float]:
         """The same from a recording."""

@@ -53,6 +53,11 @@ class DecodeRecordings(ABC):
     def replay(self, size: int) -> Tensor:
         """Hidden states [size, hidden], until the next replay."""
 
+    def run(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """A forward of a step that has no size."""
+        hidden: Tensor = self._stage(x, metadata)
+        return hidden
+
     def head(self, size: int) -> Head:
         """Gives the logits of all that `replay` has given, until the next replay."""
         return self._stage.logits

@@ -48,6 +48,19 @@ class Stage(nn.Module, ABC):
         tokens that `metadata.wanted` names, where it does.
         """
 
+    def embed(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        """How `forward` begins."""
+        return x
+
+    def begin(self, x: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor | None]:
+        """How it goes on: the part that may be recorded for any number of tokens, with which all do the same."""
+        return x, None
+
+    def end(self, x: Tensor, residual: Tensor | None, metadata: AttentionMetadata) -> Tensor:
+        """The rest of it, of what `begin` gave."""
+        out: Tensor = self(x, metadata)
+        return out
+
     @abstractmethod
     def logits(self, hidden: Tensor) -> Tensor:
         """Last stage: [num_rows, hidden] -> logits of this rank's vocabulary [num_rows, local_vocab], in float32 or

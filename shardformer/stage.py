@@ -154,13 +154,23 @@ class PipelineStage(Stage):
 
     def forward(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
         """What it gives is the residual stream with everything added."""
-        if self.embedding is not None:
-            x = self.embedding(x, metadata.positions)
+        return self.end(*self.begin(self.embed(x, metadata), metadata), metadata)
+
+    def embed(self, x: Tensor, metadata: AttentionMetadata) -> Tensor:
+        return x if self.embedding is None else self.embedding(x, metadata.positions)
+
+    def begin(self, x: Tensor, metadata: AttentionMetadata) -> tuple[Tensor, Tensor | None]:
+        """All layers but the model's last one, which may not give all tokens; x and residual."""
         residual: Tensor | None = None
         rotaries: Any = (*self.rotaries,)  # a ModuleList looks an item up by its name, each time
-        last = len(self.layers) - 1 if self.is_last else None
-        for number, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, rotaries, metadata, metadata.wanted if number == last else None)
+        layers = [*self.layers]
+        for layer in layers[:-1] if self.is_last else layers:
+            x, residual = layer(x, residual, rotaries, metadata)
+        return x, residual
+
+    def end(self, x: Tensor, residual: Tensor | None, metadata: AttentionMetadata) -> Tensor:
+        if self.is_last:
+            x, residual = self.layers[-1](x, residual, (*self.rotaries,), metadata, metadata.wanted)
         return x if residual is None else x + residual
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -4,5 +4,6 @@ from .build import Unavailable
 from .linear import CpuLinear
 from .ops import CpuOps
 from .tape import Pool, Tape, lent, recording
+from .varying import Extent, VaryingTape
 
-__all__ = ["CpuLinear", "CpuOps", "Pool", "Tape", "Unavailable", "lent", "recording"]
+__all__ = ["CpuLinear", "CpuOps", "Extent", "Pool", "Tape", "Unavailable", "VaryingTape", "lent", "recording"]

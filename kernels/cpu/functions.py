@@ -13,7 +13,8 @@ from .tape import current_tape
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 Function = Callable[..., None]
-_TYPES = {"i": c_int, "l": c_long, "f": c_float, "p": c_void_p}
+POINTER, ROWS, SEQUENCES, BLOCKS = "pnsb"  # letters of a signature; the others: i int, l long, f float
+_TYPES = {"i": c_int, "l": c_long, "f": c_float, POINTER: c_void_p, ROWS: c_long, SEQUENCES: c_long, BLOCKS: c_long}
 
 
 class Functions:
@@ -32,7 +33,9 @@ def address(x: Tensor | None) -> int | None:
 
 
 def function(library: CDLL, name: str, signature: str) -> Function:
-    """signature: a letter an argument: i int, l long, f float, p pointer. A tape that records notes its calls."""
+    """signature: a letter an argument; of what is done with a step's tokens, all that counts these, or as many times
+    them, are `ROWS`, and what counts its sequences, and the blocks that the longest may have, the next two. A tape that
+    records notes its calls."""
     native = getattr(library, name)
     native.argtypes = [_TYPES[letter] for letter in signature]
     native.restype = None

@@ -18,11 +18,11 @@ class CpuLinear(Functions):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         library = self._library
-        self._linear_plain = function(library, "linear_plain", "ipppp" + "lllli")
-        self._linear_packed = function(library, "linear_packed", "ipppp" + "llli")
-        self._embedding_packed = function(library, "embedding_packed", "ippp" + "lllli")
-        self._linear_compact = function(library, "linear_compact", "iipppp" + "llli")
-        self._embedding_compact = function(library, "embedding_compact", "ippp" + "lllli")
+        self._linear_plain = function(library, "linear_plain", "ipppp" + "nllli")
+        self._linear_packed = function(library, "linear_packed", "ipppp" + "nlli")
+        self._embedding_packed = function(library, "embedding_packed", "ippp" + "nllli")
+        self._linear_compact = function(library, "linear_compact", "iipppp" + "nlli")
+        self._embedding_compact = function(library, "embedding_compact", "ippp" + "nllli")
         self._expand_compact = function(library, "expand_compact", "ipp" + "llli")
         self._compact_bytes = question(library, "compact_bytes", "ip" + "lll" + "pi")
         self._compact_weight = function(library, "compact_weight", "ip" + "lll" + "pp" + "li")

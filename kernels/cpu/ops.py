@@ -23,11 +23,11 @@ class CpuOps(Functions):
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__(dtype)
         library = self._library
-        self._add_rms_norm = function(library, "add_rms_norm", "i" + "p" * 5 + "l" * 5 + "ffi")
-        self._add_layer_norm = function(library, "add_layer_norm", "i" + "p" * 6 + "l" * 5 + "fii")
-        self._activation = function(library, "activation", "iii" + "pp" + "llli")
-        self._rotary_store_kv = function(library, "rotary_store_kv", "i" + "p" * 10 + "l" * 12 + "ii")
-        self._store_kv = function(library, "store_kv", "i" + "p" * 5 + "l" * 8 + "i")
+        self._add_rms_norm = function(library, "add_rms_norm", "i" + "p" * 5 + "nllll" + "ffi")
+        self._add_layer_norm = function(library, "add_layer_norm", "i" + "p" * 6 + "nllll" + "fii")
+        self._activation = function(library, "activation", "iii" + "pp" + "nlli")
+        self._rotary_store_kv = function(library, "rotary_store_kv", "i" + "p" * 10 + "n" + "l" * 11 + "ii")
+        self._store_kv = function(library, "store_kv", "i" + "p" * 5 + "n" + "l" * 7 + "i")
         self._route = function(library, "route", "ippppllliifllii")
         self._plan_experts = function(library, "plan_experts", "pppplll")
         self._grouped_linear = function(library, "grouped_linear", "i" + "p" * 6 + "lllli")
@@ -39,7 +39,7 @@ class CpuOps(Functions):
         self._likeliest = function(library, "likeliest", "ippppp" + "lllii")
         self._draw_filtered = function(library, "draw_filtered", "pppppp" + "lli")
         self._apply_bitmask = function(library, "apply_bitmask", "ppp" + "lllli")
-        self._paged_attention = function(library, "paged_attention", "i" + "p" * 7 + "l" * 8 + "fflppi")
+        self._paged_attention = function(library, "paged_attention", "i" + "p" * 7 + "sb" + "l" * 6 + "fflppi")
         self.head_dim_multiple: int = library.head_dim_multiple()
         self.max_head_dim: int = library.max_head_dim()
 

@@ -26,11 +26,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _ALIGNMENT = 64
-_SLOTS = {"i": "q", "l": "q", "p": "Q", "f": "f4x"}  # an `Argument`, by the letter of a signature
+_SLOTS = {"i": "q", "l": "q", "p": "Q", "f": "f4x", "n": "q", "s": "q", "b": "q"}  # an `Argument`, by its letter
 
 
 class Pool:
@@ -65,7 +66,7 @@ class Tape:
         self.pool = pool
         self.spoiled: str | None = None
         self._parts: list[Callable[[], object]] = []
-        self._calls: list[tuple[int, bytes]] = []  # since the last part: address of a function, its arguments
+        self._calls: list[tuple[int, str, bytes]] = []  # since the last part: address, signature, arguments
         self._library: CDLL | None = None
 
     def call(self, library: CDLL, name: str, signature: str, arguments: tuple[Any, ...]) -> None:
@@ -74,7 +75,7 @@ class Tape:
         assert function is not None
         self._library = library
         packed = struct.pack("=" + "".join(_SLOTS[letter] for letter in signature), *(a or 0 for a in arguments))
-        self._calls.append((function, packed))
+        self._calls.append((function, signature, packed))
 
     def do(self, function: Callable[[], object]) -> None:
         """Notes that something was done in Python."""
@@ -85,22 +86,32 @@ class Tape:
         if not self._calls:
             return
         assert self._library is not None
-        arguments = b"".join(packed for _, packed in self._calls)
+        arguments = b"".join(packed for *_, packed in self._calls)
         memory = (c_char * len(arguments)).from_buffer_copy(arguments)
         table, base = array("Q"), addressof(memory)
-        for function, packed in self._calls:
+        for function, _, packed in self._calls:
             table.extend((function, base))
             base += len(packed)
         run = self._library.run_calls
         run.argtypes, run.restype = (c_void_p, c_long), None
-        count = len(self._calls)
-        self._parts.append(_Calls(run, table, count, memory))
+        signatures = [signature for _, signature, _ in self._calls]
+        self._parts.append(_Calls(run, table, signatures, memory))
         self._calls = []
 
     @property
     def is_one_call(self) -> bool:
         """Whether all that is recorded are C++ ops."""
         return self.spoiled is None and all(isinstance(part, _Calls) for part in self._parts)
+
+    def arguments(self) -> tuple[list[str], NDArray[np.int64]]:
+        """Of a recording of C++ ops alone: their signatures, and all their arguments one after the other, eight bytes
+        each, which may be changed between replays."""
+        assert self.is_one_call
+        calls = [part for part in self._parts if isinstance(part, _Calls)]
+        if not calls:
+            return [], np.zeros(0, np.int64)
+        (only,) = calls
+        return only.signatures, np.frombuffer(only.arguments, np.int64)
 
     def replay(self) -> None:
         for part in self._parts:
@@ -110,9 +121,11 @@ class Tape:
 class _Calls:
     """One call for many."""
 
-    def __init__(self, run: Callable[[int, int], None], table: "array[int]", count: int, arguments: object) -> None:
-        self._call = partial(run, table.buffer_info()[0], count)
-        self._kept = table, arguments
+    def __init__(
+        self, run: Callable[[int, int], None], table: "array[int]", signatures: list[str], arguments: Any
+    ) -> None:
+        self._call = partial(run, table.buffer_info()[0], len(signatures))
+        self._table, self.signatures, self.arguments = table, signatures, arguments
 
     def __call__(self) -> None:
         self._call()

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, SamplingParams
 from meshlm.engine.decode_tapes import DecodeTapes
-from meshlm.kernels.cpu import Tape, Unavailable
+from meshlm.kernels import linear
+from meshlm.kernels.cpu import Extent, Tape, Unavailable, VaryingTape
 from meshlm.kernels.cpu.build import load_library
+from meshlm.kernels.crossover import ROWS
 from tiny import make_llama
 
 try:
@@ -95,6 +98,52 @@ def test_others_than_decodes_and_large_batches_are_not_recorded(
         run(engine)
         tapes = tapes_of(engine)
         assert tapes is not None and set(tapes._recorded) == {1, 2}
+
+
+@pytest.fixture
+def prompts_replayed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Tokens of each step that was replayed for another number of them."""
+    seen: list[int] = []
+    replay = VaryingTape.replay
+
+    def spy(self: VaryingTape, extent: Extent, inputs: Any) -> list[Tensor | None]:
+        seen.append(extent.num_tokens)
+        return replay(self, extent, inputs)
+
+    monkeypatch.setattr(VaryingTape, "replay", spy)
+    yield seen
+
+
+def test_steps_with_prompts_are_replayed_for_fewer_tokens(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, prompts_replayed: list[int]
+) -> None:
+    monkeypatch.setattr(linear, "streamed_rows", lambda *_: ROWS[-1])  # all products by our own op
+    config = CONFIG.replace(enable_prefix_caching=False)
+    alone = [list(range(count)) for count in (9, 24, 2, 17, 24, 3)]
+    each = lambda: [engine.generate(prompt, PARAMS[0], progress=False)[0].token_ids for prompt in alone]  # noqa: E731
+    with InferenceEngine(model, config.replace(cuda_graphs=False)) as engine:
+        expected, expected_alone = run(engine), each()
+    with InferenceEngine(model, config) as engine:
+        assert each() == expected_alone
+        assert prompts_replayed == [2, 17, 24, 3], "recorded with 9 tokens, anew with 24"
+        assert run(engine) == run(engine) == expected
+        tapes = tapes_of(engine)
+        assert tapes is not None and tapes._prompts is not None and tapes._prompts.most_tokens == 24
+    assert len(prompts_replayed) > 8
+
+
+def test_steps_whose_products_are_torchs_own_are_not(
+    model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch, prompts_replayed: list[int]
+) -> None:
+    """Of many rows oneDNN's may be the faster one."""
+    monkeypatch.setattr(linear, "streamed_rows", lambda *_: 8)
+    with InferenceEngine(model, CONFIG.replace(cuda_graphs=False)) as engine:
+        expected = run(engine)
+    with InferenceEngine(model, CONFIG) as engine:
+        assert run(engine) == run(engine) == expected
+        tapes = tapes_of(engine)
+        assert tapes is not None and tapes._most_tokens <= 12
+    assert max(prompts_replayed, default=0) <= 8
 
 
 @pytest.mark.slow
