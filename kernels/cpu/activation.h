@@ -24,11 +24,20 @@ static inline vfloat normal_tail(vfloat x) {
   return p * t * exp(x * x * -0.5f);
 }
 
+// e^x to be divided by: as far from `exp` as rounding x by one place in the last takes it, and above 89 infinite.
+static inline vfloat divisor(vfloat x) {
+#if defined(__AVX512DQ__)
+  return power_of_2(x * LOG2_E);
+#else
+  return exp(x);
+#endif
+}
+
 template <Kind KIND> static inline vfloat activated(vfloat x) {
-  if constexpr (KIND == SILU) return x / (1.0f + exp(-x));
-  if constexpr (KIND == QUICK_GELU) return x / (1.0f + exp(x * -1.702f));
+  if constexpr (KIND == SILU) return x / (1.0f + divisor(-x));
+  if constexpr (KIND == QUICK_GELU) return x / (1.0f + divisor(x * -1.702f));
   if constexpr (KIND == GELU_TANH)  // (1 + tanh(t)) / 2 = 1 / (1 + exp(-2t)); 2 * sqrt(2 / pi)
-    return x / (1.0f + exp((x + 0.044715f * x * x * x) * -1.5957691216f));
+    return x / (1.0f + divisor((x + 0.044715f * x * x * x) * -1.5957691216f));
   if constexpr (KIND == GELU) {
     vfloat tail = normal_tail(x < 0.0f ? -x : x);
     return x * (x < 0.0f ? tail : 1.0f - tail);

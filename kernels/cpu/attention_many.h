@@ -31,22 +31,20 @@ template <class X> static inline X in_register(X x) {
   return x;
 }
 
-// c[j][row] = c[j][row] * scale[row] (0 without) + sum over steps of a[j][step] * b[step][row] for J rows a. highest: of
-// each row of c, if asked for.
-template <class T, int V, int J>
-static inline void multiply(float* c, const typename Step<T>::Row* const* a, long a_step,
-                            const typename Step<T>::Row* b, int steps, const vfloat* scale, vfloat* highest = nullptr) {
+// c[j][row] = c[j][row] * scale[row] (0 without) + sum over steps of a(j, step) * b[step][row] for J rows, of which `a` says
+// where they are. highest: of each row of c, if asked for.
+template <class T, int V, int J, class A>
+static inline void multiply(float* c, A a, const typename Step<T>::Row* b, int steps, const vfloat* scale,
+                            vfloat* highest = nullptr) {
   typedef Step<T> S;
   vfloat sums[J][V];
   for (int j = 0; j < J; j++)
     for (int v = 0; v < V; v++) sums[j][v] = scale ? load(c + j * ROWS + v * W) * scale[v] : vfloat{};
-  const typename S::Row* from[J];
-  for (int j = 0; j < J; j++) from[j] = a[j];
   for (int k = 0; k < steps; k++, b += ROWS * S::N) {
     decltype(S::vector(b)) row[V];
     for (int v = 0; v < V; v++) row[v] = in_register(S::vector(b + v * W * S::N));
     for (int j = 0; j < J; j++) {
-      const auto x = S::row(from[j] + k * a_step);
+      const auto x = S::row(a(j, k));
       for (int v = 0; v < V; v++) sums[j][v] = S::add(sums[j][v], x, row[v]);
     }
   }
@@ -148,6 +146,7 @@ static inline void weigh(Tile<T>& tile, int count, float to_exponent, vfloat* hi
 
 template <class T, int V> void attend_many(const Arguments& a, const ManyTask& task, Tile<T>& tile) {
   typedef Step<T> S;
+  typedef typename S::Row Row;
   constexpr int J = at_once(V);
   const Rows rows(a, task.sequence, task.kv_head);
   const Cache<T> cache(a, task.sequence, task.kv_head);
@@ -172,7 +171,7 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
   for (int v = 0; v < V; v++) maximum[v] = load(maxima + v * W), total[v] = splat(a.sinks ? 1 : 0);
 
   const T *keys[TILE_KEYS], *values[TILE_KEYS];
-  const typename S::Row *converted[TILE_KEYS], *value_rows[J];
+  const Row *converted[TILE_KEYS];
   const long first_query = position[0], last_query = position[V * W - 1], stop = last_query + 1;
   for (long start = a.window ? std::max(0l, first_query - a.window + 1) : 0; start < stop; start += TILE_KEYS) {
     const int count = std::min<long>(TILE_KEYS, stop - start);
@@ -183,9 +182,12 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
     const int changed = all ? 0 : std::clamp<long>(first_query + 1 - start, 0, count) / J * J;
     vfloat highest[V];
     for (int v = 0; v < V; v++) highest[v] = splat(-INFINITY);
-    for (int n = 0; n < count; n += J)
-      multiply<T, V, J>(tile.scores + n * ROWS, key_rows + n, S::N, tile.query, head_dim / S::N, nullptr,
-                        n < changed ? highest : nullptr);
+    for (int n = 0; n < count; n += J) {
+      const Row* key[J];
+      std::copy_n(key_rows + n, J, key);
+      const auto at = [&](int j, int step) { return key[j] + step * S::N; };
+      multiply<T, V, J>(tile.scores + n * ROWS, at, tile.query, head_dim / S::N, nullptr, n < changed ? highest : nullptr);
+    }
     for (int n = changed; n < count; n++)
       for (int v = 0; v < V; v++) {
         float* s = tile.scores + n * ROWS + v * W;
@@ -195,11 +197,14 @@ template <class T, int V> void attend_many(const Arguments& a, const ManyTask& t
         highest[v] = max(highest[v], x);
       }
     weigh<T, V>(tile, count, to_exponent, highest, maximum, total, decay);
-    pack_values(values, count, value_dim, tile.values);
+    constexpr bool in_place = std::is_same_v<T, Row> && S::N == 1;  // a step takes one value, and can where it lies
+    if constexpr (!in_place) pack_values(values, count, value_dim, tile.values);
     for (int i = 0; i < value_dim; i += J) {
-      for (int j = 0; j < J; j++) value_rows[j] = tile.values + (i + j) * S::N;
-      multiply<T, V, J>(tile.out + i * ROWS, value_rows, value_dim * S::N, tile.weights, (count + S::N - 1) / S::N,
-                        decay);
+      const auto at = [&](int j, int step) -> const Row* {
+        if constexpr (in_place) return values[step] + i + j;
+        else return tile.values + (step * value_dim + i + j) * S::N;
+      };
+      multiply<T, V, J>(tile.out + i * ROWS, at, tile.weights, (count + S::N - 1) / S::N, decay);
     }
   }
   for (int v = 0; v < V; v++) {

@@ -190,8 +190,8 @@ static inline vfloat exp(vfloat x) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// 2^x for x <= 0 by a polynomial of least relative error over a unit of x: 7e-5 of the result where it is rounded to
-// bfloat16, 1e-7 else. 0 below -150; without AVX512 what is below 2^-126 counts as that.
+// 2^x by a polynomial of least relative error over a unit of x: 7e-5 of the result where it is rounded to bfloat16, 1e-7
+// else. 0 below -150; without AVX512 for x <= 0 alone, and what is below 2^-126 counts as that.
 template <bool COARSE = false> static inline vfloat power_of_2(vfloat x) {
   vfloat p;
 #if defined(__AVX512DQ__)

@@ -22,7 +22,7 @@ def drawn(interrupts: Callable[[], None]) -> Drawn:
     sample = SampleRequest(0, 1, SampleSettings(0, 1.0, 0, 0.9, 0.0))
     step = StepInput(1, array("q", [1]), (1,), (0,), (array("i", [0]),), (sample,))
     plan = DrawingPlan(
-        step, Draws((sample,), Settings((sample,), 100), True), HistoryWrites(array("q"), array("q")), None, (), [], []
+        step, Draws(Settings((sample.settings,), 100), True), HistoryWrites(array("q"), array("q")), None, (), [], []
     )
     noise, filters = torch.zeros(1, 2, dtype=torch.int32), torch.zeros(3, 1)
     filtered = Filtered(torch.tensor([0]), torch.zeros(1, 100), torch.ones(1), noise, filters, 8, True)
