@@ -108,7 +108,7 @@ class DecodeTapes(DecodeRecordings):
     def _on_tape(self, function: Callable[[], T]) -> tuple[Tape, T]:
         """What it calls, and what it gives."""
         tape = Tape(self._pool)
-        self._tp.record_on(tape.do)
+        self._tp.record_on(tape)
         try:
             with recording(tape), torch.inference_mode():
                 return tape, function()

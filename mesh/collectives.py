@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from .process_group_mesh import Axes, CollectiveError, ProcessGroupMesh
-from .shared_memory import SharedMemory, SharedMemoryError
+from .shared_memory import Recorder, SharedMemory, SharedMemoryError
 
 T = TypeVar("T")
 ReduceOp = Literal["sum", "max", "min"]
@@ -69,7 +69,7 @@ class Communicator:
             "min": _reduce_options(dist.ReduceOp.MIN),
         }
 
-    def record_on(self, tape: Callable[[Callable[[], object]], None] | None) -> None:
+    def record_on(self, tape: Recorder | None) -> None:
         """From here on the tape is given what each collective of the group does, to be done again on the same tensors;
         None: no longer."""
         assert self.on_tape
@@ -220,13 +220,17 @@ class SharedCommunicator(Communicator):
         self._shared = shared
         self._receives: list[deque[SharedReceive]] = [deque() for _ in self.ranks]  # begun, not done, by peer
 
-    def record_on(self, tape: Callable[[Callable[[], object]], None] | None) -> None:
+    def record_on(self, tape: Recorder | None) -> None:
         self._shared.tape = tape  # the group's, whoever else has a communicator of it
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp = "sum") -> torch.Tensor:
         if not tensor.is_cpu or not tensor.is_contiguous() or not self._shared.reduces(tensor.dtype):
             return super().all_reduce(tensor, op)
-        self._collective(f"all_reduce({op})", tensor, self._shared.all_reduce, tensor, op)
+        operation = f"all_reduce({op})"
+        if self._shared.tape is not None:
+            failed = partial(self._do, operation, tensor, self._shared.fail)
+            self._shared.record_all_reduce(self._shared.tape, tensor, op, failed)
+        self._do(operation, tensor, self._shared.all_reduce, tensor, op)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -268,7 +272,7 @@ class SharedCommunicator(Communicator):
         self, operation: str, tensor: torch.Tensor | None, function: Callable[..., None], *arguments: Any
     ) -> None:
         if self._shared.tape is not None:
-            self._shared.tape(partial(self._do, operation, tensor, function, *arguments))
+            self._shared.tape.do(partial(self._do, operation, tensor, function, *arguments))
         self._do(operation, tensor, function, *arguments)
 
     def _do(self, operation: str, tensor: torch.Tensor | None, function: Callable[..., None], *arguments: Any) -> None:

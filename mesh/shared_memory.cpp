@@ -307,6 +307,11 @@ int shm_all_reduce(Group* group, int dtype, int op, void* data, long count, long
   return kMismatch;
 }
 
+// The same by arguments that lie in memory, eight bytes each.
+int shm_all_reduce_call(const int64_t* a) {
+  return shm_all_reduce(reinterpret_cast<Group*>(a[0]), a[1], a[2], reinterpret_cast<void*>(a[3]), a[4], a[5]);
+}
+
 // `bytes` of each rank to gathered[rank].
 int shm_all_gather(Group* group, const char* data, char* gathered, long bytes, long timeout_ns) {
   for (int64_t first = 0; first < bytes; first += group->slot_bytes) {

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -34,6 +34,22 @@ _SLOT_BYTES = 512 << 10  # what a rank brings to one round of a collective
 _BOX_BYTES = 64 << 20  # what can be under way to a peer that is late; touched bit by bit while it is never empty
 TOKEN_BYTES = 16
 _SPIN_NS, _SPIN_CROWDED_NS = 200_000, 0  # of a wait, with a core for each rank and without
+
+
+class Recorder(Protocol):
+    """What notes what is done, so that it can be done again."""
+
+    def do(self, function: Callable[[], object], /) -> None:
+        """By calling this."""
+
+    def call(
+        self, function: int, signature: str, arguments: tuple[Any, ...], failed: Callable[[int], object], /
+    ) -> None:
+        """By calling the `int(const int64_t* arguments)` at this address.
+
+        signature: a letter for each argument: p pointer, i int, l long, n long that counts elements of rows of which
+        there may be others then. failed: called with what it gives, unless that is 0.
+        """
 
 
 class SharedMemoryError(RuntimeError):
@@ -63,7 +79,7 @@ class SharedMemory:
             _SPIN_CROWDED_NS if crowded else _SPIN_NS,
         )
         self._left = False
-        self.tape: Callable[[Callable[[], object]], None] | None = None  # see `Communicator.record_on`
+        self.tape: Recorder | None = None  # see `Communicator.record_on`
         self._all_reduce = self._library.shm_all_reduce
         has_half = bool(self._library.shm_has_half())
         self._reduced = {d: code for d, code in REDUCED.items() if has_half or d is not torch.float16}
@@ -78,7 +94,15 @@ class SharedMemory:
         code, count = self._reduced[tensor.dtype], tensor.numel()
         status = self._all_reduce(self._group, code, _OPERATIONS[op], tensor.data_ptr(), count, self._timeout_ns)
         if status:
-            self._fail(status)
+            self.fail(status)
+
+    def record_all_reduce(self, tape: Recorder, tensor: torch.Tensor, op: str, failed: Callable[[int], object]) -> None:
+        """Lets the tape do it again by a call of its own, as far as nothing fails: then `failed` is to `fail`."""
+        code, count = self._reduced[tensor.dtype], tensor.numel()
+        function = ctypes.cast(self._library.shm_all_reduce_call, ctypes.c_void_p).value
+        assert function is not None
+        arguments = (self._group, code, _OPERATIONS[op], tensor.data_ptr(), count, self._timeout_ns)
+        tape.call(function, "piipnl", arguments, failed)
 
     def all_gather(self, tensor: torch.Tensor, gathered: torch.Tensor) -> None:
         self._do(self._library.shm_all_gather, tensor.data_ptr(), gathered.data_ptr(), tensor.nbytes)
@@ -115,13 +139,14 @@ class SharedMemory:
         self._check_sound()
         status = function(self._group, *arguments, self._timeout_ns)
         if status:
-            self._fail(status)
+            self.fail(status)
 
     def _check_sound(self) -> None:
         if self._broken is not None:
             raise SharedMemoryError(f"the group cannot be used any more: {self._broken}")
 
-    def _fail(self, status: int) -> None:
+    def fail(self, status: int) -> NoReturn:
+        """What a status of the library's, but 0, means. The group is broken then."""
         peer = self._library.shm_failed_at(self._group)
         reason = {
             1: f"Timed out waiting for position {peer}",

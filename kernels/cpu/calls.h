@@ -20,4 +20,4 @@ template <class... A> static inline void call(void (*function)(A...), const Argu
 }
 
 #define CALLABLE(function) \
-  extern "C" void function##_call(const Argument* arguments) { call(function, arguments); }
+  extern "C" int function##_call(const Argument* arguments) { call(function, arguments); return 0; }

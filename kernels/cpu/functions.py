@@ -43,7 +43,7 @@ def function(library: CDLL, name: str, signature: str) -> Function:
     def call(*arguments: Any) -> None:
         tape = current_tape()
         if tape is not None:
-            tape.call(library, name, signature, arguments)
+            tape.op(library, name, signature, arguments)
         native(*arguments)
 
     return call

@@ -2,8 +2,9 @@
 
     recorded                             replayed
     C++ op, C++ op, ...                  one call of a C++ function that makes them all (`calls.cpp`)
+    what was given to `Tape.call`        among these (collectives through shared memory)
     an op of torch's                     called again, its result written to where the first one lies
-    what was given to `Tape.do`          called again (collectives)
+    what was given to `Tape.do`          called again (other collectives)
     a view, new memory                   nothing: it is still there
 
 Memory that becomes free while a function is recorded is used again by what follows in it, as it was when it ran, and
@@ -20,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from ctypes import CDLL, addressof, c_char, c_long, c_void_p, cast
+from dataclasses import dataclass
 from functools import partial
 from math import prod
 from typing import Any
@@ -29,6 +31,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from .build import load_library
 
 _ALIGNMENT = 64
 _SLOTS = {"i": "q", "l": "q", "p": "Q", "f": "f4x", "n": "q", "s": "q", "b": "q"}  # an `Argument`, by its letter
@@ -66,16 +70,22 @@ class Tape:
         self.pool = pool
         self.spoiled: str | None = None
         self._parts: list[Callable[[], object]] = []
-        self._calls: list[tuple[int, str, bytes]] = []  # since the last part: address, signature, arguments
-        self._library: CDLL | None = None
+        self._calls: list[_Call] = []  # since the last part
 
-    def call(self, library: CDLL, name: str, signature: str, arguments: tuple[Any, ...]) -> None:
-        """Notes that a C++ op was called."""
+    def op(self, library: CDLL, name: str, signature: str, arguments: tuple[Any, ...]) -> None:
+        """Notes that a C++ op was called, which does not fail."""
         function = cast(getattr(library, f"{name}_call"), c_void_p).value
         assert function is not None
-        self._library = library
+        self.call(function, signature, arguments, _never)
+
+    def call(self, function: int, signature: str, arguments: tuple[Any, ...], failed: Callable[[int], object]) -> None:
+        """Notes that something was called that is an `int(const Argument*)` as well (`calls.h`), at this address.
+
+        signature: as in `functions.py`. failed: called in a replay with the status that it gave, from 1 to 255, in its
+        place: what comes after is not done.
+        """
         packed = struct.pack("=" + "".join(_SLOTS[letter] for letter in signature), *(a or 0 for a in arguments))
-        self._calls.append((function, signature, packed))
+        self._calls.append(_Call(function, signature, packed, failed))
 
     def do(self, function: Callable[[], object]) -> None:
         """Notes that something was done in Python."""
@@ -85,27 +95,17 @@ class Tape:
     def _end_calls(self) -> None:
         if not self._calls:
             return
-        assert self._library is not None
-        arguments = b"".join(packed for *_, packed in self._calls)
-        memory = (c_char * len(arguments)).from_buffer_copy(arguments)
-        table, base = array("Q"), addressof(memory)
-        for function, _, packed in self._calls:
-            table.extend((function, base))
-            base += len(packed)
-        run = self._library.run_calls
-        run.argtypes, run.restype = (c_void_p, c_long), None
-        signatures = [signature for _, signature, _ in self._calls]
-        self._parts.append(_Calls(run, table, signatures, memory))
+        self._parts.append(_Calls(self._calls))
         self._calls = []
 
     @property
     def is_one_call(self) -> bool:
-        """Whether all that is recorded are C++ ops."""
+        """Whether all that is recorded are calls of C++ functions."""
         return self.spoiled is None and all(isinstance(part, _Calls) for part in self._parts)
 
     def arguments(self) -> tuple[list[str], NDArray[np.int64]]:
-        """Of a recording of C++ ops alone: their signatures, and all their arguments one after the other, eight bytes
-        each, which may be changed between replays."""
+        """Of a recording of such calls alone: their signatures, and all their arguments one after the other, eight
+        bytes each, which may be changed between replays."""
         assert self.is_one_call
         calls = [part for part in self._parts if isinstance(part, _Calls)]
         if not calls:
@@ -118,17 +118,38 @@ class Tape:
             part()
 
 
+def _never(status: int) -> None:
+    raise AssertionError(f"an op that does not fail gave {status}")
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: int  # its address
+    signature: str
+    packed: bytes  # its arguments
+    failed: Callable[[int], object]
+
+
 class _Calls:
     """One call for many."""
 
-    def __init__(
-        self, run: Callable[[int, int], None], table: "array[int]", signatures: list[str], arguments: Any
-    ) -> None:
-        self._call = partial(run, table.buffer_info()[0], len(signatures))
-        self._table, self.signatures, self.arguments = table, signatures, arguments
+    def __init__(self, calls: list[_Call]) -> None:
+        arguments = b"".join(call.packed for call in calls)
+        self.signatures = [call.signature for call in calls]
+        self.arguments: Any = (c_char * len(arguments)).from_buffer_copy(arguments)
+        self._failed = [call.failed for call in calls]
+        self._table, base = array("Q"), addressof(self.arguments)
+        for call in calls:
+            self._table.extend((call.function, base))
+            base += len(call.packed)
+        run = load_library().run_calls
+        run.argtypes, run.restype = (c_void_p, c_long), c_long
+        self._run = partial(run, self._table.buffer_info()[0], len(calls))
 
     def __call__(self) -> None:
-        self._call()
+        result = self._run()
+        if result >= 0:
+            self._failed[result >> 8](result & 255)
 
 
 class _Watch(TorchDispatchMode):
