@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 
 from .sequence import Sequence
 from .step import GivenRows, HistoryUpdate, Masks, PooledRows, SampleRequest, SampleSettings, StepInput, drawn_before
@@ -131,14 +132,9 @@ def _sample_request(sequence: Sequence, row: int, position: int) -> SampleReques
 
 def _settings_of(sequence: Sequence, slot: int, forced: int) -> SampleSettings:
     sample = sequence.sample
-    return SampleSettings(
-        sample.seed if sample.temperature else 0,
-        sample.temperature,
-        sample.top_k,
-        sample.top_p,
-        sample.min_p,
-        slot,
-        forced,
-        sequence.logprobs,
-        sequence.num_candidates,
-    )
+    seed = sample.seed if sample.temperature else 0
+    filters = sample.top_k, sample.top_p, sample.min_p
+    return _shared(seed, sample.temperature, *filters, slot, forced, sequence.logprobs, sequence.num_candidates)
+
+
+_shared = lru_cache(maxsize=1024)(SampleSettings)  # a message to a rank has what is the same once

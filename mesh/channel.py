@@ -161,6 +161,15 @@ class Channel:
         if self.is_shared:
             _rings().ring_sleep(self._inward)
 
+    def wake_up(self) -> bool:
+        """Once the connection is readable: whether there is something, rather than a bell that was rung too late."""
+        if not self.is_shared:
+            return True
+        length = self._next()
+        if length != _BY_CONNECTION:  # else what is there may be more than a bell
+            self._hear_bell()
+        return length != _NOTHING or self.has_letter or self._has_ended
+
     def _next(self, patience_ns: int = 0) -> int:
         return int(_rings().ring_next(self._inward, _CAPACITY, patience_ns))
 
@@ -206,9 +215,7 @@ class Inbox:
                 break
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             events = self._selector.select(left)
-            if found := [key.data for key, _ in events if self._channels[key.data].poll()]:
-                break
-            if not events:
+            if not events or (found := [key.data for key, _ in events if self._channels[key.data].wake_up()]):
                 break
         return found
 
