@@ -16,7 +16,7 @@ import pickle
 import secrets
 import selectors
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
@@ -45,6 +45,7 @@ class Channel:
         self._file = -1  # by which the other end opens it
         self._base: Any = None  # keeps the mapping
         self._outward = self._inward = 0  # addresses of the rings; 0: not shared
+        self._ring_next: Callable[[int, int, int], int]  # once it is shared
         self._patience_ns = 0  # how long `recv` keeps its thread awake
         self._has_ended = False
 
@@ -95,6 +96,7 @@ class Channel:
         first = ctypes.addressof(self._base)
         second = first + _rings().ring_bytes(_CAPACITY)
         self._outward, self._inward = (first, second) if is_maker else (second, first)
+        self._ring_next = _rings().ring_next
 
     # ---- messages -----------------------------------------------------------------------------------------------
 
@@ -171,7 +173,7 @@ class Channel:
         return length != _NOTHING or self.has_letter or self._has_ended
 
     def _next(self, patience_ns: int = 0) -> int:
-        return int(_rings().ring_next(self._inward, _CAPACITY, patience_ns))
+        return self._ring_next(self._inward, _CAPACITY, patience_ns)
 
     def _hear_bell(self) -> None:
         """Waits for it, or for the connection's end."""
