@@ -1,9 +1,10 @@
-"""Decode steps from tapes: what a stage on a CPU calls for a batch of some size is recorded once, then replayed.
+"""Steps from tapes: what a stage on a CPU calls for a batch of decodes of some size is recorded once, then replayed.
 
 Calling the ops of a small model takes Python longer than some of them take: a step of one sequence spends a fifth of
 its time so. The first step of a batch size is recorded as it runs (`kernels/cpu/tape.py`), and those that follow are
-one call of C++, interrupted where ranks communicate, and one more for the logits. Nothing is padded, and nothing is
-prepared at the start.
+one call of C++, and one more for the logits. Nothing is padded, and nothing is prepared at the start. Steps with
+prompts are replayed as well, all but the model's last layer, for any number of tokens up to the most that were
+recorded.
 
 Reading the weights of a model leaves nothing else in the caches, and what runs between two steps runs cold: its time
 goes by how many different things it calls. So a step's numbers are written straight to where its recording reads them.
@@ -43,7 +44,10 @@ class Recorded:
 
 
 class DecodeTapes(DecodeRecordings):
-    """A stage's tapes, by batch size. Arguments: as `DecodeRecordings`; tp: over which its layers communicate."""
+    """A stage's tapes: of decodes by batch size, and one of steps with prompts.
+
+    Arguments: as `DecodeRecordings`; tp: over which its layers communicate.
+    """
 
     reads_staged = False
 
