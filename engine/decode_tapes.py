@@ -96,7 +96,7 @@ class DecodeTapes(DecodeRecordings):
     def _record(self, size: int) -> Recorded:
         """Runs the forward as well."""
         arrays = {name: torch.from_numpy(array) for name, array in self._inputs[size].items()}
-        tape, hidden = self._on_tape(self._forward(size, arrays))
+        tape, hidden = self._on_tape(Tape(self._pool), self._forward(size, arrays))
         self.spoiled = tape.spoiled
         return Recorded(tape, hidden)
 
@@ -105,13 +105,12 @@ class DecodeTapes(DecodeRecordings):
 
     def _record_head(self, size: int, hidden: Tensor) -> Tensor:
         """Runs it as well. Of logits, which are large, no tape keeps its own: they lie where the next recording may."""
-        tape, logits = self._on_tape(lambda: self._stage.logits(hidden))
+        tape, logits = self._on_tape(Tape(self._pool), lambda: self._stage.logits(hidden))
         self._heads[size] = _Head(tape, lent(logits)) if tape.is_one_call else self._stage.logits
         return logits
 
-    def _on_tape(self, function: Callable[[], T]) -> tuple[Tape, T]:
+    def _on_tape(self, tape: Tape, function: Callable[[], T]) -> tuple[Tape, T]:
         """What it calls, and what it gives."""
-        tape = Tape(self._pool)
         self._tp.record_on(tape)
         try:
             with recording(tape), torch.inference_mode():
@@ -140,12 +139,13 @@ class DecodeTapes(DecodeRecordings):
         if self._prompts is not None and num_tokens <= self._prompts.most_tokens:
             begun = self._prompts.replay(extent, inputs)
         else:
-            self._prompts = None  # what it holds is there for the next
-            tape, begun = self._on_tape(lambda: [*stage.begin(x, metadata)])
+            # In memory of its own: that of shorter steps goes, and so does all where it cannot be replayed.
+            tape, begun = self._on_tape(Tape(Pool(), calls_only=True), lambda: [*stage.begin(x, metadata)])
             try:
                 self._prompts = VaryingTape(tape, extent, inputs, begun)
             except ValueError:  # with fewer it may be: some products are torch's of many rows alone
-                self._most_tokens = num_tokens // 2
+                could = 0 if self._prompts is None else self._prompts.most_tokens
+                self._most_tokens = (could + num_tokens) // 2
         h, residual = begun
         assert h is not None
         hidden = stage.end(h, residual, metadata)

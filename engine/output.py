@@ -45,6 +45,7 @@ def later(*names: str) -> Callable[[type[T]], type[T]]:
     def decorate(kind: type[T]) -> type[T]:
         for name in names:
             setattr(kind, name, _Later(name))
+        kind._later = names  # type: ignore[attr-defined]
         kind.__getstate__ = settle  # type: ignore[method-assign,assignment]  # a copy is whole
         return kind
 
@@ -53,9 +54,8 @@ def later(*names: str) -> Callable[[type[T]], type[T]]:
 
 def settle(made: Any) -> dict[str, Any]:
     """Makes all fields that are `_Later` now; gives all fields."""
-    for kind in vars(type(made)).values():
-        if isinstance(kind, _Later):
-            getattr(made, kind.name)
+    for name in made._later:
+        getattr(made, name)
     return dict(made.__dict__)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass, field
+from typing import Any
 
 from ..config import SamplingParams
 from .beam_search import BeamSearch, num_candidates
@@ -80,16 +81,14 @@ class Request:
 
     @property
     def timings(self) -> RequestTimings:
-        return self._timings(time.monotonic(), len(self.token_s))
+        function, *args = self._timings_now
+        timings: RequestTimings = function(*args)
+        return timings
 
-    def _timings(self, now_s: float, num_tokens: int) -> RequestTimings:
-        """As they were at `now_s`, the first completion having `num_tokens`."""
-        return RequestTimings(
-            queue_s=None if self.scheduled_s is None else self.scheduled_s - self.arrival_s,
-            ttft_s=self.token_s[0] if num_tokens else None,
-            total_s=now_s - self.arrival_s,
-            token_s=part(self.token_s, 0, num_tokens),
-        )
+    @property
+    def _timings_now(self) -> tuple[Any, ...]:
+        """What makes them, of what does not keep the request."""
+        return _timings, self.arrival_s, self.scheduled_s, time.monotonic(), self.token_s, len(self.token_s)
 
     def output(self) -> RequestOutput:
         """A snapshot, with what is new since the last one."""
@@ -106,7 +105,7 @@ class Request:
             num_cached_tokens=first.num_cached_tokens or 0,
             outputs=self._outputs(),
             finished=self.ended,
-            _timings=(self._timings, time.monotonic(), len(self.token_s)),
+            _timings=self._timings_now,
             prompt_logprobs=None if params.prompt_logprobs is None else (None, *first.prompt_scores),
             pooled=tuple(first.pooled_parts),
             num_drafted=num_drafted,
@@ -124,6 +123,18 @@ class Request:
             chosen = sorted(chosen, key=lambda c: (c.sequence.error is not None, -c.cumulative_logprob))[: params.n]
         tells = params.logprobs is not None
         return tuple([completion.output(i, tells) for i, completion in enumerate(chosen)])
+
+
+def _timings(
+    arrival_s: float, scheduled_s: float | None, now_s: float, token_s: list[float], num_tokens: int
+) -> RequestTimings:
+    """As they were at `now_s`, with so many tokens of the first completion."""
+    return RequestTimings(
+        queue_s=None if scheduled_s is None else scheduled_s - arrival_s,
+        ttft_s=token_s[0] if num_tokens else None,
+        total_s=now_s - arrival_s,
+        token_s=part(token_s, 0, num_tokens),
+    )
 
 
 _SIBLING_SEED = 0x9FB21C651E98DF25  # odd: n samples have n seeds

@@ -228,7 +228,8 @@ class SharedCommunicator(Communicator):
             return super().all_reduce(tensor, op)
         operation = f"all_reduce({op})"
         if self._shared.tape is not None:
-            failed = partial(self._do, operation, tensor, self._shared.fail)
+            like = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")  # its memory is the tape's to give away
+            failed = partial(self._do, operation, like, self._shared.fail)
             self._shared.record_all_reduce(self._shared.tape, tensor, op, failed)
         self._do(operation, tensor, self._shared.all_reduce, tensor, op)
         return tensor

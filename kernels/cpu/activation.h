@@ -24,7 +24,7 @@ static inline vfloat normal_tail(vfloat x) {
   return p * t * exp(x * x * -0.5f);
 }
 
-// e^x to be divided by: as far from `exp` as rounding x by one place in the last takes it, and above 89 infinite.
+// e^x to be divided by: as far from `exp` as rounding x in its last place takes it; above 89 infinite or very large.
 static inline vfloat divisor(vfloat x) {
 #if defined(__AVX512DQ__)
   return power_of_2(x * LOG2_E);

@@ -64,10 +64,13 @@ def lent(tensor: Tensor) -> Tensor:
 
 
 class Tape:
-    """A recording. `spoiled`: why it must not be replayed, or None."""
+    """A recording. `spoiled`: why it must not be replayed, or None.
 
-    def __init__(self, pool: Pool) -> None:
-        self.pool = pool
+    calls_only: it is of no use with anything else on it than calls, and from there on keeps nothing.
+    """
+
+    def __init__(self, pool: Pool, calls_only: bool = False) -> None:
+        self.pool, self.calls_only = pool, calls_only
         self.spoiled: str | None = None
         self._parts: list[Callable[[], object]] = []
         self._calls: list[_Call] = []  # since the last part
@@ -84,13 +87,29 @@ class Tape:
         signature: as in `functions.py`. failed: called in a replay with the status that it gave, from 1 to 255, in its
         place: what comes after is not done.
         """
+        if self.has_ended:
+            return
         packed = struct.pack("=" + "".join(_SLOTS[letter] for letter in signature), *(a or 0 for a in arguments))
         self._calls.append(_Call(function, signature, packed, failed))
 
     def do(self, function: Callable[[], object]) -> None:
         """Notes that something was done in Python."""
+        if self.calls_only:
+            self.spoil("there is more on the tape than C++ ops")
+            return
         self._end_calls()
         self._parts.append(function)
+
+    def spoil(self, reason: str) -> None:
+        """It must not be replayed."""
+        self.spoiled = self.spoiled or reason
+        if self.calls_only:
+            self._parts, self._calls = [], []
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether nothing more is noted."""
+        return self.calls_only and self.spoiled is not None
 
     def _end_calls(self) -> None:
         if not self._calls:
@@ -162,23 +181,22 @@ class _Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if self._tape.has_ended:
+            return out
         returned = [each.alias_info for each in func._schema.returns]
         if func.namespace == "c10d":  # it goes on when the call is over, and `out` is a handle
-            self._spoil(f"{func} is a collective that the tape was not given")
+            self._tape.spoil(f"{func} is a collective that the tape was not given")
         elif func._schema.is_mutable:
             self._tape.do(partial(func, *args, **kwargs))
         elif any(alias is not None for alias in returned):
             pass  # a view
         elif not isinstance(out, Tensor):
-            self._spoil(f"{func} gives something else than a tensor")
+            self._tape.spoil(f"{func} gives something else than a tensor")
         elif func.overloadpacket not in _FACTORIES:
             self._tape.do(_again(func, args, kwargs, out))
         elif out.is_cpu and out.is_contiguous():
             return self._tape.pool.empty(tuple(out.shape), out.dtype)
         return out
-
-    def _spoil(self, reason: str) -> None:
-        self._tape.spoiled = self._tape.spoiled or reason
 
 
 def _again(func: Any, args: Any, kwargs: Any, out: Tensor) -> Callable[[], object]:

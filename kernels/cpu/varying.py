@@ -49,6 +49,8 @@ class VaryingTape:
             raise ValueError("an op has a number of rows other than so many a token")
         self._seqs, self._widths = ((letters == letter).nonzero()[0] for letter in (SEQUENCES, BLOCKS))
         pointers = np.where(letters == POINTER, self._slots, 0)
+        if any(len(out) % extent.num_tokens for out in outputs if out is not None):
+            raise ValueError("an output has a number of rows other than so many a token")
         self._outputs = [None if out is None else out.unflatten(0, (extent.num_tokens, -1)) for out in outputs]
         if {out.data_ptr() for out in outputs if out is not None} & {x.data_ptr() for x in inputs.values()}:
             raise ValueError("what is given is among what is made")

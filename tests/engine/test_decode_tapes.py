@@ -141,9 +141,14 @@ def test_steps_whose_products_are_torchs_own_are_not(
         expected = run(engine)
     with InferenceEngine(model, CONFIG) as engine:
         assert run(engine) == run(engine) == expected
+        engine.generate([[1, 2, 3, 4]], PARAMS[0], progress=False)
+        engine.generate([list(range(20))], PARAMS[0], progress=False)  # does not lose what was recorded with fewer
+        prompts_replayed.clear()
+        engine.generate([[4, 3, 2, 1]], PARAMS[0], progress=False)
+        assert prompts_replayed == [4]
         tapes = tapes_of(engine)
         assert tapes is not None and tapes._most_tokens <= 12
-    assert max(prompts_replayed, default=0) <= 8
+        assert tapes._prompts is not None and tapes._prompts.most_tokens <= 8
 
 
 @pytest.mark.slow

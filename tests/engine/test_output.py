@@ -53,6 +53,14 @@ def test_what_is_settled_lets_go_of_what_it_was_made_of() -> None:
     assert vars(taken) == vars(CompletionOutput(0, "ab", (30, 40), None, delta="b"))
 
 
+def test_one_of_a_class_derived_from_it_is_settled_as_well() -> None:
+    class Derived(CompletionOutput):
+        pass
+
+    taken = snapshot(Derived, index=0, _token_ids=(part, [1, 2, 3], 1, 3))
+    assert settle(taken) == {"index": 0, "token_ids": (2, 3)}
+
+
 def test_a_field_that_is_not_there_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="CompletionOutput has no token_ids"):
         object.__new__(CompletionOutput).token_ids  # noqa: B018

@@ -1,11 +1,13 @@
 """A tape that was recorded once does what it did for fewer tokens, on other arrays."""
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from meshlm.kernels import eager
 from meshlm.kernels.batch import PagedBatch
 from meshlm.kernels.cpu import CpuLinear, CpuOps, Extent, Pool, Tape, Unavailable, VaryingTape, recording
 
@@ -177,3 +179,43 @@ def test_outputs_may_have_some_rows_a_token() -> None:
     y = torch.randn(2, 8)
     (replayed,) = varying.replay(Extent(2, 1, 1), {"x": y})
     assert replayed is not None and torch.equal(replayed, OPS.add_rms_norm(y.view(4, 4), None, WEIGHT[:4], 1e-5)[0])
+
+
+def test_a_tape_of_calls_only_keeps_nothing_once_there_is_more() -> None:
+    tape, x, norm = Tape(Pool(), calls_only=True), torch.randn(6, 8), torch.ones(8)
+    with recording(tape):
+        y, _ = OPS.add_rms_norm(x, None, norm, 1e-5)
+        assert y.data_ptr() and tape._calls
+        z = y * 2.0
+        lent = sum(map(len, tape.pool._free.values()))
+        for _ in range(5):
+            z, _ = OPS.add_rms_norm(z + 1.0, None, norm, 1e-5)
+    assert tape.spoiled == "there is more on the tape than C++ ops" and not tape.is_one_call
+    assert tape._parts == [] and tape._calls == []
+    assert sum(map(len, tape.pool._free.values())) == lent, "what came after has no memory of the pool's"
+    expected, _ = eager.add_rms_norm(x, None, norm, 1e-5)
+    expected = expected * 2.0
+    for _ in range(5):
+        expected, _ = eager.add_rms_norm(expected + 1.0, None, norm, 1e-5)
+    torch.testing.assert_close(z, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_call_that_fails_ends_the_replay_and_tells() -> None:
+    status = [0]
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(lambda arguments: status[0])
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    tape, x, told = Tape(Pool()), torch.randn(2, 8), []
+    with recording(tape):
+        tape.call(address, "pnl", (0, 16, 2**62), told.append)
+        out, _ = OPS.add_rms_norm(x, None, WEIGHT, 1e-5)
+    assert tape.is_one_call
+    tape.replay()
+    before = out.clone()
+    x.normal_()
+    status[0] = 3
+    tape.replay()
+    assert told == [3] and torch.equal(out, before), "what comes after is not done"
+    status[0] = 0
+    tape.replay()
+    assert told == [3] and not torch.equal(out, before)
