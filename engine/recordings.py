@@ -1,5 +1,5 @@
 """Decode steps that are recorded once and then replayed: what graphs on a GPU and tapes on a CPU have in common.
-What else tapes replay is theirs (`DecodeTapes.run`).
+What else tapes replay is theirs (`StepTapes.run`).
 
 What differs from step to step lies in static buffers, which the recorded ops read anew at each replay:
 

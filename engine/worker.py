@@ -26,7 +26,6 @@ from ..shardformer.base import Stage
 from ..shardformer.rebinding import bind, try_backend
 from ..shardformer.shardformer import max_model_len, workload_of
 from .cuda_graphs import CudaCapture, DecodeGraphs, ladder, rerun
-from .decode_tapes import LARGEST, DecodeTapes
 from .draft_model import draft_config
 from .drawing import Drawing
 from .kv_cache import KVCache, available_bytes, block_bytes, peak_rss_bytes, rss_bytes
@@ -34,6 +33,7 @@ from .model_runner import ModelRunner, RunningStep
 from .rank_info import DraftInfo, RankInfo
 from .spinning import spin_guard
 from .step import MAX_DRAFTS, SampleRequest, SampleSettings, StepInput
+from .step_tapes import LARGEST, StepTapes
 
 
 class Worker:
@@ -230,7 +230,7 @@ class Worker:
         capture = CudaCapture(self.device) if self.device.type == "cuda" else rerun
         return DecodeGraphs(runner.stage, largest, longest, self.block_size, runner.max_num_samples, capture)
 
-    def _new_tapes(self, runner: ModelRunner) -> DecodeTapes | None:
+    def _new_tapes(self, runner: ModelRunner) -> StepTapes | None:
         """What graphs are on a CPU, unless they are asked for or refused by name."""
         tp = Communicator.along(self.mesh, "tp")
         if self.device.type != "cpu" or self.config.cuda_graphs is not None:
@@ -239,7 +239,7 @@ class Worker:
         if not are_able or not tp.on_tape:
             return None
         largest = min(self.config.max_num_seqs, LARGEST)
-        return DecodeTapes(runner.stage, largest, self._longest, self.block_size, tp)
+        return StepTapes(runner.stage, largest, self._longest, self.block_size, tp)
 
     def _estimate_graph_bytes(self, runner: ModelRunner, sizes: Sequence[int]) -> int:
         """What graphs of these sizes will take; measured on the largest two, since all share one pool and each has a

@@ -43,7 +43,7 @@ class Recorded:
     hidden: Tensor  # what it writes
 
 
-class DecodeTapes(DecodeRecordings):
+class StepTapes(DecodeRecordings):
     """A stage's tapes: of decodes by batch size, and one of steps with prompts.
 
     Arguments: as `DecodeRecordings`; tp: over which its layers communicate.

@@ -1,4 +1,4 @@
-"""Decode steps on a CPU that are recorded as they run: which, and that their tokens are those without."""
+"""Steps on a CPU that are recorded as they run: which, and that their tokens are those without."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from meshlm import InferenceConfig, InferenceEngine, SamplingParams
-from meshlm.engine.decode_tapes import DecodeTapes
+from meshlm.engine.step_tapes import StepTapes
 from meshlm.kernels import linear
 from meshlm.kernels.cpu import Extent, Tape, Unavailable, VaryingTape
 from meshlm.kernels.cpu.build import load_library
@@ -57,8 +57,8 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[Tape]]:
     yield seen
 
 
-def tapes_of(engine: InferenceEngine) -> DecodeTapes | None:
-    tapes: DecodeTapes | None = engine._world.executor.worker.runner.graphs  # type: ignore[attr-defined]
+def tapes_of(engine: InferenceEngine) -> StepTapes | None:
+    tapes: StepTapes | None = engine._world.executor.worker.runner.graphs  # type: ignore[attr-defined]
     return tapes
 
 
