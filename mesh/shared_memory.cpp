@@ -97,7 +97,8 @@ struct Group {
   uint32_t progress;            // collectives begun, and the second halves of large sums
   uint32_t parity;
   int64_t next[kMostRanks];  // where the next letter to each rank goes
-  int failed_at;             // which rank the last wait was for, when it was in vain
+  Status failed;             // why the last wait was in vain; nothing can be done together after it
+  int failed_at;             // which rank it was for
 
   Rank& at(int peer) { return reinterpret_cast<Rank*>(base)[peer]; }
   char* after_ranks() { return base + rounded(sizeof(Rank) * size); }
@@ -106,6 +107,11 @@ struct Group {
   char* slot(int peer) { return slots() + (2 * peer + parity) * slot_bytes; }
   char* result() { return slots() + (2 * size + parity) * slot_bytes; }
   char* letters(int src, int dst) { return slots() + 2 * (size + 1) * slot_bytes + (src * size + dst) * box_bytes; }
+
+  Status fail(Status status, int peer) {
+    failed_at = peer;
+    return failed = status;
+  }
 
   bool is_gone(int peer) {
     if (at(peer).gone.load()) return true;
@@ -136,9 +142,8 @@ struct Group {
       if (has_reached(count, target)) return kDone;
       bool gone = is_gone(peer);
       if (has_reached(count, target)) return kDone;  // the last that it did
-      failed_at = peer;
-      if (gone) return kGone;
-      if (now_ns() - began > timeout_ns) return kTimedOut;
+      if (gone) return fail(kGone, peer);
+      if (now_ns() - began > timeout_ns) return fail(kTimedOut, peer);
     }
   }
 
@@ -159,10 +164,7 @@ struct Group {
     at(rank).bytes[parity] = bytes;
     if (Status status = meet(timeout_ns)) return status;
     for (int peer = 0; peer < size; ++peer)
-      if (at(peer).bytes[parity] != bytes) {
-        failed_at = peer;
-        return kMismatch;
-      }
+      if (at(peer).bytes[parity] != bytes) return fail(kMismatch, peer);
     return kDone;
   }
 };
@@ -309,6 +311,7 @@ int shm_all_reduce(Group* group, int dtype, int op, void* data, long count, long
 
 // The same by arguments that lie in memory, eight bytes each.
 int shm_all_reduce_call(const int64_t* a) {
+  if (Status status = reinterpret_cast<Group*>(a[0])->failed) return status;
   return shm_all_reduce(reinterpret_cast<Group*>(a[0]), a[1], a[2], reinterpret_cast<void*>(a[3]), a[4], a[5]);
 }
 
@@ -375,10 +378,7 @@ int shm_receive(Group* group, char* data, long bytes, int src, long timeout_ns) 
     uint32_t received = box.received.value.load();
     if (Status status = group->wait(box.sent, received + 1, src, timeout_ns)) return status;
     const Letter& letter = box.letters[received % kLetters];
-    if (letter.bytes != now) {
-      group->failed_at = src;
-      return kMismatch;
-    }
+    if (letter.bytes != now) return group->fail(kMismatch, src);
     std::memcpy(data, group->letters(src, group->rank) + letter.offset, now);
     advance(box.received);
     data += now;

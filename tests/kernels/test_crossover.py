@@ -59,6 +59,21 @@ def test_without_a_place_to_keep_it_is_measured_all_the_same(nothing_known: Path
     assert crossover.streamed_rows("one", LIKE, lambda weight: weight, slow, F.linear) == 0
 
 
+def test_other_work_while_it_is_measured_does_not_decide() -> None:
+    calls = 0
+
+    def disturbed(x: Tensor, weight: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return slow(x, weight) if calls <= crossover._RUNS else F.linear(x, weight)
+
+    def half_as_fast(x: Tensor, weight: Tensor) -> Tensor:
+        F.linear(x, weight)
+        return F.linear(x, weight)
+
+    assert crossover.streamed_rows("one", LIKE, lambda weight: weight, disturbed, half_as_fast) == crossover.ROWS[-1]
+
+
 def test_rows_count_up_to_the_first_that_are_slower() -> None:
     times = {"1": [1.0, 2.0], "2": [1.0, 0.95], "4": [2.0, 1.0], "8": [1.0, 2.0]}
     assert crossover.last_faster(times) == 2

@@ -1,5 +1,6 @@
 """SharedMemory: what the tests of Communicator do not come to. Ranks are threads here, which it cannot tell."""
 
+import ctypes
 import os
 import signal
 import threading
@@ -217,6 +218,38 @@ def test_who_does_not_come_and_who_leaves() -> None:
         with pytest.raises(SharedMemoryError, match=r"^position 1 has ended$"):
             wait(stays)
         assert time.monotonic() - began < 5
+
+
+class Noted:
+    """A Recorder that calls again when it is told to."""
+
+    def do(self, function: Callable[[], object], /) -> None:
+        raise AssertionError("it is a call")
+
+    def call(self, function: int, signature: str, arguments: tuple[Any, ...], failed: Callable[[int], object]) -> None:
+        self._function, self._failed = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(function), failed
+        self._arguments = (ctypes.c_int64 * len(arguments))(*arguments)
+
+    def again(self) -> None:
+        status = self._function(ctypes.addressof(self._arguments))
+        if status:
+            self._failed(status)
+
+
+def test_recorded_it_is_done_again_until_it_fails_and_never_after() -> None:
+    group = group_of(2, timeout_s=0.2)
+    tensors, tapes = [torch.full((3,), 1.0 + rank) for rank in range(2)], [Noted(), Noted()]
+    for shared, tensor, tape in zip(group, tensors, tapes, strict=True):
+        shared.record_all_reduce(tape, tensor, "sum", shared.fail)
+    on_each(2, lambda rank: tapes[rank].again())
+    assert [tensor.tolist() for tensor in tensors] == [[3.0] * 3] * 2
+    with pytest.raises(SharedMemoryError, match=r"^Timed out waiting for position 1$"):
+        tapes[0].again()
+    began = time.monotonic()
+    with pytest.raises(SharedMemoryError, match=r"^Timed out waiting for position 1$"):
+        tapes[0].again()  # it does not begin: the other's next would be taken for that of the first
+    assert time.monotonic() - began < 0.1
+    assert tensors[0].tolist() == [3.0] * 3
 
 
 @contextmanager
