@@ -2,9 +2,10 @@
 
 A weight is held once, in one of these forms:
 
-    compact   in 12 bits an element instead of 16, or 28 instead of 32, without loss (`cpu/compact.h`): of few rows,
-              reading the weight is what takes the time. Our own op multiplies any number of rows with it; if oneDNN is
-              faster with many, it gets them, the weight being laid out for it first, where all of a shape are
+    compact   in 12 bits an element instead of 16, or 28 instead of 32, and fewer where a float32 says no more than a
+              bfloat16 (12) or float16 (20), without loss (`cpu/compact.h`): of few rows, reading the weight is what
+              takes the time. Our own op multiplies any number of rows with it; if oneDNN is faster with many, it gets
+              them, the weight being laid out for it first, where all of a shape are
     packed    oneDNN's blocked layout, which oneDNN multiplies with many rows, our own op with few (`cpu/linear.cpp`):
               float16, processors without AVX512-BF16, and weights of too many magnitudes
     plain     as it comes, shared with others, or where torch has no oneDNN

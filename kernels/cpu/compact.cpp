@@ -12,18 +12,26 @@ template <class T> static inline uint32_t bits_of(T x) {  // as a float
 }
 static inline int exponent_of(uint32_t bits) { return bits >> 23 & 255; }
 
-// Finds the commonest exponents of a weight [out_size, in] of rows `stride` elements apart; places: [256], an exponent's in
-// the table, or more than EXPONENTS where it has none. Returns the bytes that the weight takes; 0: it is not held so here.
+// Finds the commonest exponents of a weight [out_size, in] of rows `stride` elements apart; places: [257], an exponent's in
+// the table, or more than EXPONENTS where it has none, and then how many bits of lower halves say it all. Returns the bytes that the weight takes; 0: it is not held so here.
 extern "C" long compact_bytes(int dtype, const void* weight, long in, long out_size, long stride, uint8_t* places, int threads) {
-  long bytes = 0;
-  by_held(dtype, [&](auto* type) {
+  long bytes = 0, panels = (out_size + PANEL - 1) / PANEL;
+  std::vector<std::vector<long>> counts(panels, std::vector<long>(256));
+  uint32_t lower = 0;
+  by_dtype(dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    long panels = Compact<T>::panels_of(out_size);
-    std::vector<std::vector<long>> counts(panels, std::vector<long>(256));
-#pragma omp parallel for num_threads(threads)
+#pragma omp parallel for num_threads(threads) reduction(| : lower)
     for (long panel = 0; panel < panels; panel++)
       for (long row = panel * PANEL; row < std::min(out_size, (panel + 1) * PANEL); row++)
-        for (long i = 0; i < in; i++) counts[panel][exponent_of(bits_of(((const T*)weight)[row * stride + i]))]++;
+        for (long i = 0; i < in; i++) {
+          uint32_t bits = bits_of(((const T*)weight)[row * stride + i]);
+          counts[panel][exponent_of(bits)]++;
+          lower |= bits & 0xffff;
+        }
+  });
+  places[256] = lower & 0xff ? 16 : lower ? 8 : 0;
+  by_held(dtype, places[256], [&](auto* how) {
+    using Held = Compact<std::remove_pointer_t<decltype(how)>>;
     std::vector<long> total(256);
     for (auto& of_panel : counts) std::transform(total.begin(), total.end(), of_panel.begin(), total.begin(), std::plus<>());
     std::fill(places, places + 256, EXPONENTS + 1);
@@ -42,15 +50,16 @@ extern "C" long compact_bytes(int dtype, const void* weight, long in, long out_s
     }
     constexpr long IN_LINE = LINE / sizeof(Rare);
     long room = (most + 1 + IN_LINE - 1) / IN_LINE * IN_LINE;
-    bytes = Compact<T>::HEAD + panels * Compact<T>::panel_bytes(in, room);
+    bytes = Held::HEAD + panels * Held::panel_bytes(in, room);
   });
   return bytes;
 }
 
 // Into a step: elements `at`.. along `in` of `columns` rows of a weight, `stride` apart. Returns where the next rare one goes.
-template <class T>
-static Rare* encode(const T* weight, long stride, long columns, long in, long at, const uint8_t* places, uint16_t* step, Rare* rare) {
-  std::fill(step, step + STEP<T> / 2, 0);
+template <class H>
+static Rare* encode(const typename H::T* weight, long stride, long columns, long in, long at, const uint8_t* places, uint16_t* step,
+                    Rare* rare) {
+  std::fill(step, step + H::step / 2, 0);
   std::fill(step + 64, step + 96, 0xffff);  // places: of zero
   for (long column = 0; column < columns; column++)
     for (long k = 0; k < std::min<long>(PAIR, in - at); k++) {
@@ -63,7 +72,8 @@ static Rare* encode(const T* weight, long stride, long columns, long in, long at
       uint16_t rest = bits >> 16 & 0x807f, others = ~(15 << 4 * vector);
       step[vector / 2 * 32 + word] |= vector & 1 ? rest << 8 | rest >> 8 : rest;
       step[64 + word] = (step[64 + word] & others) | places[exponent_of(bits)] << 4 * vector;
-      if (sizeof(T) == 4) step[96 + vector * 32 + word] = bits;
+      if (H::lower == 16) step[96 + vector * 32 + word] = bits;
+      if (H::lower == 8) step[96 + vector / 2 * 32 + word] |= vector & 1 ? bits & 0xff00 : (bits & 0xff00) >> 8;
     }
   return rare;
 }
@@ -71,14 +81,16 @@ static Rare* encode(const T* weight, long stride, long columns, long in, long at
 // compact: as many bytes as `compact_bytes` said with these `places`.
 extern "C" void compact_weight(int dtype, const void* weight, long in, long out_size, long stride, const uint8_t* places,
                                void* compact, long bytes, int threads) {
-  by_held(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using Held = Compact<T>;
+  by_held(dtype, places[256], [&](auto* how) {
+    using H = std::remove_pointer_t<decltype(how)>;
+    using T = typename H::T;
     uint16_t* table = (uint16_t*)compact;
     for (int e = 0; e < 256; e++)
       if (places[e] <= EXPONENTS) table[places[e]] = table[places[e] + 16] = e << 7;
+    using Held = Compact<H>;
     int64_t room = ((bytes - Held::HEAD) / Held::panels_of(out_size) - Held::panel_bytes(in, 0)) / sizeof(Rare);
-    std::memcpy((uint8_t*)compact + LINE, &room, sizeof room);
+    int64_t said[] = {room, H::lower};
+    std::memcpy((uint8_t*)compact + LINE, said, sizeof said);
     Held c(compact, in, out_size);
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < c.panels; panel++) {
@@ -86,7 +98,7 @@ extern "C" void compact_weight(int dtype, const void* weight, long in, long out_
       long columns = std::min<long>(PANEL, out_size - panel * PANEL);
       Rare* rare = (Rare*)c.rare(panel);
       for (long s = 0; s < c.steps; s++)
-        rare = encode(rows, stride, columns, in, s * PAIR, places, (uint16_t*)(c.panel(panel) + s * STEP<T>), rare);
+        rare = encode<H>(rows, stride, columns, in, s * PAIR, places, (uint16_t*)(c.panel(panel) + s * H::step), rare);
       *rare = {Rare::none, 0};
     }
   });
@@ -96,15 +108,16 @@ extern "C" void compact_weight(int dtype, const void* weight, long in, long out_
 // 2 of a gated product, whose second follows the first in `to`.
 extern "C" void expand_compact(int dtype, const void* compact, void* to, long in, long out_size, long halves, int threads) {
 #if defined(__AVX512BF16__)
-  by_held(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    Compact<T> c(compact, in, out_size);
+  by_held(dtype, lower_of(compact), [&](auto* how) {
+    using H = std::remove_pointer_t<decltype(how)>;
+    using T = typename H::T;
+    Compact<H> c(compact, in, out_size);
     Decoder decoder(compact);
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < c.panels; panel++) {
       const uint8_t* from = c.panel(panel);
       T* out = (T*)to + (panel % halves * (c.panels / halves) + panel / halves) * c.steps * PAIR * PANEL;
-      for (long s = 0; s < c.steps; s++, from += STEP<T>) {
+      for (long s = 0; s < c.steps; s++, from += H::step) {
         __m512i first = load_as<__m512i>(from), last = load_as<__m512i>(from + LINE), places = load_as<__m512i>(from + 2 * LINE);
         __m512i vectors[VECTORS] = {decoder.vector<0>(first, places), decoder.vector<1>(first, places),
                                     decoder.vector<2>(last, places), decoder.vector<3>(last, places)};
@@ -112,10 +125,13 @@ extern "C" void expand_compact(int dtype, const void* compact, void* to, long in
         for (int v = 0; v < VECTORS; v++) {
           if constexpr (sizeof(T) == 2) {
             _mm512_storeu_si512(step + v * PAIR * W, vectors[v]);
-          } else {
-            __m512i lower = load_as<__m512i>(from + (3 + v) * LINE);
+          } else if constexpr (H::lower) {
+            __m512i lower = decoder.lower<H::lower>(from + 3 * LINE, v);
             _mm512_storeu_si512(step + v * W, decoder.first(vectors[v], lower));
             _mm512_storeu_si512(step + PANEL + v * W, decoder.second(vectors[v], lower));
+          } else {
+            _mm512_storeu_si512(step + v * W, decoder.first(vectors[v]));
+            _mm512_storeu_si512(step + PANEL + v * W, decoder.second(vectors[v]));
           }
         }
       }
@@ -127,14 +143,15 @@ extern "C" void expand_compact(int dtype, const void* compact, void* to, long in
 }
 
 // Elements of 16 bits that lie 16 steps ahead.
-template <class T> constexpr long AHEAD = 16 * STEP<T> / 2;
+template <class H> constexpr long AHEAD = 16 * H::step / 2;
 
 // Rows of a weight [rows, in]: token_ids [count], less `start`; out: [count, in]; zeros for a row that is not there.
 extern "C" void embedding_compact(int dtype, const int64_t* token_ids, const void* compact, void* out, long count, long in,
                                   long rows, long start, int threads) {
-  by_held(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    Compact<T> c(compact, in, rows);
+  by_held(dtype, lower_of(compact), [&](auto* how) {
+    using H = std::remove_pointer_t<decltype(how)>;
+    using T = typename H::T;
+    Compact<H> c(compact, in, rows);
     const uint16_t* table = (const uint16_t*)c.head;
 #pragma omp parallel for num_threads(threads) if (count * in > SERIAL)
     for (long t = 0; t < count; t++) {
@@ -146,15 +163,15 @@ extern "C" void embedding_compact(int dtype, const int64_t* token_ids, const voi
       }
       const uint8_t* from = c.panel(panel);
       for (long i = 0; i < in; i++) {
-        const uint16_t* step = (const uint16_t*)(from + i / PAIR * STEP<T>) + column % 16 * PAIR + i % PAIR;
+        const uint16_t* step = (const uint16_t*)(from + i / PAIR * H::step) + column % 16 * PAIR + i % PAIR;
         const uint16_t *rest = step + vector / 2 * 32, *place = step + 64;
-        if (i % PAIR == 0) bring(rest + AHEAD<T>, 1), bring(place + AHEAD<T>, 1);
+        if (i % PAIR == 0) bring(rest + AHEAD<H>, 1), bring(place + AHEAD<H>, 1);
         const uint16_t upper = vector & 1 ? *rest << 8 | *rest >> 8 : *rest;
         uint32_t bits = uint32_t((upper & 0x807f) | table[*place >> 4 * vector & 15]) << 16;
-        if constexpr (sizeof(T) == 4) {
-          const uint16_t* lower = step + 96 + vector * 32;
-          if (i % PAIR == 0) bring(lower + AHEAD<T>, 1);
-          bits |= *lower;
+        if constexpr (H::lower) {
+          const uint16_t* lower = step + 96 + vector * H::lower / 16 * 32;
+          if (i % PAIR == 0) bring(lower + AHEAD<H>, 1);
+          bits |= H::lower == 16 ? *lower : vector & 1 ? *lower & 0xff00 : (*lower & 0xff) << 8;
         }
         put(to + i, bits);
       }

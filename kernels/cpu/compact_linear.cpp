@@ -33,7 +33,8 @@ template <class T> struct Steps { const uint8_t* compact; T* kept; long count; i
 struct Ahead { const uint8_t* from; long stride; };
 
 // Vectors of a step.
-template <class T, int C> static inline void decode(const Decoder& decoder, const uint8_t* step, int half, __m512i (&w)[FORMS<T>][C]) {
+template <class H, int C>
+static inline void decode(const Decoder& decoder, const uint8_t* step, int half, __m512i (&w)[FORMS<typename H::T>][C]) {
   const uint8_t* rest = step + (C < VECTORS ? half * LINE : 0);
   __m512i two = load_as<__m512i>(rest), places = load_as<__m512i>(step + 2 * LINE);
   if constexpr (C < VECTORS) places = _mm512_srl_epi16(places, _mm_cvtsi32_si128(4 * C * half));
@@ -44,16 +45,22 @@ template <class T, int C> static inline void decode(const Decoder& decoder, cons
     w[0][2] = decoder.vector<2>(two, places);
     w[0][3] = decoder.vector<3>(two, places);
   }
-  if constexpr (FORMS<T> == 2)
+  if constexpr (FORMS<typename H::T> == 2)
     for (int c = 0; c < C; c++) {
-      __m512i upper = w[0][c], lower = load_as<__m512i>(step + (3 + (C < VECTORS ? half * C : 0) + c) * LINE);
-      w[0][c] = decoder.first(upper, lower);
-      w[1][c] = decoder.second(upper, lower);
+      __m512i upper = w[0][c];
+      if constexpr (H::lower) {
+        __m512i lower = decoder.lower<H::lower>(step + (3 + (C < VECTORS ? half * C * H::lower / 16 : 0)) * LINE, c);
+        w[0][c] = decoder.first(upper, lower);
+        w[1][c] = decoder.second(upper, lower);
+      } else {
+        w[0][c] = decoder.first(upper);
+        w[1][c] = decoder.second(upper);
+      }
     }
 }
 
 // M rows, from `at` along `in` on, times these steps, added to `sums` if they are `begun`. L: lines ahead.
-template <class T, int M, int C, int L, Use USE>
+template <class H, int M, int C, int L, Use USE, class T = typename H::T>
 static void tile(const T* const* x, long at, const Decoder& decoder, Steps<T> steps, Ahead ahead, bool begun, vfloat (*sums)[C]) {
   constexpr long N = LINE / sizeof(T), AT_ONCE = USE == KEPT ? 1 : FORMS<T>;  // what is kept may be read in smaller steps
   const uint8_t* compact = steps.compact;
@@ -72,8 +79,8 @@ static void tile(const T* const* x, long at, const Decoder& decoder, Steps<T> st
     if constexpr (USE == KEPT) {
       for (int c = 0; c < C; c++) w[0][c] = load_as<__m512i>(kept + c * N);
     } else {
-      decode<T, C>(decoder, compact, steps.half, w);
-      compact += STEP<T>;
+      decode<H, C>(decoder, compact, steps.half, w);
+      compact += H::step;
     }
     if constexpr (USE == KEEP)
       for (int f = 0; f < FORMS<T>; f++)
@@ -92,23 +99,24 @@ static void tile(const T* const* x, long at, const Decoder& decoder, Steps<T> st
     }
 }
 
-template <class T, int C, int L, Use USE, int... M> static auto tile_of(long rows, std::integer_sequence<int, M...>) {
-  static constexpr decltype(&tile<T, 1, C, L, USE>) table[] = {&tile<T, M + 1, C, L, USE>...};
+template <class H, int C, int L, Use USE, int... M> static auto tile_of(long rows, std::integer_sequence<int, M...>) {
+  static constexpr decltype(&tile<H, 1, C, L, USE>) table[] = {&tile<H, M + 1, C, L, USE>...};
   return table[rows - 1];
 }
-template <class T, int C, int L, Use USE> static auto tile_of(long rows) {
-  return tile_of<T, C, L, USE>(rows, std::make_integer_sequence<int, MOST_ROWS>());
+template <class H, int C, int L, Use USE> static auto tile_of(long rows) {
+  return tile_of<H, C, L, USE>(rows, std::make_integer_sequence<int, MOST_ROWS>());
 }
-template <class T, Use USE> static auto tile_of(long rows, int lines) {
-  return lines > 2   ? tile_of<T, VECTORS, 4, USE>(rows)
-         : lines > 1 ? tile_of<T, VECTORS, 2, USE>(rows)
-         : lines     ? tile_of<T, VECTORS, 1, USE>(rows)
-                     : tile_of<T, VECTORS, 0, USE>(rows);
+template <class H, Use USE> static auto tile_of(long rows, int lines) {
+  return lines > 2   ? tile_of<H, VECTORS, 4, USE>(rows)
+         : lines > 1 ? tile_of<H, VECTORS, 2, USE>(rows)
+         : lines     ? tile_of<H, VECTORS, 1, USE>(rows)
+                     : tile_of<H, VECTORS, 0, USE>(rows);
 }
 
 // A product, as its threads see it.
-template <class T> struct Product {
-  Compact<T> weight;
+template <class H> struct Product {
+  typedef typename H::T T;
+  Compact<H> weight;
   Decoder decoder;
   const T* const* x;
   const T* bias;  // or null
@@ -120,7 +128,7 @@ template <class T> struct Product {
 
   static long groups(long rows) { return (rows + MOST_ROWS - 1) / MOST_ROWS; }
   // In how many parts a panel is kept, one after the other.
-  static long slabs_of(const Compact<T>& weight, long rows) {
+  static long slabs_of(const Compact<H>& weight, long rows) {
     long most = rows <= FEW_ROWS ? KEPT_FEW : KEPT_MANY;
     return (weight.steps * PANEL * PAIR * (long)sizeof(T) + most - 1) / most;
   }
@@ -129,8 +137,8 @@ template <class T> struct Product {
   template <int C> void few(long rows, long panel, int first) const {
     vfloat sums[MOST_ROWS][C];
     const uint8_t* compact = weight.panel(panel);
-    auto multiply = tile_of<T, C, STEP<T> / LINE, READ>(rows);
-    multiply(x, 0, decoder, {compact, nullptr, weight.steps, first / C}, {compact + AHEAD, STEP<T>}, false, sums);
+    auto multiply = tile_of<H, C, H::step / LINE, READ>(rows);
+    multiply(x, 0, decoder, {compact, nullptr, weight.steps, first / C}, {compact + AHEAD, H::step}, false, sums);
     for (const Rare* rare = weight.rare(panel); rare->place != Rare::none; rare++) {
       int column = rare->column() - first * W;
       if (column < 0 || column >= C * W) continue;
@@ -143,18 +151,18 @@ template <class T> struct Product {
   // several slabs.
   void many(long first, long last, long panel, const uint8_t* next, T* kept, vfloat* partial) const {
     long count = groups(last - first);
-    long share = (STEP<T> + count - 1) / count, part = (share + FORMS<T> - 1) / FORMS<T>;  // of the next panel's, in a step
-    if (next) bring(next + weight.steps * STEP<T>, LINE);
+    long share = (H::step + count - 1) / count, part = (share + FORMS<T> - 1) / FORMS<T>;  // of the next panel's, in a step
+    if (next) bring(next + weight.steps * H::step, LINE);
     for (long slab = 0; slab < slabs; slab++) {
       long begin = weight.steps * slab / slabs, end = weight.steps * (slab + 1) / slabs;
       for (long group = 0; group < count; group++) {
         long row = first + (last - first) * group / count, rows = first + (last - first) * (group + 1) / count - row;
         vfloat own[MOST_ROWS][VECTORS], (*sums)[VECTORS] = own;
         if (slabs > 1) sums = (vfloat(*)[VECTORS])(partial + row * VECTORS);
-        Ahead ahead = {next + begin * STEP<T> + group * (end - begin) * share, group ? part : share};
+        Ahead ahead = {next + begin * H::step + group * (end - begin) * share, group ? part : share};
         int lines = next ? (ahead.stride + LINE - 1) / LINE : 0;
-        auto multiply = group ? tile_of<T, KEPT>(rows, lines) : tile_of<T, KEEP>(rows, lines);
-        Steps<T> steps = {weight.panel(panel) + begin * STEP<T>, kept, end - begin, 0};
+        auto multiply = group ? tile_of<Held<T, 0>, KEPT>(rows, lines) : tile_of<H, KEEP>(rows, lines);
+        Steps<T> steps = {weight.panel(panel) + begin * H::step, kept, end - begin, 0};
         if (slab + 1 == slabs) bring_out(row, rows, panel);
         multiply(x + row, begin * PAIR, decoder, steps, ahead, slab > 0, sums);
         if (!group) put_rare(panel, begin * PAIR, end * PAIR, kept, x + row, rows, sums);
@@ -218,11 +226,11 @@ static void* scratch() {
   return memory.get();
 }
 
-template <class T>
+template <class H, class T = typename H::T>
 static void product(const T* x, const void* compact, const T* bias, T* out, long rows, long in, long size, Gate<T> gate,
                     int threads) {
-  Compact<T> weight(compact, in, size);
-  long groups = Product<T>::groups(rows), padded = weight.steps * PAIR, slabs = Product<T>::slabs_of(weight, rows);
+  Compact<H> weight(compact, in, size);
+  long groups = Product<H>::groups(rows), padded = weight.steps * PAIR, slabs = Product<H>::slabs_of(weight, rows);
   int parts = rows < MANY_ROWS ? threads : threads * PARTS;
   const long together = gate ? 2 : 1, count = weight.panels / together;  // panels that a thread takes one after the other
 #pragma omp parallel num_threads(threads) if (in * size > SERIAL)
@@ -231,7 +239,7 @@ static void product(const T* x, const void* compact, const T* bias, T* out, long
     std::vector<const T*> given(rows);
     for (long j = 0; j < rows; j++) given[j] = as_row(x + j * in, in, padded, filled.data() + j * padded);
     std::unique_ptr<T[]> gates(gate ? new T[rows * PANEL] : nullptr);
-    Product<T> product = {weight, Decoder(compact), given.data(), bias, out, size / together, slabs, gate, gates.get()};
+    Product<H> product = {weight, Decoder(compact), given.data(), bias, out, size / together, slabs, gate, gates.get()};
     std::unique_ptr<vfloat[]> partial(groups > 1 && slabs > 1 ? new vfloat[rows * VECTORS] : nullptr);
 #pragma omp for schedule(dynamic) nowait
     for (int part = 0; part < parts; part++) {
@@ -266,9 +274,10 @@ static void product(const T* x, const void* compact, const T* bias, T* out, long
 extern "C" void linear_compact(int dtype, int kind, const void* x, const void* compact, const void* bias, void* out, long rows,
                                long in, long size, int threads) {
 #if defined(__AVX512BF16__)
-  by_held(dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (rows) product((const T*)x, compact, (const T*)bias, (T*)out, rows, in, size, gate_of<T>(kind), threads);
+  by_held(dtype, lower_of(compact), [&](auto* how) {
+    using H = std::remove_pointer_t<decltype(how)>;
+    using T = typename H::T;
+    if (rows) product<H>((const T*)x, compact, (const T*)bias, (T*)out, rows, in, size, gate_of<T>(kind), threads);
   });
 #endif
 }

@@ -66,12 +66,12 @@ class CpuLinear(Functions):
         return self.compact(torch.ones(64, 64, dtype=self.torch_dtype)) is not None
 
     def compact(self, weight: Tensor) -> Tensor | None:
-        """A copy of `weight` [out, in] in 4 bits an element less (`compact.h`), or None where that saves too little."""
+        """A copy of `weight` [out, in] in fewer bits an element (`compact.h`), or None where that saves too little."""
         assert weight.stride(1) == 1 and weight.dtype == self.torch_dtype
         (size_out, size_in), (height, depth, step) = weight.shape, self.panel
         in_panels = -(-size_out // height) * height * -(-size_in // (depth * step)) * depth * step * weight.itemsize
         given = self._dtype, weight.data_ptr(), size_in, size_out, weight.stride(0)
-        places = torch.empty(256, dtype=torch.uint8)
+        places = torch.empty(257, dtype=torch.uint8)
         num_bytes = self._compact_bytes(*given, places.data_ptr(), self._threads)
         bits = 8 * weight.itemsize
         if not 0 < num_bytes <= ((bits - 4) / bits + _WORTH) * in_panels:
