@@ -1,11 +1,13 @@
 """The benchmarks for GPUs: at toy size from end to end, and what they say of figures."""
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,6 +28,13 @@ def script(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> M
     monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look themselves up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def whole_models(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Modules of that folder."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return lambda name: importlib.import_module(f"whole_models.{name}")
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[list[str], dict[str, Any]]:
@@ -105,12 +114,13 @@ def test_what_a_kernel_reaches_is_judged(script: ModuleType) -> None:
     assert verdicts == ["ok", "MISSED", "no", "ok", "MISSED", "no peer"]
 
 
-@pytest.mark.parametrize("script", ["gpu"], indirect=True)
-def test_what_an_engine_reaches_is_judged(script: ModuleType) -> None:
+def test_what_an_engine_reaches_is_judged(whole_models: Callable[[str], ModuleType]) -> None:
+    report, tasks = whole_models("report"), whole_models("tasks")
+
     def line(model: str, workload: str, **rates: float | None) -> Any:
         of_limit = 0.86 if workload == "decode" else None
-        found = {name: script.Result(model, name, workload, rate, of_limit=of_limit) for name, rate in rates.items()}
-        return script.Line(model, workload, found)
+        found = {name: tasks.Result(model, name, workload, rate, of_limit=of_limit) for name, rate in rates.items()}
+        return report.Line(model, workload, found)
 
     lines = [
         line("llama", "decode", meshlm=200.0, generate=100.0),
@@ -122,21 +132,21 @@ def test_what_an_engine_reaches_is_judged(script: ModuleType) -> None:
     ]
     assert [each.met for each in lines] == [True, None, True, False, None, False]
     assert lines[0].ratio == 2.0
-    verdicts = [text.rpartition(": ")[2] for text in script.table(lines, script.MODELS, judged=True)[1:]]
+    verdicts = [text.rpartition(": ")[2] for text in report.table(lines, tasks.MODELS, judged=True)[1:]]
     assert verdicts[2:] == ["ok", "MISSED", "no figure to compare with", "MISSED"] and verdicts[0] == "ok"
 
 
-@pytest.mark.parametrize("script", ["gpu"], indirect=True)
-def test_a_token_reads_all_weights_but_an_embedding_table(script: ModuleType) -> None:
-    llama, qwen = script.MODELS["llama"], script.MODELS["qwen"]
+def test_a_token_reads_all_weights_but_an_embedding_table(whole_models: Callable[[str], ModuleType]) -> None:
+    models = whole_models("tasks").MODELS
+    llama, qwen = models["llama"], models["qwen"]
     assert llama.bytes_per_token(16_060_522_496, 0, 2) == 16_060_522_496 - 2 * 128256 * 4096
     assert qwen.bytes_per_token(1_000_000, 10, 2) == 1_000_000 + 10 * 2 * 2 * 28 * 8 * 128
 
 
-@pytest.mark.parametrize("script", ["gpu"], indirect=True)
-def test_gaps_are_what_no_kernel_covers(script: ModuleType) -> None:
-    spans = [script.Span(*span) for span in (("a", 0, 10), ("b", 5, 8), ("a", 12, 14), ("b", 14, 20), ("a", 25, 26))]
-    found = script.summary(spans, num_steps=2)
+def test_gaps_are_what_no_kernel_covers(whole_models: Callable[[str], ModuleType]) -> None:
+    trace = whole_models("trace")
+    spans = [trace.Span(*span) for span in (("a", 0, 10), ("b", 5, 8), ("a", 12, 14), ("b", 14, 20), ("a", 25, 26))]
+    found = trace.summary(spans, num_steps=2)
     assert (found["busy_us"], found["idle_us"], found["launches"]) == (9.5, 3.5, 2.5)
     assert found["kernels"] == [("a", 6.5, 1.5), ("b", 4.5, 1.0)]
     assert found["gaps"] == [("b -> a", 2.5, 0.5), ("a -> a", 1.0, 0.5)]
@@ -160,12 +170,13 @@ def test_a_part_that_takes_too_long_is_ended_and_keeps_what_it_found(
     ]
 
 
-@pytest.mark.parametrize("script", ["gpu"], indirect=True)
 @pytest.mark.parametrize("engine", ["meshlm", "continuous"])
 @pytest.mark.slow
-def test_requests_that_take_too_long_are_cut(script: ModuleType, engine: str, one_thread: None) -> None:
-    task = script.Task("llama", (engine,), "cpu", True, time.time() + 60, None, "auto", 1)
-    runner = script.ENGINES[engine](task)
+def test_requests_that_take_too_long_are_cut(
+    whole_models: Callable[[str], ModuleType], engine: str, one_thread: None
+) -> None:
+    task = whole_models("tasks").Task("llama", (engine,), "cpu", True, time.time() + 60, None, "auto", 1)
+    runner = whole_models("engines").ENGINES[engine](task)
     try:
         runner.prepare("requests")
         started = time.perf_counter()
