@@ -13,7 +13,8 @@ template <class T> static inline uint32_t bits_of(T x) {  // as a float
 static inline int exponent_of(uint32_t bits) { return bits >> 23 & 255; }
 
 // Finds the commonest exponents of a weight [out_size, in] of rows `stride` elements apart; places: [257], an exponent's in
-// the table, or more than EXPONENTS where it has none, and then how many bits of lower halves say it all. Returns the bytes that the weight takes; 0: it is not held so here.
+// the table, or more than EXPONENTS where it has none, and then how many bits of lower halves say it all. Returns the bytes
+// that the weight takes; 0: it is not held so here.
 extern "C" long compact_bytes(int dtype, const void* weight, long in, long out_size, long stride, uint8_t* places, int threads) {
   long bytes = 0, panels = (out_size + PANEL - 1) / PANEL;
   std::vector<std::vector<long>> counts(panels, std::vector<long>(256));
@@ -31,7 +32,7 @@ extern "C" long compact_bytes(int dtype, const void* weight, long in, long out_s
   });
   places[256] = lower & 0xff ? 16 : lower ? 8 : 0;
   by_held(dtype, places[256], [&](auto* how) {
-    using Held = Compact<std::remove_pointer_t<decltype(how)>>;
+    using Form = Compact<std::remove_pointer_t<decltype(how)>>;
     std::vector<long> total(256);
     for (auto& of_panel : counts) std::transform(total.begin(), total.end(), of_panel.begin(), total.begin(), std::plus<>());
     std::fill(places, places + 256, EXPONENTS + 1);
@@ -50,15 +51,15 @@ extern "C" long compact_bytes(int dtype, const void* weight, long in, long out_s
     }
     constexpr long IN_LINE = LINE / sizeof(Rare);
     long room = (most + 1 + IN_LINE - 1) / IN_LINE * IN_LINE;
-    bytes = Held::HEAD + panels * Held::panel_bytes(in, room);
+    bytes = Form::HEAD + panels * Form::panel_bytes(in, room);
   });
   return bytes;
 }
 
 // Into a step: elements `at`.. along `in` of `columns` rows of a weight, `stride` apart. Returns where the next rare one goes.
 template <class H>
-static Rare* encode(const typename H::T* weight, long stride, long columns, long in, long at, const uint8_t* places, uint16_t* step,
-                    Rare* rare) {
+static Rare* encode(const typename H::T* weight, long stride, long columns, long in, long at, const uint8_t* places,
+                    uint16_t* step, Rare* rare) {
   std::fill(step, step + H::step / 2, 0);
   std::fill(step + 64, step + 96, 0xffff);  // places: of zero
   for (long column = 0; column < columns; column++)
@@ -87,11 +88,11 @@ extern "C" void compact_weight(int dtype, const void* weight, long in, long out_
     uint16_t* table = (uint16_t*)compact;
     for (int e = 0; e < 256; e++)
       if (places[e] <= EXPONENTS) table[places[e]] = table[places[e] + 16] = e << 7;
-    using Held = Compact<H>;
-    int64_t room = ((bytes - Held::HEAD) / Held::panels_of(out_size) - Held::panel_bytes(in, 0)) / sizeof(Rare);
+    using Form = Compact<H>;
+    int64_t room = ((bytes - Form::HEAD) / Form::panels_of(out_size) - Form::panel_bytes(in, 0)) / sizeof(Rare);
     int64_t said[] = {room, H::lower};
     std::memcpy((uint8_t*)compact + LINE, said, sizeof said);
-    Held c(compact, in, out_size);
+    Form c(compact, in, out_size);
 #pragma omp parallel for num_threads(threads)
     for (long panel = 0; panel < c.panels; panel++) {
       const T* rows = (const T*)weight + panel * PANEL * stride;

@@ -6,7 +6,7 @@ from torch import Tensor
 from ..eager import KINDS
 from .functions import Function, Functions, address, function, question
 
-_WORTH = 1 / 32  # of a weight's bytes: what rare elements may take; of more, decoding takes longer than it saves
+_WORTH = 1 / 32  # of a weight's bytes: what rare elements may take beside the others; more takes longer than it saves
 
 
 class CpuLinear(Functions):
@@ -73,8 +73,8 @@ class CpuLinear(Functions):
         given = self._dtype, weight.data_ptr(), size_in, size_out, weight.stride(0)
         places = torch.empty(257, dtype=torch.uint8)
         num_bytes = self._compact_bytes(*given, places.data_ptr(), self._threads)
-        bits = 8 * weight.itemsize
-        if not 0 < num_bytes <= ((bits - 4) / bits + _WORTH) * in_panels:
+        bits, held = 8 * weight.itemsize, 12 + int(places[256])
+        if not 0 < num_bytes <= (held / bits + _WORTH) * in_panels:
             return None
         compact = torch.empty(num_bytes, dtype=torch.uint8)
         self._compact_weight(*given, places.data_ptr(), compact.data_ptr(), num_bytes, self._threads)

@@ -252,6 +252,18 @@ def test_recorded_it_is_done_again_until_it_fails_and_never_after() -> None:
     assert tensors[0].tolist() == [3.0] * 3
 
 
+def test_what_is_recorded_is_not_done_after_any_other_failure() -> None:
+    group, tape = group_of(2, timeout_s=5), Noted()
+    group[0].record_all_reduce(tape, torch.zeros(3), "sum", group[0].fail)
+    group[1].send(torch.zeros(4), 0)
+    with pytest.raises(SharedMemoryError, match="another size"):
+        group[0].receive(torch.zeros(3), 1)
+    began = time.monotonic()
+    with pytest.raises(SharedMemoryError, match="another size"):
+        tape.again()
+    assert time.monotonic() - began < 1
+
+
 @contextmanager
 def another_process(work: Callable[[], None]) -> Iterator[int]:
     pid = os.fork()
