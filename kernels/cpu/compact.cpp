@@ -126,13 +126,11 @@ extern "C" void expand_compact(int dtype, const void* compact, void* to, long in
         for (int v = 0; v < VECTORS; v++) {
           if constexpr (sizeof(T) == 2) {
             _mm512_storeu_si512(step + v * PAIR * W, vectors[v]);
-          } else if constexpr (H::lower) {
-            __m512i lower = decoder.lower<H::lower>(from + 3 * LINE, v);
-            _mm512_storeu_si512(step + v * W, decoder.first(vectors[v], lower));
-            _mm512_storeu_si512(step + PANEL + v * W, decoder.second(vectors[v], lower));
           } else {
-            _mm512_storeu_si512(step + v * W, decoder.first(vectors[v]));
-            _mm512_storeu_si512(step + PANEL + v * W, decoder.second(vectors[v]));
+            __m512i first, second;
+            decoder.floats<H::lower>(vectors[v], from + 3 * LINE, v, first, second);
+            _mm512_storeu_si512(step + v * W, first);
+            _mm512_storeu_si512(step + PANEL + v * W, second);
           }
         }
       }

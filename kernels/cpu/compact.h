@@ -96,19 +96,25 @@ struct Decoder {
     __m512i exponents = _mm512_permutexvar_epi16(V ? _mm512_srli_epi16(places, 4 * V) : places, table);
     return _mm512_ternarylogic_epi32(V & 1 ? swapped(rest) : rest, kept, exponents, 0xea);  // (a & b) | c
   }
-  // Lower halves of vector v, 0 to 3, from where those of vector 0 are.
-  template <int LOWER> static __m512i lower(const uint8_t* from, int v) {
+  // Vector v of floats, of which `upper` has the upper halves: the first of each pair, and the second. lowers: where the
+  // LOWER bits of lower halves are, from an even vector on, of which v counts.
+  template <int LOWER> static void floats(__m512i upper, const uint8_t* lowers, int v, __m512i& first, __m512i& second) {
+    first = _mm512_slli_epi32(upper, 16);
+    if constexpr (LOWER == 0) {
+      second = _mm512_and_si512(upper, _mm512_set1_epi32(0xffff0000));
+    } else {
+      const __m512i lower = lower_halves<LOWER>(lowers, v);
+      first = joined(first, lower);
+      second = joined(upper, _mm512_srli_epi32(lower, 16));
+    }
+  }
+
+ private:
+  template <int LOWER> static __m512i lower_halves(const uint8_t* from, int v) {
     if constexpr (LOWER == 16) return load_as<__m512i>(from + v * LINE);
     __m512i two = load_as<__m512i>(from + v / 2 * LINE);
     return v & 1 ? _mm512_and_si512(two, _mm512_set1_epi16((short)0xff00)) : _mm512_slli_epi16(two, 8);
   }
-  // Of floats, from both halves: the first of each pair, and the second.
-  static __m512i first(__m512i upper, __m512i lower) { return joined(first(upper), lower); }
-  static __m512i second(__m512i upper, __m512i lower) { return joined(upper, _mm512_srli_epi32(lower, 16)); }
-  static __m512i first(__m512i upper) { return _mm512_slli_epi32(upper, 16); }
-  static __m512i second(__m512i upper) { return _mm512_and_si512(upper, _mm512_set1_epi32(0xffff0000)); }
-
- private:
   static __m512i joined(__m512i upper, __m512i lower) {
     return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xffff0000), upper, lower, 0xca);  // a ? b : c
   }

@@ -47,15 +47,8 @@ static inline void decode(const Decoder& decoder, const uint8_t* step, int half,
   }
   if constexpr (FORMS<typename H::T> == 2)
     for (int c = 0; c < C; c++) {
-      __m512i upper = w[0][c];
-      if constexpr (H::lower) {
-        __m512i lower = decoder.lower<H::lower>(step + (3 + (C < VECTORS ? half * C * H::lower / 16 : 0)) * LINE, c);
-        w[0][c] = decoder.first(upper, lower);
-        w[1][c] = decoder.second(upper, lower);
-      } else {
-        w[0][c] = decoder.first(upper);
-        w[1][c] = decoder.second(upper);
-      }
+      const uint8_t* lowers = step + (3 + (C < VECTORS ? half * C * H::lower / 16 : 0)) * LINE;
+      decoder.floats<H::lower>(w[0][c], lowers, c, w[0][c], w[1][c]);
     }
 }
 
